@@ -1,0 +1,159 @@
+"""Ranks and group sizes for a budget: where a parameter of the encoder's layers keeps its final states best.
+
+What error a rank leaves is known from the statistics of `calibration.py` without fitting anything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import Group, GroupSizes, Statistics, Sweep, metric_of, parallel_sum
+from .configuration import ResidualConfig
+from .families import Family, role_of
+from .reporting import parameter_report
+
+STEP = 4  # ranks are multiples of it, or the most that makes sense
+GROUP_SIZES = (None, 2)  # what is tried for each module where the user leaves it open
+
+
+@dataclass
+class Curve:
+    """What a rank leaves: `errors[R]` for R of every layer in the group, 0 up to the largest that is worth its
+    parameters; `cost` is the number of parameters of one more rank in all layers of the group, and `fixed` that
+    of its `U`.
+    """
+
+    group: Group
+    errors: list[float]
+    cost: int
+    fixed: int
+    rank: int = 0
+
+    def next_rank(self) -> int:
+        """The rank after one step."""
+        return min(self.rank + STEP, len(self.errors) - 1)
+
+    def gain(self) -> float:
+        """Error that the next step takes away, a parameter."""
+        following = self.next_rank()
+        if following == self.rank:
+            return 0.0
+        return (self.errors[self.rank] - self.errors[following]) / (self.cost * (following - self.rank))
+
+
+def spend(
+    family: Family,
+    dense: Any,
+    model: Any,
+    residual_config: ResidualConfig,
+    sizes: GroupSizes,
+    sweep: Sweep,
+    budget: float,
+) -> ResidualConfig:
+    """`residual_config` with the ranks, and of `sizes` the group sizes, that leave the smallest error.
+
+    Args:
+        model: a residual model of `residual_config`, for the parameters that do not depend on either.
+        sizes: the group sizes to choose from, by module path.
+        sweep: the calibration, over all groups that they make.
+        budget: unique / dense parameters of the encoder's layers, as `parameter_report` counts.
+
+    Raises:
+        ValueError: when the parameters that do not depend on ranks alone are more.
+    """
+    report = parameter_report(model)
+    by_rank = sum(report.components[name].unique for name in ("lora", "shared"))
+    left = budget * report.encoder.dense - (report.encoder.unique - by_rank)
+    layers = family.find_encoder(dense).layers
+    curves: dict[tuple[str, int | None], list[Curve]] = {}
+    for statistics, groups in sweep:
+        for group in groups:
+            curves.setdefault((group.module_path, group.size), []).append(_curve(layers, group, statistics))
+    options = [[(path, size) for size in sizes[path]] for path in sizes]
+    plans = [
+        (*_allocate([curve for key in plan for curve in curves[key]], left), plan)
+        for plan in itertools.product(*options)
+    ]
+    lacking, _, ranks, plan = min(plans, key=lambda plan: plan[:2])
+    if lacking > 0:
+        raise ValueError(
+            f"`budget` must be at least {budget + lacking / report.encoder.dense:.3f} with this `residual_config`, "
+            f"whose shared and dense matrices take that much, got {budget}; share among more layers, or set group "
+            "sizes to None"
+        )
+    chosen = residual_config
+    if len(plans) > 1:
+        chosen = replace(chosen, group_size={role_of(path): size for path, size in plan})
+    return replace(chosen, rank_pattern=rank_pattern_of(ranks))
+
+
+def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
+    """A `rank_pattern` that gives each matrix, by layer and module path, its rank."""
+    return {re.escape(f"layers.{layer}.{path}"): rank for (layer, path), rank in ranks.items()}
+
+
+def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tuple[int, str], int]]:
+    """Spends `left` parameters, largest gain first: the parameters that are lacking for the least ranks, the error
+    that remains, and the rank of each matrix, by layer and module path.
+    """
+    for curve in curves:
+        curve.rank = 0 if curve.group.size else 1  # without `U`, a matrix needs one
+        left -= curve.fixed + curve.rank * curve.cost
+    lacking = max(0.0, -left)
+    queue = [(-curve.gain(), index) for index, curve in enumerate(curves)]
+    heapq.heapify(queue)
+    while queue:
+        gain, index = heapq.heappop(queue)
+        curve = curves[index]
+        price = curve.cost * (curve.next_rank() - curve.rank)
+        if gain < 0 and price <= left:
+            curve.rank, left = curve.next_rank(), left - price
+            heapq.heappush(queue, (-curve.gain(), index))
+    ranks = {
+        (layer, curve.group.module_path): curve.rank
+        for curve in sorted(curves, key=lambda curve: curve.group.layers)
+        for layer in curve.group.layers
+    }
+    return lacking, sum(curve.errors[curve.rank] for curve in curves), ranks
+
+
+def _curve(layers: Any, group: Group, statistics: Statistics) -> Curve:
+    """Of one group, exact for a layer alone and, with equal ranks, for a pair without diagonals; for larger groups,
+    the error with the best `U` of rank 0, which more rounds of fitting would improve.
+    """
+    weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
+    covariances, importance = metric_of(group, statistics)
+    root = torch.linalg.cholesky(importance).T
+    out_features, in_features = weights[0].shape
+    cost = len(weights) * (out_features + in_features)
+    if group.size is None:
+        errors = _tails(root @ weights[0], covariances[0])
+        errors = errors[: out_features * in_features // (out_features + in_features) + 1]
+    elif len(weights) == 1:
+        errors = torch.zeros(1)
+    elif len(weights) == 2:
+        errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
+    else:
+        total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
+        mean = torch.linalg.solve(torch.stack(covariances).sum(0), total.T).T
+        errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
+    fixed = 0 if group.size is None else out_features * in_features
+    return Curve(group, errors.tolist(), cost, fixed)
+
+
+def _tails(matrix: Tensor, covariance: Tensor) -> Tensor:
+    """Squared output error that the best approximation of each rank, from 0, leaves: (min(out, in) + 1,)."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        gram = matrix @ covariance @ matrix.T
+    else:
+        root = torch.linalg.cholesky(covariance)
+        gram = root.T @ (matrix.T @ matrix) @ root
+    energies = torch.linalg.eigvalsh(gram).clamp_min(0)
+    return torch.cat([energies.cumsum(0).flip(0), energies.new_zeros(1)])

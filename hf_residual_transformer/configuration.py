@@ -1,0 +1,209 @@
+"""What is shared and what each layer keeps: `ResidualConfig`, in a model's config as `residual_config`.
+
+Equation and published settings: Wang & Li, ICASSP 2024, section 2 (https://arxiv.org/abs/2310.02489).
+Which modules a family has is in `families.py`; shapes are checked against them when the model is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as DenseConfig
+else:
+    DenseConfig = object
+
+DIAGONALS = ("none", "square", "all")
+
+
+def _is_int(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    r"""How the encoder layers share weights: `W_l = U_g + B_l A_l + D_l`.
+
+    Immutable, so a value that exists is a valid one; `dataclasses.replace` makes a changed copy.
+
+    Args:
+        group_size: the paper's K, how many adjacent layers share one full-rank `U`. A last group may be
+            shorter. A dict gives a size per module name, and modules that it does not name stay dense: with
+            `{"fc1": 3, "fc2": 3}` only the feed-forward weights are shared. None, for all modules or one of
+            a dict, leaves out `U`: each layer has its own `B_l A_l + D_l` alone.
+        rank: the paper's R, rank of `B_l A_l`. 0 leaves it out. Above the smaller side of a matrix is an
+            error when the model is built.
+        rank_pattern: ranks that differ from `rank`, PEFT's form: the key is a module name or the end of a
+            module path, as a regular expression, `{"fc2": 64, r"layers\.0\.fc1": 128}`. When several keys
+            match, the first counts; a key that never counts is an error when the model is built.
+        diagonal: `D_l` on no matrix ("none"), on "square" ones, or on "all", where a rectangular matrix
+            has one entry for each position of its main diagonal.
+        share_biases: one bias a group, beside `U`, rather than one a layer.
+        target_modules: names of the modules to share; by default those that `group_size` names, or all
+            linear modules of an encoder layer. The others stay dense.
+
+    Raises:
+        ValueError: naming the field, what it must be, and what it was.
+    """
+
+    group_size: int | dict[str, int | None] | None = 2
+    rank: int = 32
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    diagonal: str = "square"
+    share_biases: bool = False
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.group_size.values() if isinstance(self.group_size, dict) else [self.group_size]
+        if not sizes or not all(size is None or _is_int(size, 1) for size in sizes):
+            raise ValueError(
+                "`group_size` must be an integer of at least 1, None, or a dict of such values by module "
+                f"name, got {self.group_size!r}"
+            )
+        if not _is_int(self.rank, 0):
+            raise ValueError(f"`rank` must be an integer of at least 0, got {self.rank!r}")
+        if not isinstance(self.rank_pattern, dict):
+            raise ValueError(
+                f"`rank_pattern` must be a dict of ranks by module name, got {self.rank_pattern!r}"
+            )
+        for key, rank in self.rank_pattern.items():
+            if not _is_int(rank, 0):
+                raise ValueError(f"`rank_pattern[{key!r}]` must be an integer of at least 0, got {rank!r}")
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"`rank_pattern` keys must be module names or regular expressions, got {key!r}"
+                ) from error
+        if self.diagonal not in DIAGONALS:
+            raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
+        if not isinstance(self.share_biases, bool):
+            raise ValueError(f"`share_biases` must be true or false, got {self.share_biases!r}")
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        if isinstance(self.group_size, dict):
+            object.__setattr__(self, "group_size", dict(self.group_size))
+        names = self.target_modules
+        if names is not None:
+            if not isinstance(names, (list, tuple, set)) or not names:
+                raise ValueError(f"`target_modules` must be a list of module names or null, got {names!r}")
+            if isinstance(self.group_size, dict) and set(names) != set(self.group_size):
+                raise ValueError(
+                    "`target_modules` must be null or name what `group_size` names "
+                    f"({', '.join(self.group_size)}), got {names!r}"
+                )
+            object.__setattr__(self, "target_modules", tuple(names))
+
+    @classmethod
+    def paper(cls, group_size: int = 3, rank: int = 2) -> ResidualConfig:
+        """The reading of the paper that reproduces its four published sizes (34.0, 38.1, 21.5 and 15.9 % of
+        an 18-layer, 512/2048 encoder for (K, R) = (3, 2), (3, 16), (6, 16) and (9, 16)): biases shared in the
+        group, LayerNorms per layer, diagonals on square matrices. The paper itself does not say.
+        """
+        return cls(group_size=group_size, rank=rank, diagonal="square", share_biases=True)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ResidualConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for a field that does not exist, or a value that the field cannot have.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"`residual_config` must be a ResidualConfig or a dict, got {values!r}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"`residual_config` must have only the fields {', '.join(known)}, got {unknown[0]!r}"
+            )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        if self.target_modules is not None:
+            values["target_modules"] = list(self.target_modules)
+        return values
+
+    def names(self) -> dict[str, Iterable[str]]:
+        """Module names by the field that gives them."""
+        sizes = self.group_size if isinstance(self.group_size, dict) else ()
+        return {"group_size": sizes, "target_modules": self.target_modules or ()}
+
+    def is_target(self, role: str) -> bool:
+        """Whether the modules called `role` are shared; the others stay dense."""
+        names = [name for names in self.names().values() for name in names]
+        return not names or role in names
+
+    def group_size_of(self, role: str) -> int | None:
+        """How many adjacent layers share the `U` of the module called `role`; None where there is no `U`."""
+        return self.group_size[role] if isinstance(self.group_size, dict) else self.group_size
+
+    def pattern_of(self, path: str) -> str | None:
+        """The key of `rank_pattern` that speaks of the matrix at `path`, if one does."""
+        return next((key for key in self.rank_pattern if re.fullmatch(rf"(.*\.)?({key})", path)), None)
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the matrix at `path`, such as `layers.3.self_attn.q_proj`."""
+        key = self.pattern_of(path)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def has_diagonal(self, out_features: int, in_features: int) -> bool:
+        """Whether a matrix of this shape gets a `D_l`."""
+        return self.diagonal == "all" or (self.diagonal == "square" and out_features == in_features)
+
+
+class ResidualConfigMixin(DenseConfig):
+    """Adds `residual_config` to a dense config class; to be placed before it in the bases.
+
+    Classes have a `model_type` of their own, which is what is saved and what the Auto classes look up. Their
+    instances have the dense one: by it, transformers' generation and ASR pipeline know a Whisper.
+    """
+
+    residual_config: Any
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = (type(self).model_type, self.dense_class().model_type)
+        model_type = kwargs.pop("model_type", known[0])
+        if model_type not in known:
+            raise ValueError(
+                f"`model_type` must be {known[0]!r}, got {model_type!r}: another family's checkpoint?"
+            )
+        super().__post_init__(**kwargs)
+        self.model_type = known[1]  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "residual_config" and not isinstance(value, ResidualConfig):
+            value = ResidualConfig() if value is None else ResidualConfig.from_dict(value)
+        super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the dense config, with `residual_config` as a dict."""
+        return super().to_dict() | {"residual_config": self.residual_config.to_dict()}
+
+    @classmethod
+    def dense_class(cls) -> type[DenseConfig]:
+        """The config class of transformers that this one extends."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+
+    @classmethod
+    def from_dense_config(cls, config: DenseConfig, residual: ResidualConfig) -> Any:
+        """The residual config with every value of a dense model's config."""
+        return cls(**_portable(config), residual_config=residual)
+
+    def to_dense_config(self) -> DenseConfig:
+        """The dense config with every value of this one."""
+        values = _portable(self)
+        del values["residual_config"]
+        return self.dense_class()(**values)
+
+
+def _portable(config: DenseConfig) -> dict[str, Any]:
+    """The values that mean the same for another class of model."""
+    values = config.to_dict() | {"attn_implementation": config._attn_implementation}
+    for key in ("model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    return values

@@ -1,0 +1,573 @@
+"""Distils a dense teacher into a compressed student: losses as plain modules, and Trainers that add them up.
+
+Training is label-free as long as only encoder states are compared: a batch is then audio alone, no decoder
+runs, and only encoder weights move. Without a teacher the same Trainers fine-tune on labels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+
+from .families import WAV2VEC2, WHISPER, Family
+from .layers import ResidualLinear, SharedLinear
+
+LOSSES = ("hidden", "final", "logits", "labels")
+LEARNING_RATES = ("shared", "lora", "diagonal", "rest")
+
+
+@dataclass
+class DistillationArguments:
+    """What the student's loss is made of. A weight of 0 leaves a loss out, and what only it needs is not run.
+
+    Raises:
+        ValueError: naming the field, what it must be, and what it was.
+    """
+
+    hidden_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the squared error of every encoder layer's output, relative to the variance "
+            "of the teacher's, mean over layers. Needs no labels."
+        },
+    )
+    final_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the same error of the encoder's last output alone. Needs no labels."},
+    )
+    logits_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the divergence from the teacher's probabilities. With Whisper it needs labels."
+        },
+    )
+    labels_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the model's own loss on the transcripts."}
+    )
+    temperature: float = field(
+        default=2.0, metadata={"help": "Softens the probabilities that logits_weight is about; 1 does not."}
+    )
+    learning_rates: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates that differ from --learning_rate, as JSON, such as '{\"shared\": 1e-5}': "
+            "for 'shared' (U), 'lora' (A and B), 'diagonal' (D, and the biases of shared matrices), 'rest'."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        names = [f"{name}_weight" for name in LOSSES]
+        for name in names:
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}")
+        if not self.weights:
+            raise ValueError(f"one of {', '.join(names)} must be above 0, got 0 for all")
+        if not _is_number(self.temperature) or self.temperature == 0:
+            raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}")
+        if isinstance(self.learning_rates, str):
+            try:
+                self.learning_rates = json.loads(self.learning_rates)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`learning_rates` must be JSON, got {self.learning_rates!r}") from error
+        rates = {} if self.learning_rates is None else self.learning_rates
+        if not isinstance(rates, dict) or not all(
+            name in LEARNING_RATES and _is_number(rate) for name, rate in rates.items()
+        ):
+            raise ValueError(
+                f"`learning_rates` must be numbers of at least 0, by {', '.join(LEARNING_RATES)}, got {rates}"
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights above 0, by "hidden", "final", "logits" and "labels"."""
+        return {name: weight for name in LOSSES if (weight := getattr(self, f"{name}_weight")) > 0}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+class HiddenStateLoss(nn.Module):
+    r"""Squared error of hidden states, layer by layer, relative to the variance of the teacher's.
+
+    A clip's error in a layer is `sum_t |s_t - h_t|^2 / sum_t |h_t - mean(h)|^2` over its frames `t`, for the
+    student's states `s` and the teacher's `h`: 0 is equal, and 1 no better than the teacher's mean state. So
+    layers weigh equally whatever their scale, and clips whatever their length, and the loss of a batch is
+    the mean over its parts. The variance counts as at least a thousandth of the states' energy, lest a silent
+    clip, whose frames are all alike, outweigh all others.
+
+    Args:
+        layer_weights: one number a layer, not all 0; they are scaled to the sum 1. By default all are equal.
+    """
+
+    ENERGY_FLOOR = 1e-3
+
+    def __init__(self, layer_weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if layer_weights is not None and not (all(map(_is_number, layer_weights)) and sum(layer_weights) > 0):
+            raise ValueError(
+                f"`layer_weights` must be numbers of at least 0, and not all 0, got {list(layer_weights)!r}"
+            )
+        self.layer_weights = layer_weights
+
+    def forward(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar: weighted mean over layers, mean over clips.
+
+        Args:
+            student: each layer's states, (batch_size, seq_len, hidden_size).
+            teacher: the same of the teacher.
+            mask: (batch_size, seq_len), true for the frames that count. By default all do.
+
+        Raises:
+            ValueError: when the layers or their shapes differ.
+        """
+        shapes, expected = ([tuple(states.shape) for states in layers] for layers in (student, teacher))
+        if shapes != expected:
+            raise ValueError(f"the student's states must have the teacher's shapes, {expected}, got {shapes}")
+        weights = [1.0] * len(student) if self.layer_weights is None else self.layer_weights
+        if len(weights) != len(student):
+            raise ValueError(
+                f"`layer_weights` must be one number for each of {len(student)} layers, got {weights}"
+            )
+        pairs = zip(student, teacher, strict=True)
+        errors = torch.stack([self._relative_error(*pair, mask) for pair in pairs])
+        scale = errors.new_tensor(weights) / sum(weights)
+        return (scale @ errors).mean()
+
+    def _relative_error(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """(batch_size,), one number a clip."""
+        student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+        if mask is None:
+            mask = student.new_ones(student.shape[:2])
+        padding = ~mask.bool().unsqueeze(-1)
+        student, teacher = student.masked_fill(padding, 0), teacher.masked_fill(padding, 0)
+        num_frames = (~padding).sum(1, keepdim=True).clamp(min=1)
+        mean = teacher.sum(1, keepdim=True) / num_frames
+        variance = (teacher - mean).masked_fill(padding, 0).square().sum((1, 2))
+        floor = self.ENERGY_FLOOR * teacher.square().sum((1, 2))
+        return (student - teacher).square().sum((1, 2)) / variance.maximum(floor).clamp(min=1e-12)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class LogitsLoss(nn.Module):
+    r"""`T^2 KL(teacher || student)` of the probabilities `softmax(logits / T)` (Hinton et al., 1503.02531).
+
+    Args:
+        temperature: `T`. The factor `T^2` keeps the size of the gradient about independent of it.
+    """
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss, a scalar: mean over positions.
+
+        Args:
+            student: logits, (batch_size, seq_len, vocab_size).
+            teacher: the same of the teacher.
+            mask: (batch_size, seq_len), true for the positions that count, such as `labels != -100`.
+
+        Raises:
+            ValueError: when the shapes differ.
+        """
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"the student's logits must have the teacher's shape, {tuple(teacher.shape)}, got "
+                f"{tuple(student.shape)}"
+            )
+        if mask is not None:
+            student, teacher = student[mask.bool()], teacher[mask.bool()]
+        log_q = F.log_softmax(_at_least_float32(student) / self.temperature, dim=-1)
+        log_p = F.log_softmax(_at_least_float32(teacher) / self.temperature, dim=-1)
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        return self.temperature**2 * divergence.sum() / max(divergence.numel(), 1)
+
+
+@contextmanager
+def encoder_window(encoder: Any, num_frames: int) -> Iterator[None]:
+    """Inside, a Whisper encoder takes `num_frames` mel frames (10 ms each) instead of its 3000, at the
+    positions that the first so many have. A window of 10 seconds costs less than a third of the full one.
+
+    Weights are not touched, and the config is as before afterwards. Not for several threads with one model.
+
+    Raises:
+        ValueError: when the encoder has no positions for so many frames, or its stride does not divide them.
+    """
+    config, positions = encoder.config, encoder.embed_positions
+    full = config.max_source_positions, positions.num_embeddings
+    stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    limit = stride * positions.num_embeddings
+    if num_frames % stride or not 0 < num_frames <= limit:
+        raise ValueError(
+            f"`num_frames` must be a multiple of {stride} and from {stride} to {limit}, got {num_frames}"
+        )
+    try:
+        config.max_source_positions = positions.num_embeddings = num_frames // stride
+        yield
+    finally:
+        config.max_source_positions, positions.num_embeddings = full
+
+
+def encode(encoder: Any, input_features: Tensor, **kwargs: Any) -> Any:
+    """The output of a Whisper encoder for mel features, (batch_size, num_mel_bins, num_frames), that may be
+    shorter than its window; see `encoder_window`. `kwargs` go to the encoder.
+    """
+    with encoder_window(encoder, input_features.shape[-1]):
+        return encoder(input_features, **kwargs)
+
+
+@dataclass
+class EncoderStates:
+    """Outputs of the layers, and of the encoder as a list of one, each (batch_size, seq_len, hidden_size)."""
+
+    layers: list[Tensor] = field(default_factory=list)
+    last: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def record_states(encoder: Any) -> Iterator[EncoderStates]:
+    """Inside, a call of `encoder`, on its own or as part of a model, leaves its states in what is yielded.
+
+    Unlike `output_hidden_states` it keeps no decoder states, and it gives the last layer's output before the
+    encoder's final norm, and the encoder's after it, whatever the family.
+    """
+    states = EncoderStates()
+
+    def keep_in(kept: list[Tensor]) -> Callable[..., None]:
+        return lambda module, args, output: kept.append(output if isinstance(output, Tensor) else output[0])
+
+    hooks = [layer.register_forward_hook(keep_in(states.layers)) for layer in encoder.layers]
+    hooks.append(encoder.register_forward_hook(keep_in(states.last)))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class DistillationTrainer(Trainer):
+    """What the two Trainers below have in common.
+
+    Every loss is a mean over all the clips, tokens or frames of an optimizer step, so that accumulated
+    gradients are those of one large batch, whatever the lengths. The logs have each, unweighted, as
+    `loss_<name>`.
+
+    Args:
+        teacher: the dense model, of the student's family and shape; the number of layers may differ where their
+            states are not compared. It is frozen, put into eval mode and moved to the training device, and never
+            saved. Not needed where only labels have a weight.
+        distillation: the losses.
+        kwargs: as in `Trainer`: `model`, `args`, `train_dataset`, `data_collator`, ...
+
+    Raises:
+        ValueError: when the teacher is missing or does not fit the student, or for an argument of `Trainer`
+            that would put another loss in the place of these.
+    """
+
+    family: ClassVar[Family]
+    losses_on_labels: ClassVar[set[str]]
+    model: Any
+
+    def __init__(
+        self,
+        *,
+        teacher: PreTrainedModel | None = None,
+        distillation: DistillationArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.distillation = DistillationArguments() if distillation is None else distillation
+        self.weights = self.distillation.weights
+        self.label_free = self.weights.keys() <= {"hidden", "final"}
+        self.loss_is_scaled_for_ga = True
+        self.hidden_state_loss = HiddenStateLoss()
+        self.logits_loss = LogitsLoss(self.distillation.temperature)
+        self.teacher = teacher
+        self._check()
+        if teacher is not None:
+            teacher.requires_grad_(False).eval().to(self.args.device)
+        self._logged: dict[str, Tensor] = {}
+        self._logged_steps = 0
+
+    def _check(self) -> None:
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError("`label_smoothing_factor` must be 0 and `compute_loss_func` None")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process drives {self.args.n_gpu} GPUs, which needs one process each: start with "
+                "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        if self.teacher is None:
+            if self.weights.keys() != {"labels"}:
+                raise ValueError(f"`teacher` must be a model for these losses: {', '.join(self.weights)}")
+            return
+        student: Any = self.encoder
+        teacher: Any = self.family.find_encoder(self.teacher)
+        names = ["hidden_size", *(["num_hidden_layers"] if "hidden" in self.weights else [])]
+        for name in names:
+            if getattr(student.config, name) != getattr(teacher.config, name):
+                raise ValueError(
+                    f"`teacher` must have the student's {name}, {getattr(student.config, name)}, got "
+                    f"{getattr(teacher.config, name)}"
+                )
+        layerdrop = getattr(student, "layerdrop", getattr(student.config, "layerdrop", 0.0))
+        if "hidden" in self.weights and layerdrop > 0:
+            raise ValueError(
+                "the student's `layerdrop` must be 0 to compare each layer with the teacher's, got "
+                f"{layerdrop}: pass it to from_pretrained"
+            )
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module of the student that has the `layers`."""
+        return self.family.find_encoder(self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; label-free, all but the encoder is frozen meanwhile."""
+        with _frozen_but(self.encoder, self.model) if self.label_free else nullcontext():
+            return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with the groups split by component where `learning_rates` says so."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rates = self.distillation.learning_rates
+        if created and isinstance(rates, dict) and rates:
+            component_of = _components(self.model if model is None else model)
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            missing = rates.keys() - {component_of.get(id(p), "rest") for p in trained}
+            if missing:
+                raise ValueError(
+                    f"`learning_rates` must name what is trained, got {', '.join(sorted(missing))}"
+                )
+            groups = []
+            for group in optimizer.param_groups:
+                for name in LEARNING_RATES:
+                    params = [p for p in group["params"] if component_of.get(id(p), "rest") == name]
+                    groups.append({**group, "params": params, "lr": rates.get(name, group["lr"])})
+            optimizer.param_groups = [group for group in groups if group["params"]]
+        return optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
+        """The batches of one optimizer step, and their total of `_count`, mean over processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        self._logged_steps += 1
+        counts = sum((self._count(batch) for batch in batches), torch.zeros(2))
+        return batches, self.accelerator.reduce(counts.to(self.args.device), "mean")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of the losses; of one part of a step, its share in the step's mean.
+
+        Args:
+            num_items_in_batch: from `get_batch_samples`. None is a batch on its own, as in evaluation.
+
+        Raises:
+            ValueError: when the batch lacks the `labels` that a loss needs.
+        """
+        inputs = dict(inputs)
+        missing = self.losses_on_labels & self.weights.keys()
+        if missing and inputs.get("labels") is None:
+            raise ValueError(f"a batch must have `labels` for these losses: {', '.join(sorted(missing))}")
+        shares = torch.ones(2)
+        if model.training and num_items_in_batch is not None:
+            shares = self._count(inputs) / num_items_in_batch.cpu().clamp(min=1)
+        losses, outputs = self._losses(model, inputs)
+        total: Any = 0.0
+        for name, loss in losses.items():
+            loss = loss * self._share(name, shares)
+            total = total + self.weights[name] * loss
+            if model.training:
+                self._logged[name] = self._logged.get(name, 0.0) + loss.detach()
+        return (total, outputs) if return_outputs else total
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """Each loss by name, and the student's output."""
+        student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.label_free}
+        with record_states(self.encoder) as student:
+            outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.label_free)
+        losses = {}
+        if self.teacher is not None:
+            encoder = self.family.find_encoder(self.teacher)
+            with torch.no_grad(), self.accelerator.autocast(), record_states(encoder) as teacher:
+                expected = self._run(self.teacher, encoder, inputs, encoder_only="logits" not in self.weights)
+            mask = self._frame_mask(inputs, student.last[0].shape[1])
+            if "hidden" in self.weights:
+                losses["hidden"] = self.hidden_state_loss(student.layers, teacher.layers, mask)
+            if "final" in self.weights:
+                losses["final"] = self.hidden_state_loss(student.last, teacher.last, mask)
+            if "logits" in self.weights:
+                mask = self._logits_mask(inputs, outputs.logits.shape[1])
+                losses["logits"] = self.logits_loss(outputs.logits, expected.logits, mask)
+        if "labels" in self.weights:
+            losses["labels"] = outputs.loss
+        return losses, outputs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """As in `Trainer`; label-free, the loss alone."""
+        if not self.label_free:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, with the mean of each loss since the last time."""
+        if "loss" in logs and self._logged_steps:
+            for name, total in self._logged.items():
+                logs[f"loss_{name}"] = self.accelerator.reduce(total, "mean").item() / self._logged_steps
+            self._logged, self._logged_steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
+        """The model's output, or where `encoder_only` is true, at least the encoder's."""
+        raise NotImplementedError
+
+    def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
+        """(batch_size, num_frames), true for encoder frames that count."""
+        raise NotImplementedError
+
+    def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
+        """(batch_size, num_positions), true for logits that count."""
+        raise NotImplementedError
+
+    def _count(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Numbers of clips and of positions, the tokens or frames that have logits, (2,) on the CPU."""
+        raise NotImplementedError
+
+    def _share(self, name: str, shares: Tensor) -> Tensor | float:
+        """What a loss is multiplied by; `shares` are those of clips and positions."""
+        return shares[1] if name == "logits" else shares[0]
+
+
+class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
+    """For Whisper, on `input_features` and, where a loss needs them, `labels` (padded with -100).
+
+    Features may have fewer than 3000 frames (see `encoder_window`), for teacher and student alike. All frames
+    count, the padding to a fixed length too, since the decoder attends to it.
+    """
+
+    family = WHISPER
+    losses_on_labels: ClassVar[set[str]] = {"logits", "labels"}
+
+    def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
+        features = inputs["input_features"]
+        with encoder_window(encoder, features.shape[-1]):
+            if not encoder_only:
+                return model(**inputs)
+            # Not `encoder(features)`: a wrapper that synchronises gradients must see the call.
+            inner = self.accelerator.unwrap_model(model)
+            with self.accelerator.autocast(), _forward_as(inner, encoder.__call__):
+                return model(features)
+
+    def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
+        return None
+
+    def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
+        return inputs["labels"] != -100
+
+    def _count(self, inputs: Mapping[str, Any]) -> Tensor:
+        labels = inputs.get("labels")
+        num_tokens = 0 if labels is None else (labels != -100).sum().item()
+        return torch.tensor([float(len(inputs["input_features"])), float(num_tokens)])
+
+    def _share(self, name: str, shares: Tensor) -> Tensor | float:
+        return shares[1] if name in self.losses_on_labels else shares[0]
+
+
+class CTCDistillationTrainer(DistillationTrainer):
+    """For wav2vec 2.0 with a CTC head, on `input_values`, `attention_mask` and, for the loss on labels, them.
+
+    Padded frames do not count. Models that take no attention mask have none in a batch, and all frames count.
+    """
+
+    family = WAV2VEC2
+    losses_on_labels: ClassVar[set[str]] = {"labels"}
+
+    def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
+        needs_labels = model is not self.teacher and "labels" in self.weights
+        return model(**{key: value for key, value in inputs.items() if key != "labels" or needs_labels})
+
+    def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return None
+        return self.model._get_feature_vector_attention_mask(num_frames, mask, add_adapter=False)
+
+    def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        return None if mask is None else self.model._get_feature_vector_attention_mask(num_positions, mask)
+
+    def _count(self, inputs: Mapping[str, Any]) -> Tensor:
+        values, mask = inputs["input_values"], inputs.get("attention_mask")
+        lengths = torch.full((len(values),), values.shape[1]) if mask is None else mask.sum(-1)
+        num_frames = self.model._get_feat_extract_output_lengths(lengths).sum().item()
+        return torch.tensor([float(len(values)), float(num_frames)])
+
+    def _share(self, name: str, shares: Tensor) -> Tensor | float:
+        if name == "labels" and self.model.config.ctc_loss_reduction == "sum":
+            return 1.0
+        return super()._share(name, shares)
+
+
+@contextmanager
+def _forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of `model`, or of what wraps it, is a call of `forward`."""
+    own = model.__dict__.get("forward")
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def _frozen_but(part: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Inside, only parameters of `part` have gradients."""
+    kept = {id(parameter) for parameter in part.parameters()}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    try:
+        _set_requires_grad(frozen, False)
+        yield
+    finally:
+        _set_requires_grad(frozen, True)
+
+
+def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+
+
+def _components(model: nn.Module) -> dict[int, str]:
+    """The key in `learning_rates` of every parameter of a shared matrix, by the parameter's id."""
+    names = {}
+    for module in model.modules():
+        if isinstance(module, SharedLinear | ResidualLinear):
+            for name, parameter in module.named_parameters(recurse=False):
+                kinds = {"weight": "shared", "lora_A": "lora", "lora_B": "lora"}
+                names[id(parameter)] = kinds.get(name, "diagonal")
+    return names

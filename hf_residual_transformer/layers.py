@@ -1,0 +1,243 @@
+"""The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
+
+`SharedLinear` holds what a group of layers has in common, `ResidualLinear` what is one layer's own.
+Where they are put into a model is the business of `modeling.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+
+class SharedLinear(nn.Linear):
+    """`U_g` of shape (out_features, in_features), and the bias if the group shares one.
+
+    It is called as a module, with the components of one layer, and never read from outside in a forward
+    pass: FSDP gathers a unit's parameters, and PEFT wraps them, only around a call.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        diagonal: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Product of `hidden_states` (..., in_features) with the weight of one layer, (..., out_features).
+
+        For many frames the weight is composed first, one rank-R update of a matrix; for so few that thin products
+        take fewer multiplications, and in `torch.export`, where composing would be folded into a constant of the
+        dense size, these are added to the product with `U`. docs/LOG.md has the measurements.
+        """
+        bias = self.bias if bias is None else bias
+        rows = math.prod(hidden_states.shape[:-1])
+        few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
+        if torch.compiler.is_exporting() or few:
+            return _factored(hidden_states, bias, self.weight, lora_A, lora_B, diagonal)
+        if lora_A is None and diagonal is None:
+            return F.linear(hidden_states, self.weight, bias)
+        output: Tensor = _ComposedLinear.apply(hidden_states, bias, self.weight, lora_A, lora_B, diagonal)
+        return output
+
+
+def _factored(
+    hidden_states: Tensor,
+    bias: Tensor | None,
+    shared: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    diagonal: Tensor | None,
+) -> Tensor:
+    """`U x + B (A x) + D x + bias`, added up in place. Casts are for autocast, which does not see such operations."""
+    rows = hidden_states.flatten(0, -2)
+    output = F.linear(rows, shared, bias)
+    if lora_A is not None and lora_B is not None:
+        output.addmm_(F.linear(rows, lora_A), lora_B.T.to(output.dtype))
+    if diagonal is not None:
+        _add_diagonal(output, rows, diagonal)
+    return output.unflatten(0, hidden_states.shape[:-1])
+
+
+def _add_diagonal(output: Tensor, rows: Tensor, diagonal: Tensor) -> None:
+    """Adds `D x` to `output`, (num_rows, out_features), for `rows`, (num_rows, in_features)."""
+    size = len(diagonal)
+    output[:, :size].addcmul_(rows[:, :size].to(output.dtype), diagonal.to(output.dtype))
+
+
+class _ComposedLinear(torch.autograd.Function):
+    """`F.linear` with `U + B A + D`, which backward composes anew: kept for every layer, it would take the memory of
+    a dense model's weights. What is kept is what a dense layer keeps, the inputs and parameters. `components` are what
+    `compose` takes.
+    """
+
+    @staticmethod
+    def forward(hidden_states: Tensor, bias: Tensor | None, *components: Any) -> Tensor:
+        return F.linear(hidden_states, compose(*components), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden_states, _, *components = inputs
+        # Under autocast, what a dense layer keeps has the dtype that it computes in.
+        ctx.save_for_backward(hidden_states.to(output.dtype), *components)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, shared, lora_A, lora_B, diagonal = ctx.saved_tensors
+        of_input, of_bias, of_shared, of_A, of_B, of_diagonal = [None] * 6
+        if ctx.needs_input_grad[0]:
+            of_input = grad @ compose(shared, lora_A, lora_B, diagonal).to(grad.dtype)
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            of_bias = rows.sum(0)
+        if any(ctx.needs_input_grad[2:]):
+            of_shared = (rows.T @ hidden_states.flatten(0, -2)).to(shared.dtype)
+            if lora_A is not None:
+                of_A, of_B = lora_B.T @ of_shared, of_shared @ lora_A.T
+            if diagonal is not None:
+                of_diagonal = of_shared.diagonal()
+        return of_input, of_bias, of_shared, of_A, of_B, of_diagonal
+
+
+def compose(
+    shared: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None, diagonal: Tensor | None = None
+) -> Tensor:
+    """`U + B A + D`, of shape (out_features, in_features); components that are None are left out.
+
+    Args:
+        shared: `U`, (out_features, in_features).
+        lora_A: `A`, (rank, in_features).
+        lora_B: `B`, (out_features, rank).
+        diagonal: the main diagonal of `D`, (min(out_features, in_features),).
+    """
+    weight = shared
+    if lora_A is not None and lora_B is not None:
+        weight = torch.addmm(weight, lora_B, lora_A)
+    if diagonal is not None:
+        if weight is shared:
+            weight = weight.clone()
+        weight.diagonal().add_(diagonal)
+    return weight
+
+
+class ResidualLinear(nn.Module):
+    """One layer's linear map: its own `lora_A`, `lora_B`, diagonal and bias over a shared `U`.
+
+    Args:
+        shared: the `SharedLinear`s of this role, one a group. Held without being registered, so that `U`
+            has one place in `state_dict`, and looked up at each call, since loading, FSDP and PEFT replace
+            modules and parameters.
+        group_idx: which of them this layer uses.
+        rank: R; 0 for no `B A`.
+        diagonal: whether there is a `D`.
+        bias: whether the layer has a bias of its own.
+    """
+
+    def __init__(self, shared: nn.ModuleList, group_idx: int, rank: int, diagonal: bool, bias: bool) -> None:
+        super().__init__()
+        self.__dict__["_shared"] = shared
+        self.group_idx = group_idx
+        self._create(self.shared.weight, rank, diagonal, bias)
+
+    def _create(self, weight: Tensor, rank: int, diagonal: bool, bias: bool) -> None:
+        """Uninitialised parameters for a matrix of the shape, dtype and device of `weight`."""
+        out_features, in_features = weight.shape
+        self.out_features = out_features
+        self.in_features = in_features
+        self.rank = rank
+
+        def parameter(wanted: object, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(weight.new_empty(shape)) if wanted else None
+
+        self.lora_A = parameter(rank, rank, in_features)
+        self.lora_B = parameter(rank, out_features, rank)
+        self.diagonal = parameter(diagonal, min(out_features, in_features))
+        self.bias = parameter(bias, out_features)
+
+    @property
+    def shared(self) -> SharedLinear:
+        """The group's `SharedLinear`."""
+        return self.__dict__["_shared"][self.group_idx]
+
+    def reset_parameters(self) -> None:
+        """The start for training from scratch: every layer begins as its `U`, which has the dense class's
+        own initialisation. `B`, `D` and biases are zero and `A` is uniform, as in LoRA (arXiv 2106.09685,
+        section 4.1) and PEFT, so that gradients reach `B` at once. Loaded weights are left alone.
+        """
+        for zero in (self.lora_B, self.diagonal, self.bias):
+            if zero is not None:
+                init.zeros_(zero)
+        if self.lora_A is not None:
+            init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.shared(hidden_states, self.lora_A, self.lora_B, self.diagonal, self.bias)
+
+    def merged_weight(self) -> Tensor:
+        """`U + B A + D` as one matrix, (out_features, in_features)."""
+        return compose(self.shared.weight, self.lora_A, self.lora_B, self.diagonal)
+
+    def merged_bias(self) -> Tensor | None:
+        """The bias that is added, (out_features,), the layer's own or the group's."""
+        return self.shared.bias if self.bias is None else self.bias
+
+    def extra_repr(self) -> str:
+        """Shape and group for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, group_idx={self.group_idx}, "
+            f"rank={self.rank}, diagonal={self.diagonal is not None}"
+        )
+
+
+class LowRankLinear(ResidualLinear):
+    """`B_l A_l + D_l` alone, for roles that share nothing: low rank, as in LiteASR (arXiv 2502.20583).
+
+    Args:
+        weight: a matrix of the shape, dtype and device wanted.
+        layer_idx: the layer it belongs to.
+        rank: R, at least 1.
+        diagonal: whether there is a `D`.
+        bias: whether there is a bias.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, weight: Tensor, layer_idx: int, rank: int, diagonal: bool, bias: bool) -> None:
+        nn.Module.__init__(self)
+        self.group_idx = layer_idx
+        self._create(weight, rank, diagonal, bias)
+
+    @property
+    def shared(self) -> None:  # type: ignore[override]
+        """There is no `U`."""
+        return None
+
+    def reset_parameters(self) -> None:
+        """From scratch, `B A` has the variance of LeCun's initialisation, 1 / in_features."""
+        super().reset_parameters()
+        init.normal_(self.lora_A, std=self.in_features**-0.5)
+        init.normal_(self.lora_B, std=self.rank**-0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), by two thin products."""
+        rows = hidden_states.flatten(0, -2)
+        output = F.linear(F.linear(rows, self.lora_A), self.lora_B, self.bias)
+        if self.diagonal is not None:
+            _add_diagonal(output, rows, self.diagonal)
+        return output.unflatten(0, hidden_states.shape[:-1])
+
+    def merged_weight(self) -> Tensor:
+        """`B A + D` as one matrix, (out_features, in_features)."""
+        return compose(self.lora_B @ self.lora_A, diagonal=self.diagonal)
+
+    def merged_bias(self) -> Tensor | None:
+        """The bias that is added, (out_features,)."""
+        return self.bias

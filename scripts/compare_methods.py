@@ -1,0 +1,287 @@
+"""Compares ways to make a Whisper encoder smaller, ours and published ones, at equal numbers of parameters.
+
+    python scripts/compare_methods.py --model openai/whisper-base --budgets 0.25 0.34 0.43 0.5 0.6 0.7 \
+        --distill_steps 130 --seeds 0 1 2 --output results/compare-base.json
+
+In a few minutes on two cores, and saying less:
+
+    python scripts/compare_methods.py --model openai/whisper-tiny.en --budgets 0.5 --methods ours svd pca --no_wer \
+        --max_test_clips 8 --max_validation_clips 8 --calibration_windows 4 --output outputs/compare-short.json
+
+All methods get the same dense model, the same calibration and, with --distill_steps, the same distillation. They are
+described in `baselines.py`. A budget is the number of parameters of the encoder's layers relative to dense, and met
+within 0.5 points, or the reason is given why it is not. Recordings are those in `sample/`. A multilingual model is
+tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear. WER says most,
+but a word of few hundred is coarse; the divergence (KL) of the decoder's token distributions from the dense model's,
+with the transcript given, is always measured beside it.
+The file at `--output` is written after each result. If it is there, results with the same method, budget, seed and
+settings are not computed again, unless --redo names the method. At the end, tables (.md) and plots are put beside it.
+The first argument may instead be a JSON or YAML file with options by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from baseline_parts import Calibration, Unreachable, check_size, encoder_parameters
+from baselines import METHODS
+from common import SAMPLE, model_bytes, parse_args
+from compare_metrics import CLIPS_AT_ONCE, Outputs, Row, deviation, outputs, word_errors
+from compare_results import DENSE, Result, ResultsFile, write_report
+from pretrained import resolve_pretrained
+from recipe import mixed_windows, short_distillation
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    WhisperForConditionalGeneration,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_residual_transformer.data import (
+    batched,
+    is_multilingual,
+    load_speech_dataset,
+)
+from hf_residual_transformer.evaluation import portable
+
+HEARD = ["en", "fr", "it", "ru"]  # in calibration and distillation; Spanish is for testing alone
+MEASUREMENT = ("calibration_windows", "test_split", "max_test_clips", "max_validation_clips", "no_wer")
+DISTILLATION = ("distill_steps", "batch_size", "window_seconds", "learning_rate")
+
+
+@dataclass
+class CompareArguments:
+    """What to compare, and on what."""
+
+    model: str = field(default="openai/whisper-base", metadata={"help": "Id or folder of a dense Whisper."})
+    budgets: list[float] = field(
+        default_factory=lambda: [0.25, 0.34, 0.43, 0.5, 0.6, 0.7],
+        metadata={"help": "Parameters of the encoder's layers, relative to dense."},
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."}
+    )
+    distill_steps: int = field(
+        default=0, metadata={"help": "Steps of label-free distillation; 0 compares without training alone."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds of the distillation's order of clips."}
+    )
+    batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
+    window_seconds: float = field(default=10.0, metadata={"help": "Length of a window in distillation."})
+    learning_rate: float = field(default=4e-5, metadata={"help": "Peak learning rate of distillation."})
+    calibration_windows: int = field(
+        default=16, metadata={"help": "Windows to calibrate on, half of them full, half with one clip."}
+    )
+    test_split: str = field(
+        default="test",
+        metadata={"help": "Split to measure on; choose settings on 'validation', which has no Spanish."},
+    )
+    max_test_clips: int = field(
+        default=73, metadata={"help": "Test on so many clips of each language, evenly spread."}
+    )
+    max_validation_clips: int = field(
+        default=32, metadata={"help": "Validation clips for the error of the encoder's final states."}
+    )
+    no_wer: bool = field(default=False, metadata={"help": "Leave out transcription, which takes longest."})
+    output: str = field(
+        default="results/compare-base.json", metadata={"help": "File for the results; continued if there."}
+    )
+    redo: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Methods whose results in the file are out of date, to be computed again."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Start the file anew."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."}
+    )
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in (*self.methods, *self.redo) if name not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(
+                f"`methods` and `redo` must be of {', '.join(METHODS)}, got {' '.join(unknown) or 'none'}"
+            )
+        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
+            raise ValueError(f"`budgets` must be above 0 and at most 1, got {self.budgets}")
+        if self.distill_steps < 0 or (self.distill_steps and not self.seeds):
+            raise ValueError(
+                "`distill_steps` must be at least 0 and, above, with `seeds`, got "
+                f"{self.distill_steps} with {self.seeds}"
+            )
+        for name in ("max_test_clips", "max_validation_clips", "calibration_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if Path(self.output).suffix != ".json":
+            raise ValueError(f"`output` must be a .json file, got {self.output!r}")
+
+    def settings(self, seed: int | None) -> dict[str, Any]:
+        """What a result depends on, beside method, budget and seed; without training, not on distillation."""
+        names = MEASUREMENT if seed is None else (*MEASUREMENT, *DISTILLATION)
+        values = {name: value for name, value in asdict(self).items() if name in names}
+        return {"model": portable(self.model), **values}
+
+
+def spread(rows: Any, number: int) -> list[Row]:
+    """So many of the rows, evenly spread, decoded."""
+    number = min(number, len(rows))
+    return list(rows.select([index * len(rows) // number for index in range(number)]))
+
+
+class Comparison:
+    """What all methods have in common: the dense model, the clips, and what is computed from them once."""
+
+    def __init__(self, args: CompareArguments) -> None:
+        model_id = resolve_pretrained(args.model)
+        self.args = args
+        self.dense: Any = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
+        model_class = type(self.dense)
+        if model_class is not WhisperForConditionalGeneration:
+            raise ValueError(f"`model` must be a dense Whisper, got a {model_class.__name__}")
+        self.dense = self.dense.to(args.device).eval()
+        self.teacher = copy.deepcopy(self.dense)  # which training freezes
+        self.processor = AutoProcessor.from_pretrained(model_id)
+        multilingual = is_multilingual(self.dense)
+        languages = HEARD if multilingual else ["en"]
+        self.heard = [row for language in languages for row in self.load("train", language, text_column=None)]
+        tested = ["en", "es"] if multilingual and args.test_split == "test" else ["en"]
+        self.clips = {"validation": spread(self.load("validation", "en"), args.max_validation_clips)}
+        for language in tested:
+            rows = spread(self.load(args.test_split, language), args.max_test_clips)
+            self.clips[f"{args.test_split}_{language}"] = rows
+        shuffled = random.Random(0).sample(self.heard, len(self.heard))
+        windows = mixed_windows(shuffled, self.processor, args.calibration_windows)
+        self.calibration = Calibration(self.dense, windows)
+
+    def load(self, split: str, language: str, **options: Any) -> Any:
+        """Clips that fit into the model's window."""
+        longest = self.processor.feature_extractor.chunk_length
+        return load_speech_dataset(SAMPLE, split, language=language, max_seconds=longest, **options)
+
+    @cached_property
+    def expected(self) -> dict[str, list[Outputs]]:
+        """The dense model's outputs for all clips, by batch."""
+        return {
+            name: [outputs(self.dense, self.processor, batch) for batch in batched(rows, CLIPS_AT_ONCE)]
+            for name, rows in self.clips.items()
+        }
+
+    def build(self, method: str, budget: float) -> tuple[Any, dict[str, float]]:
+        """A method's model, and the seconds that it took.
+
+        Raises:
+            Unreachable: the method has none of that size.
+        """
+        chosen, seconds = METHODS[method], {"statistics": 0.0, "distillation": 0.0}
+        if chosen.statistics:
+            _ = self.calibration.statistics
+            seconds["statistics"] = self.calibration.seconds
+        set_seed(0)
+        start = time.perf_counter()
+        model = chosen.build(self.dense, self.calibration, budget).eval()
+        check_size(encoder_parameters(model), self.dense, budget)
+        return model, seconds | {"conversion": time.perf_counter() - start}
+
+    def distil(self, student: Any, seed: int) -> None:
+        """The same for all; but where layers were dropped, final states are all that can be compared."""
+        args, encoders = self.args, (student.get_encoder(), self.teacher.get_encoder())
+        same_depth = len({len(encoder.layers) for encoder in encoders}) == 1
+        with TemporaryDirectory() as folder:
+            short_distillation(
+                student,
+                self.teacher,
+                self.processor,
+                self.heard,
+                Path(folder),
+                window_seconds=args.window_seconds,
+                hidden_weight=float(same_depth),
+                per_device_train_batch_size=args.batch_size,
+                max_steps=args.distill_steps,
+                learning_rate=args.learning_rate,
+                seed=seed,
+                disable_tqdm=True,
+                use_cpu=args.device == "cpu",
+            )
+
+    def evaluate(self, model: Any) -> Result:
+        """Metrics on each set of clips, parameters and bytes."""
+        metrics: dict[str, dict[str, float]] = {}
+        model.eval()
+        for name, rows in self.clips.items():
+            metrics[name] = {
+                "clips": len(rows),
+                **deviation(model, self.processor, rows, self.expected[name]),
+            }
+            if name != "validation" and not self.args.no_wer:
+                metrics[name] |= word_errors(model, self.processor, rows)
+        unique, dense = encoder_parameters(model), encoder_parameters(self.dense)
+        encoder = {"unique": unique, "dense": dense, "ratio": unique / dense}
+        return {"encoder": encoder, "bytes": model_bytes(model), "metrics": metrics}
+
+
+def compare(comparison: Comparison, results: ResultsFile, method: str, budget: float) -> None:
+    """Adds the results of one method and budget that are not there yet."""
+    args = comparison.args
+    keys: list[dict[str, Any]] = [
+        {"method": method, "budget": budget, "seed": seed, "settings": args.settings(seed)}
+        for seed in [None, *(args.seeds if args.distill_steps else [])]
+    ]
+    missing = [key for key in keys if method in args.redo or not results.find(**key)]
+    if len(missing) < len(keys):
+        tqdm.write(f"{method} at {budget:g}: {len(keys) - len(missing)} of {len(keys)} results are there")
+    if not missing:
+        return
+    try:
+        model, seconds = comparison.build(method, budget)
+    except Unreachable as error:
+        tqdm.write(f"{method} at {budget:g}: not reached, {error}")
+        for key in missing:
+            results.add(key | {"unreachable": str(error)})
+        return
+    for key in missing:
+        student, took = model, dict(seconds)
+        if key["seed"] is not None:
+            student, start = copy.deepcopy(model), time.perf_counter()
+            comparison.distil(student, key["seed"])
+            took["distillation"] = time.perf_counter() - start
+        found = comparison.evaluate(student)
+        results.add(key | found | {"seconds": took})
+        tqdm.write(f"{method} at {budget:g}, seed {key['seed']}: {found['metrics']}")
+
+
+def main() -> None:
+    (args,) = parse_args(CompareArguments)
+    logging.set_verbosity_error()
+    results = ResultsFile(Path(args.output), args.overwrite)
+    comparison = Comparison(args)
+    dense_key = {"method": DENSE, "budget": 1.0, "seed": None, "settings": args.settings(None)}
+    if not results.find(**dense_key):
+        none = dict.fromkeys(("statistics", "conversion", "distillation"), 0.0)
+        results.add(dense_key | comparison.evaluate(comparison.dense) | {"seconds": none})
+    (dense,) = results.find(**dense_key)
+    print(f"dense: {dense['metrics']}")
+    with tqdm(list(product(args.budgets, args.methods)), unit="model") as bar:
+        for budget, method in bar:
+            bar.set_description(f"{method} at {budget:g}")
+            compare(comparison, results, method, budget)
+    found = [result for result in results.find(settings=args.settings(None)) if result["method"] != DENSE]
+    stages = {"without training": found}
+    if args.distill_steps:
+        stages["after distillation"] = results.find(settings=args.settings(args.seeds[0]))
+    write_report(results.path, f"{portable(args.model)}: methods at equal size", dense, stages)
+    print(f"results in {results.path}, tables and plots beside it")
+
+
+if __name__ == "__main__":
+    main()

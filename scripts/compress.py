@@ -1,0 +1,167 @@
+"""Compresses a trained Whisper or wav2vec2 CTC model: encoder layers share weights, and keep a low rank each.
+
+    python scripts/compress.py --model openai/whisper-base --budget 0.7 \
+        --dataset openslr/librispeech_asr --dataset_config clean --calibration_split train.100 --streaming \
+        --num_windows 128 --device cuda --output_dir outputs/compact
+
+In about a minute on a CPU, with the recordings that come with this repository:
+
+    python scripts/compress.py --model openai/whisper-tiny.en --budget 0.7 --language en --num_windows 8 --pack \
+        --output_dir outputs/compact
+
+With --budget, group sizes and ranks are chosen by what they do to the encoder's output, which is the best that this
+package knows; --group_size and --rank give them by hand, as the paper does. Tens of recordings like those that the
+model will hear are enough, and transcripts are not read. The folder gets the model, its processor and
+`compression.json` (settings, parameters, and the error of each matrix). `scripts/distill.py` then repairs much of what
+was lost.
+The first argument may instead be a JSON or YAML file with options by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from common import DataArguments, model_bytes, parse_args, prepare_output_dir, require_space
+from pretrained import resolve_pretrained
+from training import read_json, save_processor
+from transformers import AutoConfig, AutoProcessor
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.conversion import ITERATIONS
+from hf_residual_transformer.data import calibration_batches
+from hf_residual_transformer.evaluation import portable, provenance
+
+CLASSES: dict[str, Any] = {
+    "whisper": hrt.ResidualWhisperForConditionalGeneration,
+    "wav2vec2": hrt.ResidualWav2Vec2ForCTC,
+}
+
+
+@dataclass
+class CompressionArguments:
+    """What to compress, how far, and where to."""
+
+    output_dir: str = field(metadata={"help": "Folder for the compressed model; it must be empty or new."})
+    model: str = field(
+        default="openai/whisper-base",
+        metadata={"help": "A dense model's id on the Hub, or its folder: Whisper, or wav2vec2 with CTC."},
+    )
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Size of the encoder's layers, relative to dense, such as 0.7: chooses the ranks, which "
+            "--rank and --rank_pattern then do not, and, without --group_size, all other settings too."
+        },
+    )
+    group_size: str | None = field(
+        default=None,
+        metadata={
+            "help": "How many adjacent layers share a full-rank matrix (the paper's K); 'null' for none. As "
+            'JSON, a size for each module that is to be compressed: \'{"fc1": 3, "fc2": 3}\'. By default 2, or '
+            "what --budget chooses."
+        },
+    )
+    rank: int = field(
+        default=32, metadata={"help": "Rank of what each layer adds to it (the paper's R); 0 for nothing."}
+    )
+    rank_pattern: str | None = field(
+        default=None, metadata={"help": "Ranks that differ, as JSON, by module: '{\"fc2\": 64}'."}
+    )
+    diagonal: Literal["none", "square", "all"] = field(
+        default="square", metadata={"help": "Which matrices also get a diagonal of their own."}
+    )
+    share_biases: bool = field(
+        default=False, metadata={"help": "One bias a group, not one a layer, as the paper's sizes suggest."}
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to compress, such as fc1 fc2; by default all of a layer."}
+    )
+    start: Literal["calibrated", "svd"] = field(
+        default="calibrated",
+        metadata={
+            "help": "'calibrated' keeps outputs on real recordings; 'svd' keeps weights, which is far worse."
+        },
+    )
+    iterations: int = field(
+        default=ITERATIONS, metadata={"help": "Rounds of alternation, for groups that have no closed form."}
+    )
+    calibration_split: str = field(default="train", metadata={"help": "Split of the data to calibrate on."})
+    num_windows: int = field(
+        default=64,
+        metadata={"help": "Recordings to calibrate on; 0 for none, which the start 'svd' does not need."},
+    )
+    pack: bool = field(
+        default=False, metadata={"help": "Join short clips, so that windows are full and fewer are enough."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Windows at a time; the result is the same."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metadata={"help": "Where to compute, such as 'cpu' or 'cuda'."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
+
+    def residual_config(self) -> hrt.ResidualConfig | None:
+        """None where `budget` chooses; raises ValueError for what is not JSON, or not possible."""
+        if self.budget is not None and self.group_size is None:
+            return None
+        return hrt.ResidualConfig(
+            group_size=read_json("group_size", self.group_size or "2"),
+            rank=self.rank,
+            rank_pattern=read_json("rank_pattern", self.rank_pattern or "{}"),
+            diagonal=self.diagonal,
+            share_biases=self.share_biases,
+            target_modules=None if self.target_modules is None else tuple(self.target_modules),
+        )
+
+
+def main() -> None:
+    args, data_args = parse_args(CompressionArguments, DataArguments)
+    residual_config = args.residual_config()
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite)
+    model_id = resolve_pretrained(args.model)
+    # The class's, since a residual model's config calls itself dense.
+    model_type = type(AutoConfig.from_pretrained(model_id)).model_type
+    if model_type not in CLASSES:
+        raise ValueError(f"`model` must be one of {', '.join(CLASSES)}, got {args.model!r}, a {model_type}")
+    residual_class = CLASSES[model_type]
+    processor = AutoProcessor.from_pretrained(model_id)
+    calibration = None
+    if args.num_windows > 0:
+        rate = processor.feature_extractor.sampling_rate
+        rows = data_args.load(args.calibration_split, rate, with_text=False)
+        calibration = calibration_batches(
+            rows, processor, num_windows=args.num_windows, batch_size=args.batch_size, pack=args.pack
+        )
+
+    dense = residual_class.dense_class().from_pretrained(model_id, dtype=torch.float32).to(args.device)
+    require_space(output_dir, model_bytes(dense))
+    model = residual_class.from_dense(
+        dense,
+        residual_config,
+        calibration=calibration,
+        start=args.start,
+        budget=args.budget,
+        iterations=args.iterations,
+    )
+
+    parameters = hrt.parameter_report(model)
+    print(model.conversion_report, parameters, sep="\n\n")
+    model.save_pretrained(output_dir)
+    save_processor(processor, output_dir)
+    data = {**asdict(data_args), "dataset": portable(data_args.dataset), "split": args.calibration_split}
+    report = {
+        "model": portable(args.model),
+        "residual_config": model.config.residual_config.to_dict(),
+        "parameters": parameters.to_dict(),
+        "conversion": model.conversion_report.to_dict(),
+        "data": data if calibration else None,
+        **provenance(),
+    }
+    (output_dir / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

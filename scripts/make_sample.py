@@ -1,0 +1,330 @@
+"""Builds the speech sample in `sample/` from recorded telephone prompts that Debian packages.
+
+    apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722}
+    python scripts/make_sample.py
+
+`--full OUT` writes all prompts of the five languages instead, and the Czech and Dutch dialogue of a game,
+with English translations; about five hours of speech, for research outside the repository:
+
+    apt-get install fillets-ng-data fillets-ng-data-cs fillets-ng-data-nl
+    python scripts/make_sample.py --full /tmp/speech
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import hashlib
+import re
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+PROMPTS = Path("/usr/share/asterisk/sounds")
+DOCUMENTATION = Path("/usr/share/doc")
+GAME = Path("/usr/share/games/fillets-ng")
+VOICES = {
+    "en": "en_US_f_Allison",
+    "es": "es_MX_f_Allison",
+    "fr": "fr_CA_f_June",
+    "it": "it_IT_m_Carlo",
+    "ru": "ru_RU_f_IvrvoiceRU",
+}
+SOUND_EFFECTS = {"beep", "beeperr", "confbridge-join", "confbridge-leave", "tt-monkeys"}
+SOUND_EFFECTS |= {"ascending-2tone", "descending-2tone"}
+
+SAMPLING_RATE = 16_000
+G722_BYTES_PER_SECOND = 8_000
+OPUS = {"format": "OGG", "subtype": "OPUS", "compression_level": 0.92}  # here about 28 kbit/s
+FLAC = {"format": "FLAC", "subtype": "PCM_16"}
+MIN_SECONDS, MAX_SECONDS = 0.6, 28.0
+MAX_CHARACTERS_PER_SECOND = 18.5  # letters and digits; faster than anyone speaks here, so the text differs
+OTHER_TRAIN_SECONDS = 200.0
+SPANISH_TEST_CLIPS = 25
+COLUMNS = ["file_name", "text", "language", "split", "duration", "speaker"]
+README = """# Speech sample
+
+Telephone prompts of the Asterisk PBX, read by one professional speaker a language: human speech for the
+examples, the tests and the measurements of this repository. 16 kHz mono Ogg Opus, which `soundfile` reads;
+the transcripts are in `metadata.csv`, whose columns are the file's name, text, language, split, duration in
+seconds and speaker.
+
+{table}
+
+English is complete. The other languages have about {minutes:.1f} minutes of training clips each; Spanish
+also has {spanish} test clips, of three words or more. The split is by a hash of the prompt's name: a prompt
+is in the same split in every language, and so are prompts with the same text. Stock phrases such as
+"followed by the pound key" still occur in every split, and some phrases of different splits differ by a word
+or two.
+
+Most Spanish transcripts lack their accents ("numero", "contrasena"): compare them without diacritics.
+
+Of the prompts that have both a text and a recording, these were left out, by the rule that met them first:
+
+{faults}
+
+No test clip was left out because a model misheard it. The Spanish rule rests on `openai/whisper-base`
+hearing "número" in such clips, and on recordings too long for their texts.
+
+## Source and licence
+Debian's `asterisk-core-sounds-{{en,es,fr,it,ru}}` (texts) and `asterisk-core-sounds-{{en,es,fr,it,ru}}-g722`
+(audio), version {version}, decoded from G.722 and encoded anew as Opus by `scripts/make_sample.py`, whose
+docstring holds the commands. Of the texts, only superfluous spaces and the dots that mark an unfinished
+phrase were removed. A new build has the same clips and texts; the bytes of an Ogg file differ by its random
+serial number.
+
+| language | recorded by | licence |
+|---|---|---|
+| en, es | Allison Smith (theivrvoice.com), 2003-2010; financed by Digium, Inc. | CC BY-SA 3.0 |
+| fr | June Wallack (junewallack.com), 2006-2008; translated by Clod Patry, Kristopher Lalletti and June \
+Wallack; financed by Digium, Inc., Unlimitel and BGM Informatique | CC BY-SA 3.0 |
+| it | Carlo Flora (carloflora.com, segreterietelefoniche.it), 2012; translated by Silvia Petrin | CC BY 3.0 |
+| ru | provided by Maxim Topal (ivrvoice.ru), 2010 | CC BY 3.0 |
+
+`LICENSE` is the packages' copyright file, with the full terms. They hold for this folder, not for the code.
+"""
+
+
+@dataclass
+class Clip:
+    """A recording with its transcript; `duration` in seconds."""
+
+    source: Path
+    name: str
+    text: str
+    language: str
+    speaker: str
+    duration: float
+    translation: str = ""
+    split: str = ""
+
+    @property
+    def spoken(self) -> str:
+        """The letters and digits of the text, in lower case, by which two texts are compared."""
+        return " ".join(re.findall(r"[^\W_]+", self.text.lower()))
+
+
+def read_prompts(language: str) -> list[Clip]:
+    """The telephone prompts of a language, from lines `name: text`; English texts serve as translations."""
+    folder = PROMPTS / VOICES[language]
+    texts, english = read_prompt_texts(language), read_prompt_texts("en")
+    clips = []
+    for name, text in texts.items():
+        source = folder / f"{name}.g722"
+        if source.is_file():
+            seconds = source.stat().st_size / G722_BYTES_PER_SECOND
+            translation = english.get(name, "") if language != "en" else ""
+            clips.append(Clip(source, name, text, language, folder.name, seconds, translation))
+    return clips
+
+
+def read_prompt_texts(language: str) -> dict[str, str]:
+    """Names and texts of a language's prompts; a name with two texts has neither."""
+    path = DOCUMENTATION / f"asterisk-core-sounds-{language}" / f"core-sounds-{language}.txt.gz"
+    if not path.is_file() or not (PROMPTS / VOICES[language]).is_dir():
+        raise FileNotFoundError(
+            f"apt-get install asterisk-core-sounds-{language} asterisk-core-sounds-{language}-g722"
+        )
+    texts = defaultdict(set)
+    with gzip.open(path, "rt", encoding="utf-8-sig") as lines:
+        for line in lines:
+            name, colon, text = line.partition(":")
+            if colon and not line.startswith(";"):
+                texts[name].add(clean(text))
+    return {name: found.pop() for name, found in texts.items() if len(found) == 1}
+
+
+def read_game(language: str) -> list[Clip]:
+    """The game's dialogue in `cs` or `nl`, from `dialogId(name, font, English)` and `dialogStr(text)`."""
+    string = r'"((?:[^"\\]|\\.)*)"'
+    entry = re.compile(rf"dialogId\({string},\s*{string},\s*{string}\)\s*dialogStr\({string}\)")
+    scripts = sorted(GAME.glob(f"script/*/*dialogs_{language}.lua"))
+    if not scripts or not any(GAME.glob(f"sound/*/{language}")):
+        raise FileNotFoundError(f"apt-get install fillets-ng-data fillets-ng-data-{language}")
+    clips = []
+    for script in scripts:
+        level = script.parent.name
+        for name, font, english, text in entry.findall(script.read_text(encoding="utf-8")):
+            source = GAME / "sound" / level / language / f"{name}.ogg"
+            if source.is_file():
+                speaker = f"{language}_{font.removeprefix('font_')}"
+                seconds = soundfile.info(source).duration
+                clips.append(
+                    Clip(source, f"{level}/{name}", clean(text), language, speaker, seconds, clean(english))
+                )
+    return clips
+
+
+def clean(text: str) -> str:
+    """The text with single spaces, and without the dots that mark a phrase as part of a longer one."""
+    return " ".join(re.sub(r"\.{3,}|…", " ", text).split())
+
+
+def find_fault(clip: Clip) -> str | None:
+    """Why the clip is no pair of speech and transcript; None if it is one."""
+    letters = len(clip.spoken.replace(" ", ""))
+    rules = {
+        "sound effect or silence": clip.name in SOUND_EFFECTS or clip.name.startswith("silence/"),
+        "no transcript": letters == 0,
+        "direction or unspoken symbol in the transcript": re.search(r"[\[\]()<>*#%\\]", clip.text),
+        "Spanish 'marque 1', where the voice says 'marque el número 1'": (
+            clip.language == "es" and re.search(r"\bmarque [1-9]", clip.text, re.IGNORECASE)
+        ),
+        f"shorter than {MIN_SECONDS} s or longer than {MAX_SECONDS:.0f} s": (
+            not MIN_SECONDS <= clip.duration <= MAX_SECONDS
+        ),
+        "transcript too long for the recording": letters > MAX_CHARACTERS_PER_SECOND * clip.duration,
+    }
+    return next((fault for fault, applies in rules.items() if applies), None)
+
+
+def assign_splits(clips: Iterable[Clip]) -> None:
+    """Puts about 60 % of the names in train, 15 % in validation and 25 % in test, by their hash.
+
+    A name goes with the same name in every language, and with each name that has the same text in some
+    language, so that no split holds a text of another.
+    """
+    parent: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    clips = list(clips)
+    for clip in clips:
+        first, second = sorted((find(f"name {clip.name}"), find(f"text {clip.language} {clip.spoken}")))
+        parent[second] = first
+    for clip in clips:
+        draw = hash_of(find(f"name {clip.name}")) % 100
+        clip.split = "train" if draw < 60 else "validation" if draw < 75 else "test"
+
+
+def hash_of(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def select_sample(clips: list[Clip]) -> list[Clip]:
+    """All English clips, a few minutes of training clips in each other language, a few Spanish test clips."""
+    selected = [clip for clip in clips if clip.language == "en"]
+    shuffled = sorted(clips, key=lambda clip: hash_of(f"{clip.language} {clip.name}"))
+    for language in sorted(VOICES.keys() - {"en"}):
+        seconds = 0.0
+        for clip in shuffled:
+            if clip.language == language and clip.split == "train" and seconds < OTHER_TRAIN_SECONDS:
+                selected.append(clip)
+                seconds += clip.duration
+    spanish = [clip for clip in shuffled if clip.language == "es" and clip.split == "test"]
+    phrases = [clip for clip in spanish if len(clip.spoken.split()) >= 3]
+    return selected + phrases[:SPANISH_TEST_CLIPS]
+
+
+def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dict[str, Any]) -> None:
+    """Writes 16 kHz audio and `metadata.csv`; `coding` is what `soundfile.write` takes.
+
+    Raises:
+        FileExistsError: The folder has audio already.
+        RuntimeError: A file doesn't decode to its source's length.
+    """
+    if (folder / "audio").exists():
+        raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
+    rows = []
+    for clip in clips:
+        name = f"{clip.name.replace('/', '_')}.{coding['format'].lower()}"
+        target = folder / "audio" / clip.split / clip.language / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(target, decode(clip.source), SAMPLING_RATE, **coding)
+        written = soundfile.info(target)
+        if written.samplerate != SAMPLING_RATE or abs(written.duration - clip.duration) > 0.05:
+            raise RuntimeError(f"{target} has {written.duration:.2f} s, {clip.source} {clip.duration:.2f} s")
+        file_name = target.relative_to(folder).as_posix()
+        rows.append(vars(clip) | {"file_name": file_name, "duration": f"{clip.duration:.2f}"})
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=itemgetter("file_name")))
+
+
+def decode(source: Path) -> np.ndarray:
+    """The file as 16-bit samples `(num_samples,)` at 16 kHz, mono."""
+    command = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-i",
+        str(source),
+        "-f",
+        "s16le",
+        "-ac",
+        "1",
+        "-ar",
+        str(SAMPLING_RATE),
+        "-",
+    ]
+    return np.frombuffer(subprocess.run(command, check=True, capture_output=True).stdout, np.int16)
+
+
+def count_table(clips: list[Clip]) -> str:
+    """Clips and minutes of each language and split, as a Markdown table."""
+    rows = ["| language | split | clips | minutes |", "|---|---|---:|---:|"]
+    for language in sorted({clip.language for clip in clips}):
+        for split in ("train", "validation", "test"):
+            durations = [clip.duration for clip in clips if (clip.language, clip.split) == (language, split)]
+            if durations:
+                rows.append(f"| {language} | {split} | {len(durations)} | {sum(durations) / 60:.1f} |")
+    return "\n".join(rows)
+
+
+def write_readme(clips: list[Clip], faults: Counter[str], folder: Path) -> None:
+    """Writes the sample's description, and the packages' copyright file as its licence."""
+    packages = ["asterisk-core-sounds-en", "asterisk-core-sounds-en-g722"]
+    command = ["dpkg-query", "--show", "--showformat", "${Version}\n", *packages]
+    versions = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    text = README.format(
+        version=" and ".join(sorted(set(versions))),
+        table=count_table(clips),
+        faults="\n".join(f"- {count}: {fault}" for fault, count in faults.most_common()),
+        minutes=OTHER_TRAIN_SECONDS / 60,
+        spanish=SPANISH_TEST_CLIPS,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    shutil.copyfile(DOCUMENTATION / packages[0] / "copyright", folder / "LICENSE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "sample")
+    parser.add_argument(
+        "--full", type=Path, metavar="OUT", help="write everything there instead of the sample"
+    )
+    arguments = parser.parse_args()
+
+    clips = [clip for language in VOICES for clip in read_prompts(language)]
+    if arguments.full:
+        clips += read_game("cs") + read_game("nl")
+    faults = Counter(fault for clip in clips if (fault := find_fault(clip)))
+    clips = [clip for clip in clips if find_fault(clip) is None]
+    assign_splits(clips)
+    if arguments.full:
+        write_clips(clips, arguments.full, [*COLUMNS, "translation"], FLAC)
+    else:
+        clips = select_sample(clips)
+        write_clips(clips, arguments.out, COLUMNS, OPUS)
+        write_readme(clips, faults, arguments.out)
+    print(count_table(clips))
+    print("\n".join(f"left out: {count}, {fault}" for fault, count in faults.most_common()))
+
+
+if __name__ == "__main__":
+    main()

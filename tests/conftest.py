@@ -1,0 +1,168 @@
+"""Tiny random models of both families, which every test file builds on; nothing here needs the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+
+from hf_residual_transformer import ResidualWav2Vec2Config, ResidualWhisperConfig
+
+torch.set_num_threads(1)
+
+SAMPLING_RATE = 16_000
+WHISPER_BYTES = sorted(ByteLevel.alphabet())
+WHISPER_SPECIAL = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|de|>",
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|startoflm|>",
+    "<|startofprev|>",
+    "<|nospeech|>",
+    "<|notimestamps|>",
+]
+WHISPER_TIMESTAMPS = [f"<|{0.02 * i:.2f}|>" for i in range(51)]
+WHISPER_VOCAB = {token: i for i, token in enumerate([*WHISPER_BYTES, *WHISPER_SPECIAL, *WHISPER_TIMESTAMPS])}
+WAV2VEC2_VOCAB = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefgh"])}
+
+
+def tiny_whisper_config(**kwargs) -> WhisperConfig:
+    """4 encoder layers of 32/64, windows of one second; a residual config if `residual_config` is given."""
+    end = WHISPER_VOCAB["<|endoftext|>"]
+    values = {
+        "vocab_size": len(WHISPER_VOCAB),
+        "num_mel_bins": 16,
+        "d_model": 32,
+        "encoder_layers": 4,
+        "encoder_ffn_dim": 64,
+        "encoder_attention_heads": 2,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 64,
+        "decoder_attention_heads": 2,
+        "max_source_positions": 50,
+        "max_target_positions": 40,
+        "classifier_proj_size": 16,
+        "decoder_start_token_id": WHISPER_VOCAB["<|startoftranscript|>"],
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "begin_suppress_tokens": [WHISPER_VOCAB["Ġ"], end],
+        **kwargs,
+    }
+    return (ResidualWhisperConfig if "residual_config" in kwargs else WhisperConfig)(**values)
+
+
+def tiny_wav2vec2_config(**kwargs) -> Wav2Vec2Config:
+    """4 encoder layers of 32/64 over two convolutions; a residual config if `residual_config` is given.
+
+    No dropout and no masking, so that what a test computes in training mode is deterministic.
+    """
+    values = {
+        "vocab_size": len(WAV2VEC2_VOCAB),
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "conv_dim": (16, 16),
+        "conv_kernel": (10, 3),
+        "conv_stride": (5, 4),
+        "num_feat_extract_layers": 2,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "codevector_dim": 16,
+        "proj_codevector_dim": 16,
+        "num_codevectors_per_group": 8,
+        "num_negatives": 4,
+        "classifier_proj_size": 16,
+        "tdnn_dim": (16, 16),
+        "tdnn_kernel": (5, 3),
+        "tdnn_dilation": (1, 2),
+        "xvector_output_dim": 16,
+        "pad_token_id": WAV2VEC2_VOCAB["<pad>"],
+        "mask_time_prob": 0.0,
+        "mask_time_length": 2,
+        "hidden_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "feat_proj_dropout": 0.0,
+        "final_dropout": 0.0,
+        "layerdrop": 0.0,
+        **kwargs,
+    }
+    return (ResidualWav2Vec2Config if "residual_config" in kwargs else Wav2Vec2Config)(**values)
+
+
+def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Moves every parameter, also those that start at zero or one, and returns the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model.eval()
+
+
+def whisper_generation_config() -> GenerationConfig:
+    """What multilingual Whisper checkpoints have: languages, tasks and timestamps."""
+    end = WHISPER_VOCAB["<|endoftext|>"]
+    return GenerationConfig(
+        is_multilingual=True,
+        lang_to_id={token: WHISPER_VOCAB[token] for token in ("<|en|>", "<|de|>")},
+        task_to_id={task: WHISPER_VOCAB[f"<|{task}|>"] for task in ("translate", "transcribe")},
+        no_timestamps_token_id=WHISPER_VOCAB["<|notimestamps|>"],
+        prev_sot_token_id=WHISPER_VOCAB["<|startofprev|>"],
+        decoder_start_token_id=WHISPER_VOCAB["<|startoftranscript|>"],
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        max_initial_timestamp_index=25,
+        alignment_heads=[[1, 0]],
+        return_timestamps=False,
+        max_new_tokens=12,
+    )
+
+
+def whisper_processor() -> WhisperProcessor:
+    """Bytes as tokens, and Whisper's special ones."""
+    tokenizer = WhisperTokenizer(vocab=dict(WHISPER_VOCAB), merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": WHISPER_SPECIAL[1:]})
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in WHISPER_TIMESTAMPS])
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    return WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+
+
+def wav2vec2_processor(folder) -> Wav2Vec2Processor:
+    """Eight letters; `folder` is where the vocabulary's file is written."""
+    import json
+
+    path = folder / "vocab.json"
+    path.write_text(json.dumps(WAV2VEC2_VOCAB))
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    return Wav2Vec2Processor(feature_extractor=extractor, tokenizer=Wav2Vec2CTCTokenizer(str(path)))
+
+
+def speech(seconds: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """Noise that stands for a recording, (seconds * 16000,)."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(int(seconds * SAMPLING_RATE), generator=generator)
