@@ -63,6 +63,7 @@ class MatrixStatistics(WeightedMoments):
     def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.gradients = torch.zeros(out_features, out_features, dtype=torch.float64, device=device)
+        self.frame_weights: list[Tensor] = []  # of each batch, (num_frames,)
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +73,8 @@ class MatrixStatistics(WeightedMoments):
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
         """Adds frames, (num_frames, in_features), with the gradients at them, (num_frames, out_features)."""
         gradients = gradients.double()
-        self.add(inputs, gradients.square().sum(1))
+        self.frame_weights.append(gradients.square().sum(1))
+        self.add(inputs, self.frame_weights[-1])
         self.gradients.addmm_(gradients.T, gradients)
 
 
@@ -113,7 +115,7 @@ def as_batches(calibration: Any) -> list[dict[str, Tensor]]:
 
 
 def parallel_sum(first: Tensor, second: Tensor) -> Tensor:
-    """`(C_1⁻¹ + C_2⁻¹)⁻¹`, the metric in which two layers that share a matrix differ: see `conversion._fit_pair`."""
+    """`(C_1⁻¹ + C_2⁻¹)⁻¹`, the metric in which two layers that share a matrix differ: see `fitting._fit_pair`."""
     parallel = first @ torch.linalg.solve(first + second, second)
     return (parallel + parallel.T) / 2
 
@@ -227,10 +229,7 @@ class Sweep:
         }
         generator = torch.Generator().manual_seed(self.seed)
         for batch in self.batches:
-            batch = {
-                key: value.to(self.dense.device, self.dense.dtype if value.is_floating_point() else None)
-                for key, value in batch.items()
-            }
+            batch = to_model(self.dense, batch)
             with _watching(encoder, run[0], statistics) as watched:
                 final = _final_states(self.dense, encoder, batch)
                 # One window at a time, so that the batch size changes nothing.
@@ -278,8 +277,16 @@ def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list
             handle.remove()
 
 
-class _Reached(Exception):
-    """Ends a forward pass after the encoder."""
+def to_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch where the model is, in its dtype."""
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for key, value in batch.items()
+    }
+
+
+class Reached(Exception):
+    """Ends a forward pass where all that is wanted is known."""
 
 
 def _final_states(dense: Any, encoder: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -288,12 +295,12 @@ def _final_states(dense: Any, encoder: nn.Module, batch: dict[str, Tensor]) -> T
 
     def catch(_module: nn.Module, _args: Any, output: Any) -> None:
         states.append(output[0])
-        raise _Reached
+        raise Reached
 
     handle = encoder.register_forward_hook(catch)
     try:
         dense(**batch)
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()

@@ -18,13 +18,21 @@ class Family:
     Args:
         name: the dense `model_type`.
         encoders: the classes of the module that owns `layers`; the shared weights are registered on it.
-        modules: paths of the linear modules inside one layer, in the order in which they are computed.
+        stages: paths of the linear modules inside one layer, in the order in which they are computed: what reads
+            from the residual stream for the attention, what writes to it, and the same for the feed-forward.
             The last part of a path is the role, the name that `ResidualConfig` knows it by.
+        post_norm: those of `encoders` whose layers normalise the residual stream itself, after each addition.
     """
 
     name: str
     encoders: tuple[type[nn.Module], ...]
-    modules: tuple[str, ...]
+    stages: tuple[tuple[str, ...], tuple[str], tuple[str, ...], tuple[str]]
+    post_norm: tuple[type[nn.Module], ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of all stages."""
+        return tuple(path for stage in self.stages for path in stage)
 
     def find_encoder(self, model: nn.Module) -> Any:
         """The encoder inside `model`, which may itself be one."""
@@ -37,20 +45,24 @@ class Family:
 WHISPER = Family(
     name="whisper",
     encoders=(WhisperEncoder,),
-    modules=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("fc1",),
+        ("fc2",),
+    ),
 )
 
 WAV2VEC2 = Family(
     name="wav2vec2",
     encoders=(Wav2Vec2Encoder, Wav2Vec2EncoderStableLayerNorm),
-    modules=(
-        "attention.q_proj",
-        "attention.k_proj",
-        "attention.v_proj",
-        "attention.out_proj",
-        "feed_forward.intermediate_dense",
-        "feed_forward.output_dense",
+    stages=(
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        ("attention.out_proj",),
+        ("feed_forward.intermediate_dense",),
+        ("feed_forward.output_dense",),
     ),
+    post_norm=(Wav2Vec2Encoder,),
 )
 
 

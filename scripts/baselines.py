@@ -29,8 +29,8 @@ from sharing_methods import ours, pairs, paper, sharing, svd, tied
 from torch import Tensor, nn
 
 from hf_residual_transformer.calibration import damp
-from hf_residual_transformer.conversion import Components, truncate
 from hf_residual_transformer.families import WHISPER, groups_of
+from hf_residual_transformer.fitting import Components, truncate
 from hf_residual_transformer.layers import LowRankLinear
 
 WRITERS = ("self_attn.out_proj", "fc2")  # into the residual stream; the others read from it

@@ -30,9 +30,9 @@ from training import read_json, save_processor
 from transformers import AutoConfig, AutoProcessor
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.conversion import ITERATIONS
 from hf_residual_transformer.data import calibration_batches
 from hf_residual_transformer.evaluation import portable, provenance
+from hf_residual_transformer.fitting import ITERATIONS
 
 CLASSES: dict[str, Any] = {
     "whisper": hrt.ResidualWhisperForConditionalGeneration,

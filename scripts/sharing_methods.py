@@ -22,8 +22,9 @@ from baseline_parts import (
 )
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.conversion import Components, residual_like, truncate
+from hf_residual_transformer.conversion import residual_like
 from hf_residual_transformer.families import WHISPER, groups_of, role_of
+from hf_residual_transformer.fitting import Components, truncate
 
 
 def _from_dense(dense: Any, config: hrt.ResidualConfig | None, **options: Any) -> Any:

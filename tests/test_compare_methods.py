@@ -21,8 +21,8 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.calibration import damp
-from hf_residual_transformer.conversion import fit_group
 from hf_residual_transformer.families import WHISPER
+from hf_residual_transformer.fitting import fit_group
 from hf_residual_transformer.layers import ResidualLinear
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
