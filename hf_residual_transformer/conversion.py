@@ -55,7 +55,9 @@ def convert(
     """A residual model of class `cls` from a trained dense one.
 
     Calibration streams a batch at a time, forward and backward, and holds the statistics of as many layers as
-    `calibration.HELD_BYTES` have room for; further layers take further passes.
+    `calibration.HELD_BYTES` have room for; further layers take further passes. Beside them it holds, for all of
+    the calibration, hidden states of both encoders and the outputs of a layer's matrices: 0.5 GB for 16 windows and
+    whisper-base.
 
     Args:
         cls: the residual class; `from_dense` passes its own.

@@ -80,7 +80,7 @@ class CompareArguments:
     )
     batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
     window_seconds: float = field(default=10.0, metadata={"help": "Length of a window in distillation."})
-    learning_rate: float = field(default=4e-5, metadata={"help": "Peak learning rate of distillation."})
+    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of distillation."})
     calibration_windows: int = field(
         default=16, metadata={"help": "Windows to calibrate on, half of them full, half with one clip."}
     )
