@@ -21,6 +21,7 @@ INPUT_NAMES = ("input_features", "input_values")
 DAMPING = 1e-4  # of the mean variance of the inputs
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
 HELD_BYTES = 1e9  # of statistics at a time; more layers than have room take another pass over the calibration
+GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -35,11 +36,11 @@ class WeightedMoments:
 
     def add(self, vectors: Tensor, weights: Tensor) -> None:
         """Adds (number, features), each with its weight, (number,)."""
-        vectors, weights = vectors.double(), weights.double()
-        weighted = vectors * weights[:, None]
-        self.weight += weights.sum()
-        self.sum += weighted.sum(0)
-        self.products.addmm_(weighted.T, vectors)
+        roots = weights.double().sqrt()[:, None]
+        vectors = vectors.double() * roots
+        self.weight += weights.double().sum()
+        self.sum += (vectors * roots).sum(0)
+        add_gram(self.products, vectors)
 
     @property
     def mean(self) -> Tensor:
@@ -75,7 +76,17 @@ class MatrixStatistics(WeightedMoments):
         gradients = gradients.double()
         self.frame_weights.append(gradients.square().sum(1))
         self.add(inputs, self.frame_weights[-1])
-        self.gradients.addmm_(gradients.T, gradients)
+        add_gram(self.gradients, gradients)
+
+
+def add_gram(total: Tensor, vectors: Tensor) -> None:
+    """Adds `Xᵀ X` of (number, features) to (features, features), in blocks, each of which and its mirror image are
+    computed once.
+    """
+    for start in range(0, len(total), GRAM_BLOCK):
+        end = start + GRAM_BLOCK
+        total[start:end, start:].addmm_(vectors[:, start:end].T, vectors[:, start:])
+        total[end:, start:end] = total[start:end, end:].T
 
 
 def damp(covariance: Tensor, damping: float = DAMPING) -> Tensor:

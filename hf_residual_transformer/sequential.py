@@ -119,9 +119,11 @@ class Streams:
                 error = found.relative_error(linear.merged_weight().double())
                 errors.append(ModuleError(layer_idx, role_of(path), linear.rank, error))
         self.dense = [output for _, output in given]
-        self.residual = [
-            _calls(target, states, context, ())[1] for states, context in zip(self.residual, self.contexts)
-        ]
+        if layer_idx + 1 < len(self.layers):
+            self.residual = [
+                _calls(target, states, context, ())[1]
+                for states, context in zip(self.residual, self.contexts)
+            ]
         return errors
 
     def _moments(
