@@ -313,7 +313,7 @@ def calibration_batches(
     *,
     num_windows: int = 64,
     batch_size: int = 8,
-    pack: bool = False,
+    pack: float = 0.75,
     window_seconds: float | None = None,
     silence_seconds: float = 0.5,
 ) -> list[dict[str, Tensor]]:
@@ -326,8 +326,8 @@ def calibration_batches(
         dataset: rows as from `load_speech_dataset`; text is not needed.
         processor: the model's, or its feature extractor alone.
         num_windows: model inputs wanted; fewer if the data set ends before.
-        pack: fills each window with as many whole clips as fit. By default a window is one clip, as the model
-            sees it in use, which for Whisper is mostly padding.
+        pack: part of the windows that are filled with as many whole clips as fit. The others, which come first, are
+            one clip each, as the model hears it in use: for Whisper mostly padding, of which it must see some.
         window_seconds: length of a window, by default 30 for Whisper, else 20. Longer clips are cut in equal
             parts.
         silence_seconds: zeros between two packed clips.
@@ -347,8 +347,12 @@ def calibration_batches(
     for name, value in (("num_windows", num_windows), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if not 0 <= pack <= 1:
+        raise ValueError(f"`pack` must be from 0 to 1, got {pack}")
     clips = (array for row in dataset for array in _arrays([row], extractor))
-    windows = list(islice(_windows(clips, window, int(silence_seconds * rate), pack), num_windows))
+    packed, silence = round(num_windows * pack), int(silence_seconds * rate)
+    windows = list(islice(_windows(clips, window, silence, pack=False), num_windows - packed))
+    windows += islice(_windows(clips, window, silence, pack=True), packed)
     if not windows:
         raise ValueError("the calibration data has no rows")
     length = longest or max(map(len, windows))

@@ -35,10 +35,18 @@ import torch
 from baseline_parts import Calibration, Unreachable, check_size, encoder_parameters
 from baselines import METHODS
 from common import SAMPLE, model_bytes, parse_args
-from compare_metrics import CLIPS_AT_ONCE, Outputs, Row, deviation, outputs, word_errors
+from compare_metrics import (
+    CLIPS_AT_ONCE,
+    Outputs,
+    Row,
+    deviation,
+    encoding_once,
+    outputs,
+    word_errors,
+)
 from compare_results import DENSE, Result, ResultsFile, write_report
 from pretrained import resolve_pretrained
-from recipe import mixed_windows, short_distillation
+from recipe import short_distillation
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -50,6 +58,7 @@ from transformers.utils import logging
 
 from hf_residual_transformer.data import (
     batched,
+    calibration_batches,
     is_multilingual,
     load_speech_dataset,
 )
@@ -82,7 +91,8 @@ class CompareArguments:
     window_seconds: float = field(default=10.0, metadata={"help": "Length of a window in distillation."})
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of distillation."})
     calibration_windows: int = field(
-        default=16, metadata={"help": "Windows to calibrate on, half of them full, half with one clip."}
+        default=16,
+        metadata={"help": "Windows to calibrate on, three of four full, the others with one clip."},
     )
     test_split: str = field(
         default="test",
@@ -161,7 +171,9 @@ class Comparison:
             rows = spread(self.load(args.test_split, language), args.max_test_clips)
             self.clips[f"{args.test_split}_{language}"] = rows
         shuffled = random.Random(0).sample(self.heard, len(self.heard))
-        windows = mixed_windows(shuffled, self.processor, args.calibration_windows)
+        windows = calibration_batches(
+            shuffled, self.processor, num_windows=args.calibration_windows, batch_size=1
+        )
         self.calibration = Calibration(self.dense, windows)
 
     def load(self, split: str, language: str, **options: Any) -> Any:
@@ -219,12 +231,11 @@ class Comparison:
         metrics: dict[str, dict[str, float]] = {}
         model.eval()
         for name, rows in self.clips.items():
-            metrics[name] = {
-                "clips": len(rows),
-                **deviation(model, self.processor, rows, self.expected[name]),
-            }
-            if name != "validation" and not self.args.no_wer:
-                metrics[name] |= word_errors(model, self.processor, rows)
+            with encoding_once(model):
+                found = deviation(model, self.processor, rows, self.expected[name])
+                if name != "validation" and not self.args.no_wer:
+                    found |= word_errors(model, self.processor, rows)
+            metrics[name] = {"clips": len(rows), **found}
         unique, dense = encoder_parameters(model), encoder_parameters(self.dense)
         encoder = {"unique": unique, "dense": dense, "ratio": unique / dense}
         return {"encoder": encoder, "bytes": model_bytes(model), "metrics": metrics}

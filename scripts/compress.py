@@ -6,7 +6,7 @@
 
 In about a minute on a CPU, with the recordings that come with this repository:
 
-    python scripts/compress.py --model openai/whisper-tiny.en --budget 0.7 --language en --num_windows 8 --pack \
+    python scripts/compress.py --model openai/whisper-tiny.en --budget 0.7 --language en --num_windows 8 \
         --output_dir outputs/compact
 
 With --budget, group sizes and ranks are chosen by what they do to the encoder's output, which is the best that this
@@ -91,10 +91,11 @@ class CompressionArguments:
     calibration_split: str = field(default="train", metadata={"help": "Split of the data to calibrate on."})
     num_windows: int = field(
         default=64,
-        metadata={"help": "Recordings to calibrate on; 0 for none, which the start 'svd' does not need."},
+        metadata={"help": "Windows to calibrate on; 0 for none, which the start 'svd' does not need."},
     )
-    pack: bool = field(
-        default=False, metadata={"help": "Join short clips, so that windows are full and fewer are enough."}
+    pack: float = field(
+        default=0.75,
+        metadata={"help": "Part of the windows in which short clips are joined, so that fewer are enough."},
     )
     batch_size: int = field(default=8, metadata={"help": "Windows at a time; the result is the same."})
     device: str = field(

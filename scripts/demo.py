@@ -28,13 +28,13 @@ import psutil
 import torch
 from common import SAMPLE, file_bytes, json_of_fresh_process, model_bytes, parse_args, require_space
 from pretrained import resolve_pretrained
-from recipe import mixed_windows, short_distillation
+from recipe import short_distillation
 from training import save_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.data import load_speech_dataset
+from hf_residual_transformer.data import calibration_batches, load_speech_dataset
 from hf_residual_transformer.evaluation import EvaluationResult, evaluate_asr, provenance
 from hf_residual_transformer.model_card import write_model_card
 
@@ -61,7 +61,7 @@ class DemoArguments:
     )
     calibration_windows: int = field(
         default=16,
-        metadata={"help": "30-second windows to calibrate on, half of them full, half with one clip."},
+        metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
     max_steps: int = field(default=130, metadata={"help": "Steps of distillation."})
     batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
@@ -168,7 +168,9 @@ def main() -> None:
         model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
             dense,
             residual or None,
-            calibration=mixed_windows(train, processor, args.calibration_windows),
+            calibration=calibration_batches(
+                train, processor, num_windows=args.calibration_windows, batch_size=1
+            ),
             budget=args.budget or None,
         )
         report, parameters = model.conversion_report, hrt.parameter_report(model)

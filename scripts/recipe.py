@@ -1,24 +1,14 @@
-"""The calibration windows and the short distillation that the demo shows, and the comparison gives to all methods."""
+"""The short distillation that the demo shows, and the comparison gives to all methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import Seq2SeqTrainingArguments
 
-from hf_residual_transformer.data import WindowCollator, calibration_batches
+from hf_residual_transformer.data import WindowCollator
 from hf_residual_transformer.distillation import DistillationArguments, Seq2SeqDistillationTrainer
-
-
-def mixed_windows(rows: Iterable[Any], processor: Any, number: int) -> list[dict[str, Tensor]]:
-    """Windows to calibrate on, full ones and such with a single clip by turns, each a batch."""
-    half = (number + 1) // 2
-    packed = calibration_batches(rows, processor, num_windows=half, batch_size=1, pack=True)
-    single = calibration_batches(rows, processor, num_windows=half, batch_size=1)
-    return [batch for pair in zip(packed, single) for batch in pair][:number]
 
 
 def short_distillation(

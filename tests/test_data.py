@@ -373,6 +373,12 @@ class TestCalibration:
         assert packed[0]["input_features"].shape == (4, 16, 100)
         assert len(calibration_batches(rows, extractor, num_windows=2, batch_size=1)) == 2
 
+    def test_by_default_one_window_of_four_is_a_single_clip_and_the_others_are_full(self):
+        extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+        options = {"num_windows": 4, "batch_size": 4, "window_seconds": 0.5, "silence_seconds": 0.1}
+        (batch,) = calibration_batches((row(tone(0.2)) for _ in range(10)), extractor, **options)
+        assert batch["attention_mask"].sum(dim=1).tolist() == [3200, 8000, 8000, 8000]
+
     def test_wav2vec2_gets_one_length_and_a_mask_of_what_was_said(self):
         extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
         rows = [row(tone(seconds)) for seconds in (0.3, 0.1, 0.2)]
@@ -394,6 +400,7 @@ class TestCalibration:
                 "`window_seconds` must be above 0 and at most 30, got 31",
             ),
             ([row(tone())], {"window_seconds": 0}, "`window_seconds` must be above 0"),
+            ([row(tone())], {"pack": 2}, "`pack` must be from 0 to 1, got 2"),
             ([{"audio": {"array": tone(), "sampling_rate": 8000}}], {}, "model's rate of 16000 Hz, got 8000"),
         ],
     )
