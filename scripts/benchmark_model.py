@@ -204,7 +204,8 @@ def touch(model: nn.Module) -> None:
 
 
 def loading_seconds(args: ModelArguments, folder: Path) -> dict[str, float]:
-    torch.zeros(1, device=args.device)
+    """Of the model, after a small one has brought in all code that there is to bring in."""
+    touch(load(args, folder / "warm-up"))
     start = time.perf_counter()
     model = load(args, folder)
     loaded = time.perf_counter()

@@ -1,19 +1,19 @@
 """Compares ways to make a Whisper encoder smaller, ours and published ones, at equal numbers of parameters.
 
     python scripts/compare_methods.py --model openai/whisper-base --budgets 0.25 0.34 0.43 0.5 0.6 0.7 \
-        --distill_steps 130 --seeds 0 1 2 --output results/compare-base.json
+        --distill_steps 60 --seeds 0 1 2 --output results/compare-base.json
 
 In a few minutes on two cores, and saying less:
 
     python scripts/compare_methods.py --model openai/whisper-tiny.en --budgets 0.5 --methods ours svd pca --no_wer \
         --max_test_clips 8 --max_validation_clips 8 --calibration_windows 4 --output outputs/compare-short.json
 
-All methods get the same dense model, the same calibration and, with --distill_steps, the same distillation. They are
-described in `baselines.py`. A budget is the number of parameters of the encoder's layers relative to dense, and met
-within 0.5 points, or the reason is given why it is not. Recordings are those in `sample/`. A multilingual model is
-tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear. WER says most,
-but a word of few hundred is coarse; the divergence (KL) of the decoder's token distributions from the dense model's,
-with the transcript given, is always measured beside it.
+All methods get the same dense model, the same calibration and, with --distill_steps, the same distillation; with
+several numbers of steps, one for each, and plots over the steps. They are described in `baselines.py`. A budget is the
+number of parameters of the encoder's layers relative to dense, and met within 0.5 points, or the reason is given why it
+is not. Recordings are those in `sample/`. A multilingual model is tested on English and, on the test split, on Spanish,
+which neither calibration nor distillation hear. WER says most, but a word of few hundred is coarse; the divergence (KL)
+of the decoder's token distributions from the dense model's, with the transcript given, is always measured beside it.
 The file at `--output` is written after each result. If it is there, results with the same method, budget, seed and
 settings are not computed again, unless --redo names the method. At the end, tables (.md) and plots are put beside it.
 The first argument may instead be a JSON or YAML file with options by name.
@@ -66,7 +66,7 @@ from hf_residual_transformer.evaluation import portable
 
 HEARD = ["en", "fr", "it", "ru"]  # in calibration and distillation; Spanish is for testing alone
 MEASUREMENT = ("calibration_windows", "test_split", "max_test_clips", "max_validation_clips", "no_wer")
-DISTILLATION = ("distill_steps", "batch_size", "window_seconds", "learning_rate")
+DISTILLATION = ("batch_size", "window_seconds", "learning_rate")
 
 
 @dataclass
@@ -81,8 +81,12 @@ class CompareArguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."}
     )
-    distill_steps: int = field(
-        default=0, metadata={"help": "Steps of label-free distillation; 0 compares without training alone."}
+    distill_steps: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Steps of label-free distillation, for each number a run with a schedule of its own; by default "
+            "the comparison is without training alone."
+        },
     )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of the distillation's order of clips."}
@@ -125,10 +129,9 @@ class CompareArguments:
             )
         if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
             raise ValueError(f"`budgets` must be above 0 and at most 1, got {self.budgets}")
-        if self.distill_steps < 0 or (self.distill_steps and not self.seeds):
+        if not all(steps > 0 for steps in self.distill_steps) or (self.distill_steps and not self.seeds):
             raise ValueError(
-                "`distill_steps` must be at least 0 and, above, with `seeds`, got "
-                f"{self.distill_steps} with {self.seeds}"
+                f"`distill_steps` must be at least 1 and with `seeds`, got {self.distill_steps} with {self.seeds}"
             )
         for name in ("max_test_clips", "max_validation_clips", "calibration_windows"):
             if getattr(self, name) < 1:
@@ -136,11 +139,11 @@ class CompareArguments:
         if Path(self.output).suffix != ".json":
             raise ValueError(f"`output` must be a .json file, got {self.output!r}")
 
-    def settings(self, seed: int | None) -> dict[str, Any]:
+    def settings(self, steps: int = 0) -> dict[str, Any]:
         """What a result depends on, beside method, budget and seed; without training, not on distillation."""
-        names = MEASUREMENT if seed is None else (*MEASUREMENT, *DISTILLATION)
+        names = (*MEASUREMENT, *DISTILLATION) if steps else MEASUREMENT
         values = {name: value for name, value in asdict(self).items() if name in names}
-        return {"model": portable(self.model), **values}
+        return {"model": portable(self.model), **values} | ({"distill_steps": steps} if steps else {})
 
 
 def spread(rows: Any, number: int) -> list[Row]:
@@ -205,7 +208,7 @@ class Comparison:
         check_size(encoder_parameters(model), self.dense, budget)
         return model, seconds | {"conversion": time.perf_counter() - start}
 
-    def distil(self, student: Any, seed: int) -> None:
+    def distil(self, student: Any, steps: int, seed: int) -> None:
         """The same for all; but where layers were dropped, final states are all that can be compared."""
         args, encoders = self.args, (student.get_encoder(), self.teacher.get_encoder())
         same_depth = len({len(encoder.layers) for encoder in encoders}) == 1
@@ -219,7 +222,7 @@ class Comparison:
                 window_seconds=args.window_seconds,
                 hidden_weight=float(same_depth),
                 per_device_train_batch_size=args.batch_size,
-                max_steps=args.distill_steps,
+                max_steps=steps,
                 learning_rate=args.learning_rate,
                 seed=seed,
                 disable_tqdm=True,
@@ -245,8 +248,8 @@ def compare(comparison: Comparison, results: ResultsFile, method: str, budget: f
     """Adds the results of one method and budget that are not there yet."""
     args = comparison.args
     keys: list[dict[str, Any]] = [
-        {"method": method, "budget": budget, "seed": seed, "settings": args.settings(seed)}
-        for seed in [None, *(args.seeds if args.distill_steps else [])]
+        {"method": method, "budget": budget, "seed": seed, "settings": args.settings(steps)}
+        for steps, seed in [(0, None), *product(args.distill_steps, args.seeds)]
     ]
     missing = [key for key in keys if method in args.redo or not results.find(**key)]
     if len(missing) < len(keys):
@@ -264,11 +267,12 @@ def compare(comparison: Comparison, results: ResultsFile, method: str, budget: f
         student, took = model, dict(seconds)
         if key["seed"] is not None:
             student, start = copy.deepcopy(model), time.perf_counter()
-            comparison.distil(student, key["seed"])
+            comparison.distil(student, key["settings"]["distill_steps"], key["seed"])
             took["distillation"] = time.perf_counter() - start
         found = comparison.evaluate(student)
         results.add(key | found | {"seconds": took})
-        tqdm.write(f"{method} at {budget:g}, seed {key['seed']}: {found['metrics']}")
+        steps = key["settings"].get("distill_steps", 0)
+        tqdm.write(f"{method} at {budget:g}, {steps} steps, seed {key['seed']}: {found['metrics']}")
 
 
 def main() -> None:
@@ -276,7 +280,7 @@ def main() -> None:
     logging.set_verbosity_error()
     results = ResultsFile(Path(args.output), args.overwrite)
     comparison = Comparison(args)
-    dense_key = {"method": DENSE, "budget": 1.0, "seed": None, "settings": args.settings(None)}
+    dense_key = {"method": DENSE, "budget": 1.0, "seed": None, "settings": args.settings()}
     if not results.find(**dense_key):
         none = dict.fromkeys(("statistics", "conversion", "distillation"), 0.0)
         results.add(dense_key | comparison.evaluate(comparison.dense) | {"seconds": none})
@@ -286,10 +290,10 @@ def main() -> None:
         for budget, method in bar:
             bar.set_description(f"{method} at {budget:g}")
             compare(comparison, results, method, budget)
-    found = [result for result in results.find(settings=args.settings(None)) if result["method"] != DENSE]
-    stages = {"without training": found}
-    if args.distill_steps:
-        stages["after distillation"] = results.find(settings=args.settings(args.seeds[0]))
+    stages = {
+        steps: [result for result in results.find(settings=args.settings(steps)) if result["method"] != DENSE]
+        for steps in (0, *sorted(args.distill_steps))
+    }
     write_report(results.path, f"{portable(args.model)}: methods at equal size", dense, stages)
     print(f"results in {results.path}, tables and plots beside it")
 

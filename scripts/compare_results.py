@@ -136,44 +136,73 @@ def _minutes(result: Result) -> float:
     return sum(result["seconds"][name] for name in ("statistics", "conversion", "distillation")) / 60
 
 
-def plot(dense: Result, results: Iterable[Result], title: str, path: Path) -> None:
-    """Draws each metric over the encoder's size, a line for each method; what is above `most` is cut off."""
+Line = list[tuple[float, list[Result]]]  # points from left to right: where, and the results of all seeds
+
+
+def plot(dense: Result, lines: dict[str, Line], axis: str, title: str, path: Path) -> None:
+    """Draws each metric over `axis`, a line for each label, which begins with a method; what is above `most` is cut
+    off.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    columns = columns_of(dense)
-    groups = _grouped(result for result in results if "unreachable" not in result)
+    columns, methods = columns_of(dense), list(METHODS)
     figure = Figure(figsize=(5 * len(columns) + 2, 5), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     for panel, column in zip(panels, columns):
-        for index, method in enumerate(METHODS):
-            found = [seeds for (_, name), seeds in groups.items() if name == method]
-            if not found:
-                continue
-            found.sort(key=lambda seeds: seeds[0]["encoder"]["ratio"])
-            sizes = [100 * seeds[0]["encoder"]["ratio"] for seeds in found]
-            values = [[column.of(result) for result in seeds] for seeds in found]
+        for number, (label, line) in enumerate(lines.items()):
+            places = [place for place, _ in line]
+            values = [[column.of(result) for result in seeds] for _, seeds in line]
+            index = methods.index(label) if label in METHODS else number
             color, marker = colormaps["tab20"](index % 20), MARKERS[index % len(MARKERS)]
-            panel.vlines(sizes, [min(v) for v in values], [max(v) for v in values], color=color)
-            means = [sum(v) / len(v) for v in values]
-            panel.plot(sizes, means, marker=marker, color=color, label=method)
+            panel.vlines(places, [min(v) for v in values], [max(v) for v in values], color=color)
+            panel.plot(places, [sum(v) / len(v) for v in values], marker=marker, color=color, label=label)
         panel.axhline(column.of(dense), color="black", linestyle=":", label=DENSE)
         panel.set_ylim(0, min(panel.get_ylim()[1], column.most))
-        panel.set_xlabel("parameters of the encoder's layers, % of dense")
+        panel.set_xlabel(axis)
         panel.set_title(column.title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
 
-def write_report(path: Path, title: str, dense: Result, stages: dict[str, list[Result]]) -> None:
-    """Tables and plots of the stages, such as "without training", beside the JSON at `path`."""
+def lines_by_size(results: Iterable[Result]) -> dict[str, Line]:
+    """A line for each method, over the encoder's size in percent of dense."""
+    groups = _grouped(result for result in results if "unreachable" not in result)
+    lines = {}
+    for method in METHODS:
+        found = [seeds for (_, name), seeds in groups.items() if name == method]
+        if found:
+            points = [(100 * seeds[0]["encoder"]["ratio"], seeds) for seeds in found]
+            lines[method] = sorted(points, key=lambda point: point[0])
+    return lines
+
+
+def lines_by_steps(stages: dict[int, list[Result]]) -> dict[str, Line]:
+    """A line for each method and budget that was distilled for several numbers of steps, over these and 0."""
+    lines: dict[str, Line] = {}
+    for steps, results in sorted(stages.items()):
+        groups = _grouped(result for result in results if "unreachable" not in result)
+        for (budget, method), seeds in sorted(groups.items()):
+            lines.setdefault(f"{method}, {budget:.0%}", []).append((steps, seeds))
+    return {label: line for label, line in lines.items() if len(line) > 2}
+
+
+def write_report(path: Path, title: str, dense: Result, stages: dict[int, list[Result]]) -> None:
+    """Tables and plots, by the steps of distillation, beside the JSON at `path`."""
     parts = [f"# {title}"]
-    for stage, results in stages.items():
+    for steps, results in stages.items():
         if results:
-            image = path.with_name(f"{path.stem}-{stage.replace(' ', '-')}.png")
-            plot(dense, results, f"{title}, {stage}", image)
+            stage = f"after {steps} steps of distillation" if steps else "without training"
+            image = path.with_name(f"{path.stem}-{steps}.png")
+            lines, axis = lines_by_size(results), "parameters of the encoder's layers, % of dense"
+            plot(dense, lines, axis, f"{title}, {stage}", image)
             parts += [f"## {stage.capitalize()}", table(dense, results), f"![{stage}]({image.name})"]
+    by_steps = lines_by_steps(stages)
+    if by_steps:
+        image = path.with_name(f"{path.stem}-steps.png")
+        plot(dense, by_steps, "steps of distillation", title, image)
+        parts += ["## More steps", f"![errors over the steps of distillation]({image.name})"]
     tried = {result["method"] for results in stages.values() for result in results}
     about = [f"- {name}: {method.about}." for name, method in METHODS.items() if name in tried]
     notes = (

@@ -293,22 +293,26 @@ def compare(scripts, monkeypatch, folder, tmp_path):
 
 
 def test_a_run_measures_distils_draws_and_is_continued(scripts, monkeypatch, compare, tmp_path):
-    options = ["--methods", "svd", "drop-layers", "--distill_steps", 2, "--seeds", 0, 1]
+    options = ["--methods", "svd", "drop-layers", "--distill_steps", 2, 3, "--seeds", 0, 1]
     results = compare(*options, "--budgets", 0.5)
     assert [(r["method"], r["seed"]) for r in results] == [
         ("dense", None),
-        *(("svd", seed) for seed in (None, 0, 1)),
-        *(("drop-layers", seed) for seed in (None, 0, 1)),
+        *(("svd", seed) for seed in (None, 0, 1, 0, 1)),
+        *(("drop-layers", seed) for seed in (None, 0, 1, 0, 1)),
     ]
-    dense, svd = results[0]["metrics"], [r["metrics"]["validation"]["final_error"] for r in results[1:4]]
+    dense, svd = results[0]["metrics"], [r["metrics"]["validation"]["final_error"] for r in results[1:6]]
     assert dense.keys() == {"validation", "test_en", "test_es"}
     assert all(values["kl"] == pytest.approx(0, abs=1e-5) for values in dense.values())
-    assert len(set(svd)) == 3
+    assert len(set(svd)) == 5
+    assert [r["settings"].get("distill_steps") for r in results[1:6]] == [None, 2, 2, 3, 3]
     assert all("wer" in r["metrics"]["test_es"] and r["metrics"]["test_en"]["kl"] > 0 for r in results[1:])
     text = (tmp_path / "toy.md").read_text()
     assert "## Without training" in text
-    assert "## After distillation" in text
-    assert (tmp_path / "toy-after-distillation.png").read_bytes()[:4] == b"\x89PNG"
+    assert "## After 3 steps of distillation" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"toy-{part}.png" for part in (0, 2, 3, "steps")
+    }
+    assert (tmp_path / "toy-steps.png").read_bytes()[:4] == b"\x89PNG"
 
     monkeypatch.setattr(scripts.compare_methods.Comparison, "evaluate", None)
     again = compare(*options, "--budgets", 0.5)
@@ -332,8 +336,8 @@ def test_what_is_out_of_reach_is_said_and_other_settings_are_measured_anew(compa
     [
         ({"methods": ["svd", "magic"]}, "`methods` and `redo` must be of ours, .*got magic"),
         ({"budgets": [0.5, 1.5]}, r"`budgets` must be above 0 and at most 1, got \[0.5, 1.5\]"),
-        ({"distill_steps": -1}, "`distill_steps` must be at least 0"),
-        ({"distill_steps": 5, "seeds": []}, "`seeds`"),
+        ({"distill_steps": [0]}, "`distill_steps` must be at least 1"),
+        ({"distill_steps": [5], "seeds": []}, "`seeds`"),
         ({"max_test_clips": 0}, "`max_test_clips` must be at least 1, got 0"),
         ({"output": "results"}, "`output` must be a .json file, got 'results'"),
     ],
