@@ -21,6 +21,9 @@ from .reporting import parameter_report
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
 GROUP_SIZES = (None, 2)  # what is tried for each module where the user leaves it open
+# The second fit, in `sequential.py`, takes away more of the error where a layer's matrix is all its own than where
+# layers share one. So when group sizes are compared, what sharing leaves counts more: docs/LOG.md has the measurements.
+SHARED_COST = 2.5
 
 
 @dataclass
@@ -100,8 +103,8 @@ def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
 
 
 def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tuple[int, str], int]]:
-    """Spends `left` parameters, largest gain first: the parameters that are lacking for the least ranks, the error
-    that remains, and the rank of each matrix, by layer and module path.
+    """Spends `left` parameters, largest gain first: the parameters that are lacking for the least ranks, the cost of
+    the error that remains, and the rank of each matrix, by layer and module path.
     """
     for curve in curves:
         curve.rank = 0 if curve.group.size else 1  # without `U`, a matrix needs one
@@ -121,12 +124,13 @@ def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tupl
         for curve in sorted(curves, key=lambda curve: curve.group.layers)
         for layer in curve.group.layers
     }
-    return lacking, sum(curve.errors[curve.rank] for curve in curves), ranks
+    costs = (SHARED_COST if len(curve.group.layers) > 1 else 1.0 for curve in curves)
+    return lacking, sum(cost * curve.errors[curve.rank] for cost, curve in zip(costs, curves)), ranks
 
 
 def _curve(layers: Any, group: Group, statistics: Statistics) -> Curve:
-    """Of one group, exact for a layer alone and, with equal ranks, for a pair without diagonals; for larger groups,
-    the error with the best `U` of rank 0, which more rounds of fitting would improve.
+    """Of one group. What the first fit leaves is exact for a layer alone and, with equal ranks, for a pair without
+    diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve.
     """
     weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
     covariances, importance = metric_of(group, statistics)

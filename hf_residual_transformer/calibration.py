@@ -161,9 +161,14 @@ def groups_with(sizes: GroupSizes, num_layers: int) -> list[Group]:
 def metric_of(group: Group, statistics: Statistics) -> tuple[list[Tensor], Tensor]:
     """Damped: `C_l` of each layer, and the `G` of all."""
     entries = [statistics[layer, group.module_path] for layer in group.layers]
+    return [damp(entry.covariance()) for entry in entries], importance_of(entries)
+
+
+def importance_of(entries: list[MatrixStatistics]) -> Tensor:
+    """Damped `G`, (out_features, out_features), over all frames of these matrices."""
     gradients = torch.stack([entry.gradients for entry in entries]).sum(0)
-    importance = gradients / torch.stack([entry.weight for entry in entries]).sum().clamp_min(TINY)
-    return [damp(entry.covariance()) for entry in entries], damp(importance, IMPORTANCE_DAMPING)
+    weight = torch.stack([entry.weight for entry in entries]).sum()
+    return damp(gradients / weight.clamp_min(TINY), IMPORTANCE_DAMPING)
 
 
 @dataclass

@@ -3,8 +3,8 @@
 `conversion.fit_group` fits every matrix to inputs of the dense encoder. In the compressed one, inputs carry the errors
 of all matrices before. Here hidden states of both go through the encoder side by side, and each matrix is fitted to
 give the dense one's outputs from the compressed one's inputs; what writes to the residual stream also takes back what
-the stream lacks by then. `U` stays. Fitting on inputs of the compressed model is known from GPTQ
-(https://arxiv.org/abs/2210.17323) and SVD-LLM (https://arxiv.org/abs/2403.07378, section 3.3).
+the stream lacks by then. `U` is fitted again where a group begins, and then stays. Fitting on inputs of the compressed
+model is known from GPTQ (https://arxiv.org/abs/2210.17323) and SVD-LLM (https://arxiv.org/abs/2403.07378, section 3.3).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import (
-    IMPORTANCE_DAMPING,
     TINY,
     MatrixStatistics,
     Reached,
     Statistics,
     WeightedMoments,
     damp,
+    importance_of,
     to_model,
 )
 from .families import Family, role_of
@@ -115,7 +115,7 @@ class Streams:
             for path, found in moments.items():
                 linear: Any = target.get_submodule(path)
                 if fit:
-                    _fit(source.get_submodule(path), linear, found, entries[path], iterations)
+                    self._fit(layer_idx, path, found, statistics, iterations)
                 error = found.relative_error(linear.merged_weight().double())
                 errors.append(ModuleError(layer_idx, role_of(path), linear.rank, error))
         self.dense = [output for _, output in given]
@@ -147,38 +147,47 @@ class Streams:
                 moments[path].add_pairs(found[path][0].flatten(0, -2), wanted.flatten(0, -2), weights)
         return moments
 
+    def _fit(
+        self, layer_idx: int, path: str, found: CrossMoments, statistics: Statistics, iterations: int
+    ) -> None:
+        """The best components and bias of one matrix: first without limit of rank, by ridge regression around the dense
+        weight, and from that as any matrix is fitted. The first layer of a group fits `U` again, together with those
+        that follow, whose inputs are still the dense encoder's; these keep it when it is their turn.
+        """
+        source, linear = (layer.get_submodule(path) for layer in self.layers[layer_idx])
+        shared_bias = linear.merged_bias() if linear.bias is None else None
+        cross, products = found.about(None if shared_bias is None else shared_bias.double())
+        weight = source.weight.double()
+        missing = cross - weight @ products
+        weight = weight + torch.linalg.solve(damp(products, RIDGE), missing.T).T
+        shared, members = linear.shared, [layer_idx]
+        others = [target.get_submodule(path).shared for _, target in self.layers]
+        begins = shared is not None and others.index(shared) == layer_idx
+        if begins:
+            members = [index for index, other in enumerate(others) if other is shared]
+        elif shared is not None:
+            weight = weight - shared.weight.double()
+        following = members[1:]
+        fits = fit_group(
+            [weight, *(self.layers[index][0].get_submodule(path).weight.double() for index in following)],
+            [damp(products), *(damp(statistics[index, path].covariance()) for index in following)],
+            [self.layers[index][1].get_submodule(path).rank for index in members],
+            importance=importance_of([statistics[index, path] for index in members]),
+            diagonal=linear.diagonal is not None,
+            shared=begins,
+            iterations=iterations,
+        )
+        for index, fitted in zip(members, fits):
+            fitted.write(self.layers[index][1].get_submodule(path))
+        if linear.bias is not None:
+            linear.bias.copy_(found.wanted_mean - linear.merged_weight().double() @ found.mean)
+
     def _stream(self, index: int, hidden_states: Tensor, calls: Calls) -> Tensor:
         """What the outputs of a stage that writes are added to, in a layer that gets `hidden_states`."""
         _, (attention,), (reader, *_), _ = self.family.stages
         if index == 1:
             return hidden_states
         return calls[reader][0] if self.post_norm else hidden_states + calls[attention][1]
-
-
-def _fit(source: Any, target: Any, found: CrossMoments, entry: MatrixStatistics, iterations: int) -> None:
-    """The best `B A`, `D` and bias of one layer with the `U` that it has: first without limit of rank, by ridge
-    regression around the dense weight, and from that as any matrix is fitted.
-    """
-    weight = source.weight.double()
-    shared_bias = target.merged_bias() if target.bias is None else None
-    cross, products = found.about(None if shared_bias is None else shared_bias.double())
-    missing = cross - weight @ products
-    weight = weight + torch.linalg.solve(damp(products, RIDGE), missing.T).T
-    if target.shared is not None:
-        weight = weight - target.shared.weight.double()
-    importance = entry.gradients / entry.weight.clamp_min(TINY)
-    (fitted,) = fit_group(
-        [weight],
-        [damp(products)],
-        [target.rank],
-        importance=damp(importance, IMPORTANCE_DAMPING),
-        diagonal=target.diagonal is not None,
-        shared=False,
-        iterations=iterations,
-    )
-    fitted.write(target)
-    if target.bias is not None:
-        target.bias.copy_(found.wanted_mean - target.merged_weight().double() @ found.mean)
 
 
 def _first_call(model: Any, layer: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Context]:

@@ -363,11 +363,14 @@ def test_fitting_to_what_the_residual_encoder_produces_brings_final_states_neare
             states = [
                 calibration_module._final_states(*pair, inputs) for pair in zip((dense, model), encoders)
             ]
-        return (states[1] - states[0]).square().mean() / states[0].var()
+        shared = [weight.clone() for weight in encoders[1].shared.parameters()]
+        return (states[1] - states[0]).square().mean() / states[0].var(), shared
 
-    fitted = error()
-    monkeypatch.setattr(sequential, "_fit", lambda *_: None)
-    assert fitted < 0.95 * error()
+    fitted, shared = error()
+    monkeypatch.setattr(sequential.Streams, "_fit", lambda *_: None)
+    without, before = error()
+    assert fitted < 0.95 * without
+    assert all(not torch.equal(*pair) for pair in zip(shared, before) if pair[0].dim() == 2)
 
 
 def test_shared_biases_are_the_mean_of_the_layers():
