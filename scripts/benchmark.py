@@ -143,7 +143,9 @@ class BenchmarkArguments:
     @property
     def title(self) -> str:
         """What was compared, for the table and the plots."""
-        settings = self.residual_config or f"K={self.group_size}, R={self.rank}, diagonal {self.diagonal}"
+        settings = f"K={self.group_size}, R={self.rank}, diagonal {self.diagonal}"
+        if self.residual_config:
+            settings = "a residual_config of its own"
         size = self.size if self.shape == SIZES[self.size] else f"{self.shape.layers} x {self.shape.width}"
         return f"{size}, {settings}; {self.device}, {self.dtype}, batch {self.batch_size}"
 
