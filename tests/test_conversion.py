@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Wav2Vec2ForCTC, WhisperForConditionalGeneration, WhisperModel
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer import budget as budget_module
 from hf_residual_transformer import calibration as calibration_module
 from hf_residual_transformer import sequential
 from hf_residual_transformer.calibration import MatrixStatistics, Sweep, groups_with
@@ -453,6 +454,15 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave():
     assert 0.58 < hrt.parameter_report(model).encoder.ratio <= 0.6
     ranks = {linear.rank for layer in model.model.encoder.layers for linear in (layer.fc1, layer.fc2)}
     assert ranks == {0, 1}  # nothing is spent where nothing is lacking
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(1e-9, 2), (1e9, None)])
+def test_group_sizes_depend_on_what_the_error_of_sharing_counts(cost, expected, monkeypatch):
+    monkeypatch.setattr(budget_module, "SHARED_COST", cost)
+    model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
+        dense_whisper(), calibration=whisper_inputs(), budget=0.6, progress=False
+    )
+    assert set(model.config.residual_config.group_size.values()) == {expected}
 
 
 @pytest.mark.parametrize("budget", [0, 1.5, -1])
