@@ -69,8 +69,8 @@ def convert(
         start: "calibrated" or "svd".
         budget: unique / dense parameters that the encoder's layers may have, above 0 and at most 1. The rank of
             each matrix is then chosen by what its error does to the encoder's final states, and replaces that of
-            `residual_config`. Without `residual_config`, group sizes are chosen as well, a low rank for each layer
-            alone or a `U` for each two, whichever leaves the smaller error. The model's config has the choice.
+            `residual_config`. Without `residual_config`, group sizes are chosen as well: for each kind of matrix a low
+            rank for each layer alone, or a `U` for each two where that pays. The model's config has the choice.
         iterations: rounds of alternation for groups without a closed form.
         progress: whether to show progress bars.
 
