@@ -143,9 +143,9 @@ class BenchmarkArguments:
     @property
     def title(self) -> str:
         """What was compared, for the table and the plots."""
-        settings = f"K={self.group_size}, R={self.rank}, diagonal {self.diagonal}"
-        if self.residual_config:
-            settings = "a residual_config of its own"
+        residual = self.residual
+        rank = "by matrix" if residual.rank_pattern else residual.rank
+        settings = f"K={json.dumps(residual.group_size)}, R={rank}, diagonal {residual.diagonal}"
         size = self.size if self.shape == SIZES[self.size] else f"{self.shape.layers} x {self.shape.width}"
         return f"{size}, {settings}; {self.device}, {self.dtype}, batch {self.batch_size}"
 
