@@ -319,6 +319,17 @@ def test_a_run_measures_distils_draws_and_is_continued(scripts, monkeypatch, com
     assert again == results
 
 
+def test_the_encoder_runs_once_for_the_same_features_and_then_as_before(scripts):
+    encoder, runs = (model := dense_whisper()).get_encoder(), []
+    encoder.conv1.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad(), scripts.compare_metrics.encoding_once(model):
+        one, again, other = (encoder(inputs)[0] for inputs in (features(), features(), 2 * features()))
+    assert len(runs) == 2
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    final_states(model)
+    assert len(runs) == 3
+
+
 def test_what_is_out_of_reach_is_said_and_other_settings_are_measured_anew(compare, tmp_path):
     options = ["--methods", "drop-layers", "--budgets", 0.43, "--no_wer"]
     results = compare(*options)
