@@ -39,6 +39,7 @@ from .reporting import ConversionReport, ModuleError
 from .sequential import Streams
 
 STARTS = ("calibrated", "svd")
+BUDGET = 0.7  # of the dense parameters: the least at which whisper-base loses nothing that can be told
 
 
 def convert(
@@ -62,15 +63,16 @@ def convert(
     Args:
         cls: the residual class; `from_dense` passes its own.
         dense: a model of `cls.dense_class()`, or the id or folder of one.
-        residual_config: what to share; by default what `budget` chooses, or else `ResidualConfig()`.
+        residual_config: what to share; by default what `budget` chooses, or with the "svd" start `ResidualConfig()`.
         calibration: batches of the model's inputs, `{"input_features": ...}` or
             `{"input_values": ..., "attention_mask": ...}`, of tens of recordings of the kind that the model
             will hear; masked frames do not count. The "svd" start uses them for its report alone.
         start: "calibrated" or "svd".
-        budget: unique / dense parameters that the encoder's layers may have, above 0 and at most 1. The rank of
-            each matrix is then chosen by what its error does to the encoder's final states, and replaces that of
-            `residual_config`. Without `residual_config`, group sizes are chosen as well: for each kind of matrix a low
-            rank for each layer alone, or a `U` for each two where that pays. The model's config has the choice.
+        budget: unique / dense parameters that the encoder's layers may have, above 0 and at most 1, by default
+            `BUDGET` where there is no `residual_config`. The rank of each matrix is then chosen by what its error does
+            to the encoder's final states, and replaces that of `residual_config`. Without `residual_config`, group
+            sizes are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U` for each two
+            where that pays. The model's config has the choice.
         iterations: rounds of alternation for groups without a closed form.
         progress: whether to show progress bars.
 
@@ -94,6 +96,8 @@ def convert(
         )
     if budget is not None and not (start == "calibrated" and 0 < budget <= 1):
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
+    if residual_config is None and start == "calibrated" and budget is None:
+        budget = BUDGET
     dense = _load_dense(cls, dense)
     num_layers = len(cls.family.find_encoder(dense).layers)
     was_training = dense.training

@@ -1,7 +1,8 @@
 """Distils a dense teacher into a compressed student: losses as plain modules, and Trainers that add them up.
 
-Training is label-free as long as only encoder states are compared: a batch is then audio alone, no decoder
-runs, and only encoder weights move. Without a teacher the same Trainers fine-tune on labels.
+Unless labels have a weight, training is label-free and moves the encoder alone: a batch is audio. As long as only
+encoder states are compared, no decoder runs; for its probabilities, the teacher transcribes the audio first, as in
+Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher the same Trainers fine-tune on labels.
 """
 
 from __future__ import annotations
@@ -16,38 +17,43 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers import GenerationMixin, PreTrainedModel, Seq2SeqTrainer, Trainer
 
+from .data import LABEL_PADDING, is_multilingual
 from .families import WAV2VEC2, WHISPER, Family
 from .layers import ResidualLinear, SharedLinear
 
 LOSSES = ("hidden", "final", "logits", "labels")
 LEARNING_RATES = ("shared", "lora", "diagonal", "rest")
+FRAMES_A_SECOND = 100  # of Whisper's mel features
+TOKENS_A_SECOND = 6  # fast speech in a language that takes many
 
 
 @dataclass
 class DistillationArguments:
-    """What the student's loss is made of. A weight of 0 leaves a loss out, and what only it needs is not run.
+    """What the student's loss is made of. A weight of 0 leaves a loss out, and what only it needs is not run. The
+    defaults are what a short distillation gains most by: docs/LOG.md has the measurements.
 
     Raises:
         ValueError: naming the field, what it must be, and what it was.
     """
 
     hidden_weight: float = field(
-        default=1.0,
+        default=0.0,
         metadata={
             "help": "Weight of the squared error of every encoder layer's output, relative to the variance "
             "of the teacher's, mean over layers. Needs no labels."
         },
     )
     final_weight: float = field(
-        default=0.0,
+        default=1.0,
         metadata={"help": "Weight of the same error of the encoder's last output alone. Needs no labels."},
     )
     logits_weight: float = field(
-        default=0.0,
+        default=1.0,
         metadata={
-            "help": "Weight of the divergence from the teacher's probabilities. With Whisper it needs labels."
+            "help": "Weight of the divergence from the teacher's probabilities. With Whisper they are those "
+            "of transcripts, or without labels_weight, of what the teacher makes of the audio."
         },
     )
     labels_weight: float = field(
@@ -231,6 +237,41 @@ def encode(encoder: Any, input_features: Tensor, **kwargs: Any) -> Any:
         return encoder(input_features, **kwargs)
 
 
+@torch.no_grad()
+def transcribe(model: Any, input_features: Tensor) -> Tensor:
+    """What a Whisper makes of mel features, which may be shorter than its window, as labels: greedy, in the language
+    that it hears, without timestamps, and at most `TOKENS_A_SECOND`, so that what it repeats ends.
+
+    Returns:
+        (batch_size, num_tokens), as from `Seq2SeqCollator`: language and task, text, end, and -100.
+    """
+    config, encoder = model.generation_config, model.get_encoder()
+    num_frames = input_features.shape[-1]
+    untimed = getattr(config, "no_timestamps_token_id", None)
+    tail = [] if untimed is None else [untimed]
+    heads = [[config.decoder_start_token_id, *tail] for _ in input_features]
+    with encoder_window(encoder, num_frames):
+        encoded = encoder(input_features)
+        if is_multilingual(model):
+            languages = model.detect_language(encoder_outputs=encoded, generation_config=config).tolist()
+            task = config.task_to_id["transcribe"]
+            heads = [[config.decoder_start_token_id, language, task, *tail] for language in languages]
+        prefix = torch.tensor(heads, device=input_features.device)
+        # Not Whisper's own, which looks for more of the audio after what may be a timestamp.
+        tokens = GenerationMixin.generate(
+            model,
+            encoder_outputs=encoded,
+            decoder_input_ids=prefix,
+            decoder_attention_mask=torch.ones_like(prefix),
+            max_length=prefix.shape[1] + math.ceil(num_frames / FRAMES_A_SECOND * TOKENS_A_SECOND),
+            max_new_tokens=None,
+            do_sample=False,
+            num_beams=1,
+        )[:, 1:]
+    ended = (tokens == config.eos_token_id).int()
+    return tokens.masked_fill(ended.cumsum(1) > ended, LABEL_PADDING)
+
+
 @dataclass
 class EncoderStates:
     """Outputs of the layers, and of the encoder as a list of one, each (batch_size, seq_len, hidden_size)."""
@@ -293,7 +334,8 @@ class DistillationTrainer(Trainer):
         super().__init__(**kwargs)
         self.distillation = DistillationArguments() if distillation is None else distillation
         self.weights = self.distillation.weights
-        self.label_free = self.weights.keys() <= {"hidden", "final"}
+        self.label_free = "labels" not in self.weights
+        self.states_alone = self.weights.keys() <= {"hidden", "final"}
         self.loss_is_scaled_for_ga = True
         self.hidden_state_loss = HiddenStateLoss()
         self.logits_loss = LogitsLoss(self.distillation.temperature)
@@ -366,6 +408,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The batches of one optimizer step, and their total of `_count`, mean over processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches = [self._with_labels(batch) for batch in batches]
         self._logged_steps += 1
         counts = sum((self._count(batch) for batch in batches), torch.zeros(2))
         return batches, self.accelerator.reduce(counts.to(self.args.device), "mean")
@@ -403,9 +446,9 @@ class DistillationTrainer(Trainer):
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Each loss by name, and the student's output."""
-        student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.label_free}
+        student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.states_alone}
         with record_states(self.encoder) as student:
-            outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.label_free)
+            outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.states_alone)
         losses = {}
         if self.teacher is not None:
             encoder = self.family.find_encoder(self.teacher)
@@ -426,8 +469,9 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        """As in `Trainer`; label-free, the loss alone."""
-        if not self.label_free:
+        """As in `Trainer`; where states alone are compared, the loss alone."""
+        if not self.states_alone:
+            inputs = {**self._with_labels(self._prepare_inputs(inputs))}
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
@@ -439,6 +483,10 @@ class DistillationTrainer(Trainer):
                 logs[f"loss_{name}"] = self.accelerator.reduce(total, "mean").item() / self._logged_steps
             self._logged, self._logged_steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+    def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch with the labels that a loss needs, where they can be made."""
+        return inputs
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
         """The model's output, or where `encoder_only` is true, at least the encoder's."""
@@ -470,6 +518,13 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
 
     family = WHISPER
     losses_on_labels: ClassVar[set[str]] = {"logits", "labels"}
+
+    def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.label_free or "logits" not in self.weights or inputs.get("labels") is not None:
+            return inputs
+        with self.accelerator.autocast():
+            labels = transcribe(self.teacher, inputs["input_features"].to(self.args.device))
+        return {**inputs, "labels": labels}
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
         features = inputs["input_features"]

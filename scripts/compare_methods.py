@@ -46,7 +46,7 @@ from compare_metrics import (
 )
 from compare_results import DENSE, Result, ResultsFile, write_report
 from pretrained import resolve_pretrained
-from recipe import short_distillation
+from recipe import WINDOW_SECONDS, short_distillation
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -92,8 +92,10 @@ class CompareArguments:
         default_factory=lambda: [0], metadata={"help": "Seeds of the distillation's order of clips."}
     )
     batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
-    window_seconds: float = field(default=10.0, metadata={"help": "Length of a window in distillation."})
-    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of distillation."})
+    window_seconds: float = field(
+        default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of distillation."})
     calibration_windows: int = field(
         default=16,
         metadata={"help": "Windows to calibrate on, three of four full, the others with one clip."},
@@ -209,9 +211,8 @@ class Comparison:
         return model, seconds | {"conversion": time.perf_counter() - start}
 
     def distil(self, student: Any, steps: int, seed: int) -> None:
-        """The same for all; but where layers were dropped, final states are all that can be compared."""
-        args, encoders = self.args, (student.get_encoder(), self.teacher.get_encoder())
-        same_depth = len({len(encoder.layers) for encoder in encoders}) == 1
+        """The same for all."""
+        args = self.args
         with TemporaryDirectory() as folder:
             short_distillation(
                 student,
@@ -220,7 +221,6 @@ class Comparison:
                 self.heard,
                 Path(folder),
                 window_seconds=args.window_seconds,
-                hidden_weight=float(same_depth),
                 per_device_train_batch_size=args.batch_size,
                 max_steps=steps,
                 learning_rate=args.learning_rate,

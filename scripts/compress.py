@@ -1,15 +1,15 @@
 """Compresses a trained Whisper or wav2vec2 CTC model: encoder layers share weights, and keep a low rank each.
 
-    python scripts/compress.py --model openai/whisper-base --budget 0.7 \
+    python scripts/compress.py --model openai/whisper-base \
         --dataset openslr/librispeech_asr --dataset_config clean --calibration_split train.100 --streaming \
         --num_windows 128 --device cuda --output_dir outputs/compact
 
 In about a minute on a CPU, with the recordings that come with this repository:
 
-    python scripts/compress.py --model openai/whisper-tiny.en --budget 0.7 --language en --num_windows 8 \
+    python scripts/compress.py --model openai/whisper-tiny.en --language en --num_windows 8 \
         --output_dir outputs/compact
 
-With --budget, group sizes and ranks are chosen by what they do to the encoder's output, which is the best that this
+Group sizes and ranks are chosen for --budget by what they do to the encoder's output, which is the best that this
 package knows; --group_size and --rank give them by hand, as the paper does. Tens of recordings like those that the
 model will hear are enough, and transcripts are not read. The folder gets the model, its processor and
 `compression.json` (settings, parameters, and the error of each matrix). `scripts/distill.py` then repairs much of what
@@ -30,6 +30,7 @@ from training import read_json, save_processor
 from transformers import AutoConfig, AutoProcessor
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.conversion import BUDGET
 from hf_residual_transformer.data import calibration_batches
 from hf_residual_transformer.evaluation import portable, provenance
 from hf_residual_transformer.fitting import ITERATIONS
@@ -38,6 +39,7 @@ CLASSES: dict[str, Any] = {
     "whisper": hrt.ResidualWhisperForConditionalGeneration,
     "wav2vec2": hrt.ResidualWav2Vec2ForCTC,
 }
+RANK = 32  # where neither it nor a budget is given
 
 
 @dataclass
@@ -52,8 +54,9 @@ class CompressionArguments:
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "Size of the encoder's layers, relative to dense, such as 0.7: chooses the ranks, which "
-            "--rank and --rank_pattern then do not, and, without --group_size, all other settings too."
+            "help": "Size of the encoder's layers, relative to dense: chooses the ranks, which --rank and "
+            "--rank_pattern then do not, and, without --group_size, all other settings too. By default "
+            f"{BUDGET}, unless others of these are given, or the start is 'svd'."
         },
     )
     group_size: str | None = field(
@@ -64,8 +67,12 @@ class CompressionArguments:
             "what --budget chooses."
         },
     )
-    rank: int = field(
-        default=32, metadata={"help": "Rank of what each layer adds to it (the paper's R); 0 for nothing."}
+    rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of what each layer adds to it (the paper's R); 0 for nothing. By default what "
+            f"--budget chooses, or {RANK}."
+        },
     )
     rank_pattern: str | None = field(
         default=None, metadata={"help": "Ranks that differ, as JSON, by module: '{\"fc2\": 64}'."}
@@ -105,12 +112,18 @@ class CompressionArguments:
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
     def residual_config(self) -> hrt.ResidualConfig | None:
-        """None where `budget` chooses; raises ValueError for what is not JSON, or not possible."""
-        if self.budget is not None and self.group_size is None:
+        """None where `budget`, or its default, chooses; raises ValueError for what is not JSON, or not possible."""
+        chosen = [self.group_size, self.rank, self.rank_pattern, self.target_modules]
+        if all(choice is None for choice in chosen) and self.start == "calibrated":
             return None
+        if self.budget is not None and self.group_size is None:
+            raise ValueError(
+                "`rank`, `rank_pattern` and `target_modules` must not be set with `budget` alone, which chooses all: "
+                "give `group_size` too, or leave them out"
+            )
         return hrt.ResidualConfig(
             group_size=read_json("group_size", self.group_size or "2"),
-            rank=self.rank,
+            rank=RANK if self.rank is None else self.rank,
             rank_pattern=read_json("rank_pattern", self.rank_pattern or "{}"),
             diagonal=self.diagonal,
             share_biases=self.share_biases,

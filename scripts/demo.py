@@ -28,7 +28,7 @@ import psutil
 import torch
 from common import SAMPLE, file_bytes, json_of_fresh_process, model_bytes, parse_args, require_space
 from pretrained import resolve_pretrained
-from recipe import short_distillation
+from recipe import WINDOW_SECONDS, short_distillation
 from training import save_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
@@ -63,9 +63,11 @@ class DemoArguments:
         default=16,
         metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
-    max_steps: int = field(default=130, metadata={"help": "Steps of distillation."})
+    max_steps: int = field(default=80, metadata={"help": "Steps of distillation."})
     batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
-    window_seconds: float = field(default=10.0, metadata={"help": "Length of a window in distillation."})
+    window_seconds: float = field(
+        default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
+    )
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of distillation."})
     max_test_clips: int = field(
         default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}

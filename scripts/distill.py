@@ -2,20 +2,21 @@
 
     python scripts/distill.py --student outputs/compact --teacher openai/whisper-base \
         --dataset openslr/librispeech_asr --dataset_config clean --train_split train.100 \
-        --window_seconds 15 --per_device_train_batch_size 32 --learning_rate 3e-4 --warmup_steps 0.05 \
-        --num_train_epochs 3 --bf16 --logging_steps 20 --output_dir outputs/compact-distilled
+        --per_device_train_batch_size 32 --learning_rate 2e-4 --num_train_epochs 3 --bf16 --logging_steps 20 \
+        --output_dir outputs/compact-distilled
 
 In about a minute on a CPU, with the recordings that come with this repository, after the short command of
 `scripts/compress.py`:
 
     python scripts/distill.py --student outputs/compact --teacher openai/whisper-tiny.en --language en \
-        --window_seconds 5 --per_device_train_batch_size 8 --learning_rate 3e-4 --max_steps 20 \
-        --logging_steps 5 --output_dir outputs/compact-distilled
+        --max_steps 40 --logging_steps 5 --output_dir outputs/compact-distilled
 
-The losses are weighted by `--hidden_weight`, `--final_weight`, `--logits_weight` and `--labels_weight`. With
-the first two alone, as by default, transcripts are not read, Whisper's decoder does not run, and only the
-encoder learns; `--window_seconds` then packs clips into windows of 5 to 15 seconds, which train several times
-faster than Whisper's 30. wav2vec2 is trained without dropout, LayerDrop and SpecAugment, as the teacher runs.
+Each step packs clips into windows of 10 seconds, which train several times faster than Whisper's 30. By default the
+encoder alone learns, from the teacher's final encoder states (`--final_weight`) and its probabilities for the words
+that it hears itself (`--logits_weight`): transcripts are not read. Without the latter no decoder runs, and steps take
+half the time. With `--labels_weight` transcripts are read, and all of the model learns. For a few hundred steps,
+3e-5 suits an encoder of half its size or more, 1e-4 a smaller one; longer runs bear more. wav2vec2 is trained without
+dropout, LayerDrop and SpecAugment, as the teacher runs.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
 The first argument may instead be a JSON or YAML file with options by name.
@@ -23,24 +24,25 @@ The first argument may instead be a JSON or YAML file with options by name.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from common import parse_args, prepare_output_dir
 from pretrained import resolve_pretrained
+from recipe import WINDOW_SECONDS, RecipeArguments
 from training import TrainingDataArguments, train_and_save
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
-    Seq2SeqTrainingArguments,
     set_seed,
 )
 
 import hf_residual_transformer  # noqa: F401 (registers the residual classes)
-from hf_residual_transformer.data import SpeechCollator, WindowCollator, collator_for
+from hf_residual_transformer.data import WindowCollator, collator_for
 from hf_residual_transformer.distillation import (
     CTCDistillationTrainer,
     DistillationArguments,
@@ -73,8 +75,8 @@ class ScriptArguments:
     window_seconds: float | None = field(
         default=None,
         metadata={
-            "help": "Pack whole clips into windows of this length, without transcripts. By default each clip "
-            "is one input, which Whisper pads to 30 seconds."
+            "help": f"Pack whole clips into windows of this length, by default {WINDOW_SECONDS:g}. With "
+            "--labels_weight each clip is an input instead, which Whisper pads to 30 seconds."
         },
     )
     task: Literal["transcribe", "translate"] = field(
@@ -86,7 +88,7 @@ class ScriptArguments:
 
 def main() -> None:
     args, distillation, data_args, training_args = parse_args(
-        ScriptArguments, DistillationArguments, TrainingDataArguments, Seq2SeqTrainingArguments
+        ScriptArguments, DistillationArguments, TrainingDataArguments, RecipeArguments
     )
     prepare_output_dir(
         training_args.output_dir, args.overwrite, resume=training_args.resume_from_checkpoint is not None
@@ -102,19 +104,20 @@ def main() -> None:
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student_id)
 
-    with_text = bool(trainer_class.losses_on_labels & distillation.weights.keys())
-    collator: Any = SpeechCollator(processor)
+    with_text = "labels" in distillation.weights
+    collator: Any
     if with_text:
-        collator = collator_for(student, processor, language=data_args.language, task=args.task)
-    if args.window_seconds is not None:
-        if with_text:
+        if args.window_seconds is not None:
             raise ValueError(
                 "`window_seconds` must not be set with losses on transcripts, which belong to clips"
             )
-        collator = WindowCollator(processor, args.window_seconds)
+        collator = collator_for(student, processor, language=data_args.language, task=args.task)
+    else:
+        longest = getattr(processor.feature_extractor, "chunk_length", math.inf)
+        seconds = min(WINDOW_SECONDS, longest) if args.window_seconds is None else args.window_seconds
+        collator = WindowCollator(processor, seconds)
     train_dataset, eval_dataset = data_args.load_splits(processor, training_args.seed, with_text=with_text)
 
-    training_args.remove_unused_columns = False  # the collator reads columns that no model does
     trainer = trainer_class(
         model=student,
         teacher=teacher,

@@ -80,7 +80,7 @@ def main() -> None:
         model=model,
         args=training_args,
         distillation=DistillationArguments(
-            hidden_weight=0.0, final_weight=0.0, labels_weight=1.0, learning_rates=args.learning_rates
+            final_weight=0.0, logits_weight=0.0, labels_weight=1.0, learning_rates=args.learning_rates
         ),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

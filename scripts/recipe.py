@@ -1,14 +1,31 @@
-"""The short distillation that the demo shows, and the comparison gives to all methods."""
+"""The recipe of a short distillation: the default of `distill.py`, in the demo, and given to all methods that are
+compared.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
 from hf_residual_transformer.data import WindowCollator
-from hf_residual_transformer.distillation import DistillationArguments, Seq2SeqDistillationTrainer
+from hf_residual_transformer.distillation import Seq2SeqDistillationTrainer
+
+WINDOW_SECONDS = 10.0
+
+
+@dataclass
+class RecipeArguments(Seq2SeqTrainingArguments):
+    """Of the Trainer, with the recipe's own defaults."""
+
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps of linear warm-up, or below 1 their part of all steps."}
+    )
+    # The collator reads columns that no model does.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false here."})
 
 
 def short_distillation(
@@ -18,17 +35,15 @@ def short_distillation(
     rows: Any,
     folder: Path,
     *,
-    window_seconds: float,
-    hidden_weight: float = 1.0,
+    window_seconds: float = WINDOW_SECONDS,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """The label-free distillation of a Whisper that the demo shows and the comparison gives to all methods.
+    """Distils a Whisper without labels.
 
     Args:
         rows: a list or data set of clips.
         folder: for what the Trainer leaves.
-        hidden_weight: 0 where the student's layers are not the teacher's.
-        options: of `Seq2SeqTrainingArguments`.
+        options: of `RecipeArguments`.
 
     Returns:
         The Trainer's log.
@@ -36,15 +51,7 @@ def short_distillation(
     trainer = Seq2SeqDistillationTrainer(
         model=student,
         teacher=teacher,
-        distillation=DistillationArguments(hidden_weight=hidden_weight, final_weight=1.0),
-        args=Seq2SeqTrainingArguments(
-            output_dir=str(folder),
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            save_strategy="no",
-            remove_unused_columns=False,
-            **options,
-        ),
+        args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
         train_dataset=rows,
         data_collator=WindowCollator(processor, window_seconds),
     )

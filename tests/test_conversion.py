@@ -416,6 +416,16 @@ def test_a_budget_is_met_and_spent_better_than_equal_ranks_spend_it(group_size):
     assert chosen.config.residual_config.rank_pattern
 
 
+def test_without_settings_a_budget_of_seven_tenths_chooses_them():
+    from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
+    options = {"calibration": whisper_inputs(), "progress": False}
+    model = from_dense(dense_whisper(), **options)
+    assert 0.68 < hrt.parameter_report(model).encoder.ratio <= 0.7
+    assert_same_function(model, from_dense(dense_whisper(), budget=0.7, **options))
+    options["start"] = "svd"
+    assert from_dense(dense_whisper(), **options).config.residual_config == hrt.ResidualConfig()
+
+
 def test_the_error_estimate_is_what_a_small_change_does_to_the_final_states():
     dense, inputs = dense_whisper(), whisper_inputs(64)
     encoder = dense.model.encoder

@@ -15,6 +15,7 @@ from conftest import (
     tiny_wav2vec2_config,
     tiny_whisper_config,
     wav2vec2_processor,
+    whisper_generation_config,
     whisper_processor,
 )
 from torch import Tensor, nn
@@ -40,9 +41,11 @@ from hf_residual_transformer.distillation import (
     Seq2SeqDistillationTrainer,
     encode,
     encoder_window,
+    transcribe,
 )
 
 RESIDUAL = ResidualConfig(group_size=2, rank=3, diagonal="all")
+WEIGHTS = ("hidden_weight", "final_weight", "logits_weight", "labels_weight")
 NUM_BINS, NUM_FRAMES = 16, 100  # of tiny Whisper
 
 
@@ -118,7 +121,7 @@ def trainer_for(
         model=student,
         teacher=teacher,
         args=arguments(**{**settings, **options}),
-        distillation=DistillationArguments(**{"hidden_weight": 0.0, **weights}),
+        distillation=DistillationArguments(**{**dict.fromkeys(WEIGHTS, 0.0), **weights}),
         train_dataset=data,
         data_collator=collate,
         callbacks=callbacks,
@@ -229,7 +232,7 @@ def test_logits_loss_refuses_another_vocabulary():
     [
         ({"hidden_weight": -1.0}, "hidden_weight"),
         ({"labels_weight": math.nan}, "labels_weight"),
-        ({"hidden_weight": 0.0}, "hidden_weight"),
+        (dict.fromkeys(WEIGHTS, 0.0), "hidden_weight"),
         ({"temperature": 0.0}, "temperature"),
         ({"learning_rates": "{"}, "learning_rates"),
         ({"learning_rates": {"U": 1e-4}}, "learning_rates"),
@@ -359,6 +362,41 @@ def test_label_free_training_runs_no_decoder(tmp_path):
         model.get_decoder().forward = None  # a call would fail
     data = whisper_data(4)  # labels may be there
     trainer_for(student, teacher, data, tmp_path, {"hidden_weight": 1.0, "final_weight": 1.0}).train()
+
+
+@pytest.mark.parametrize("num_frames", [NUM_FRAMES, 60])
+def test_without_labels_the_decoder_runs_on_what_the_teacher_makes_of_the_audio(num_frames, tmp_path):
+    student, teacher = whisper_pair()
+    teacher.generation_config = config = whisper_generation_config()
+    config.max_new_tokens = None  # as published models have it
+    before, data = weights_of(student), whisper_data(4, labels=False, num_frames=num_frames)
+    trainer = trainer_for(student, teacher, data, tmp_path, {"logits_weight": 1.0}, max_steps=8)
+    start = trainer.evaluate(data)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(data)["eval_loss"] < 0.85 * start
+    assert all(name.startswith("model.encoder.") for name in changed(before, student))
+    labels = trainer._with_labels(collate(data))["labels"]
+    features = {"input_features": collate(data)["input_features"]}
+    with encoder_window(teacher.get_encoder(), num_frames), torch.no_grad():
+        loss = teacher(**features, labels=labels).loss
+        others = [teacher(**features, labels=labels.roll(shift, 0)).loss for shift in (1, 2, 3)]
+    assert all(loss < other for other in others)
+
+
+def test_a_transcription_has_its_language_task_and_end_and_no_more():
+    _, teacher = whisper_pair()
+    config = teacher.generation_config = whisper_generation_config()
+    config.max_new_tokens = None
+    features = collate(whisper_data(4, labels=False))["input_features"]
+    labels = transcribe(teacher, features)
+    assert set(labels[:, 0].tolist()) <= set(config.lang_to_id.values())
+    assert set(labels[:, 1].tolist()) == {config.task_to_id["transcribe"]}
+    assert set(labels[:, 2].tolist()) == {config.no_timestamps_token_id}
+    for row in labels[:, 3:].tolist():
+        kept = [token for token in row if token != -100]
+        assert row == kept + [-100] * (len(row) - len(kept))
+        assert config.eos_token_id not in kept[:-1]
+    assert torch.equal(transcribe(teacher, features[:1])[0], labels[0][labels[0] != -100])
 
 
 def test_label_free_training_of_ctc_moves_the_layers_alone(tmp_path):

@@ -164,6 +164,9 @@ def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed,
 def test_compress_refuses_what_it_cannot_compress(monkeypatch, tmp_path, compressed):
     with pytest.raises(ValueError, match="`rank_pattern` must be JSON"):
         run(monkeypatch, "compress", "--rank_pattern", "fc2=64", "--output_dir", tmp_path / "out")
+    for chosen in (["--rank", "4"], ["--target_modules", "fc1", "fc2"]):
+        with pytest.raises(ValueError, match="must not be set with `budget` alone"):
+            run(monkeypatch, "compress", "--budget", "0.5", *chosen, "--output_dir", tmp_path / "out")
     for family, model in compressed.items():
         with pytest.raises(ValueError, match=f"a residual_{family}"):
             run(
@@ -179,7 +182,7 @@ def test_distill_trains_on_packed_windows_without_transcripts(
     options = ["--window_seconds", 0.8, "--eval_split", "validation", "--output_dir", output]
     run(monkeypatch, "distill", *models, *DATA, *TRAINING, *options)
     assert all(name.startswith("model.encoder.") for name in moved(compressed["whisper"], output))
-    assert len(logged(output, "loss_hidden")) == 2
+    assert len(logged(output, "loss_final")) == 2
     assert "eval_loss" in json.loads((output / "eval_results.json").read_text())
     assert AutoProcessor.from_pretrained(output).tokenizer.english_spelling_normalizer
     assert isinstance(
@@ -192,7 +195,7 @@ def test_distill_takes_transcripts_where_a_loss_needs_them(monkeypatch, tmp_path
     options = ["--labels_weight", 0.5, "--logits_weight", 1, "--output_dir", tmp_path / "out"]
     run(monkeypatch, "distill", *models, *DATA, *TRAINING, *options)
     assert any(name.startswith("model.decoder.") for name in moved(compressed["whisper"], tmp_path / "out"))
-    for loss in ("hidden", "logits", "labels"):
+    for loss in ("final", "logits", "labels"):
         assert len(logged(tmp_path / "out", f"loss_{loss}")) == 2
     with pytest.raises(ValueError, match="window_seconds"):
         options = ["--labels_weight", 1, "--window_seconds", 0.5, "--output_dir", tmp_path / "other"]
@@ -228,7 +231,7 @@ def test_an_interrupted_distillation_goes_on_as_if_nothing_had_been(
         "last",
     )
     assert not moved(tmp_path / "whole", tmp_path / "resumed")
-    assert logged(tmp_path / "whole", "loss_hidden") == logged(tmp_path / "resumed", "loss_hidden")
+    assert logged(tmp_path / "whole", "loss_final") == logged(tmp_path / "resumed", "loss_final")
 
 
 @pytest.mark.parametrize("kind", ["dense", "residual"])
