@@ -46,7 +46,7 @@ from compare_metrics import (
 )
 from compare_results import DENSE, Result, ResultsFile, write_report
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, short_distillation
+from recipe import WINDOW_SECONDS, TranscribingCollator, short_distillation
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -57,6 +57,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_residual_transformer.data import (
+    WindowCollator,
     batched,
     calibration_batches,
     is_multilingual,
@@ -180,6 +181,9 @@ class Comparison:
             shuffled, self.processor, num_windows=args.calibration_windows, batch_size=1
         )
         self.calibration = Calibration(self.dense, windows)
+        self.collator = TranscribingCollator(
+            self.teacher, WindowCollator(self.processor, args.window_seconds)
+        )
 
     def load(self, split: str, language: str, **options: Any) -> Any:
         """Clips that fit into the model's window."""
@@ -217,10 +221,9 @@ class Comparison:
             short_distillation(
                 student,
                 self.teacher,
-                self.processor,
                 self.heard,
                 Path(folder),
-                window_seconds=args.window_seconds,
+                collator=self.collator,
                 per_device_train_batch_size=args.batch_size,
                 max_steps=steps,
                 learning_rate=args.learning_rate,

@@ -34,7 +34,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.data import calibration_batches, load_speech_dataset
+from hf_residual_transformer.data import WindowCollator, calibration_batches, load_speech_dataset
 from hf_residual_transformer.evaluation import EvaluationResult, evaluate_asr, provenance
 from hf_residual_transformer.model_card import write_model_card
 
@@ -183,10 +183,9 @@ def main() -> None:
         trained = short_distillation(
             model,
             dense,
-            processor,
             load_speech_dataset(SAMPLE, "train", text_column=None),
             output / "trainer",
-            window_seconds=args.window_seconds,
+            collator=WindowCollator(processor, args.window_seconds),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,
             learning_rate=args.learning_rate,

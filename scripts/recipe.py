@@ -4,14 +4,16 @@ compared.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Seq2SeqTrainingArguments
 
 from hf_residual_transformer.data import WindowCollator
-from hf_residual_transformer.distillation import Seq2SeqDistillationTrainer
+from hf_residual_transformer.distillation import Seq2SeqDistillationTrainer, transcribe
 
 WINDOW_SECONDS = 10.0
 
@@ -28,14 +30,31 @@ class RecipeArguments(Seq2SeqTrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false here."})
 
 
+class TranscribingCollator:
+    """A collator for batches with the teacher's transcriptions, each made once: for several students that see the same
+    batches.
+    """
+
+    def __init__(self, teacher: Any, collator: WindowCollator) -> None:
+        self.teacher, self.collator = teacher, collator
+        self.labels: dict[bytes, Tensor] = {}
+
+    def __call__(self, rows: Any) -> dict[str, Tensor]:
+        batch = self.collator(rows)
+        features = batch["input_features"]
+        key = hashlib.sha256(features.numpy().tobytes()).digest()
+        if key not in self.labels:
+            self.labels[key] = transcribe(self.teacher, features.to(self.teacher.device)).cpu()
+        return {**batch, "labels": self.labels[key]}
+
+
 def short_distillation(
     student: Any,
     teacher: Any,
-    processor: Any,
     rows: Any,
     folder: Path,
     *,
-    window_seconds: float = WINDOW_SECONDS,
+    collator: Any,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Distils a Whisper without labels.
@@ -43,6 +62,7 @@ def short_distillation(
     Args:
         rows: a list or data set of clips.
         folder: for what the Trainer leaves.
+        collator: makes batches of them.
         options: of `RecipeArguments`.
 
     Returns:
@@ -53,7 +73,7 @@ def short_distillation(
         teacher=teacher,
         args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
         train_dataset=rows,
-        data_collator=WindowCollator(processor, window_seconds),
+        data_collator=collator,
     )
     trainer.train()
     return trainer.state.log_history
