@@ -78,6 +78,14 @@ class MatrixStatistics(WeightedMoments):
         self.add(inputs, self.frame_weights[-1])
         add_gram(self.gradients, gradients)
 
+    def reorder_inputs(self, order: Tensor) -> None:
+        """As if the inputs came in this order, (in_features,)."""
+        self.sum, self.products = self.sum[order], self.products[order][:, order]
+
+    def reorder_outputs(self, order: Tensor) -> None:
+        """As if the outputs came in this order, (out_features,)."""
+        self.gradients = self.gradients[order][:, order]
+
 
 def add_gram(total: Tensor, vectors: Tensor) -> None:
     """Adds `Xᵀ X` of (number, features) to (features, features), in blocks, each of which and its mirror image are
@@ -182,6 +190,7 @@ class Sweep:
         groups: what the layers share.
         batches: inputs of the dense model.
         seed: of the probes.
+        prepare: what is done to each run's statistics before they are seen.
     """
 
     family: Family
@@ -190,6 +199,7 @@ class Sweep:
     batches: list[dict[str, Tensor]]
     progress: bool = True
     seed: int = 0
+    prepare: Callable[[list[Group], Statistics], None] | None = None
     _kept: list[tuple[Statistics, list[Group]]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[tuple[Statistics, list[Group]]]:
@@ -204,6 +214,8 @@ class Sweep:
             for run in runs:
                 groups = [group for group in self.groups if group.layers[0] in run]
                 block = self._collect(run, groups, bar), groups
+                if self.prepare is not None:
+                    self.prepare(groups, block[0])
                 if len(runs) == 1:
                     self._kept.append(block)
                 yield block

@@ -5,8 +5,9 @@ Recursive Transformers (https://arxiv.org/abs/2410.20672, section 2.2). "calibra
 real inputs, change the encoder's final states least, matrix by matrix: `sum_l tr(G E_l C_l E_lᵀ)` for the errors
 `E_l = W_l - Ŵ_l`, all components of a group together; the bias absorbs the mean. `C_l` and `G` are those of
 `calibration.MatrixStatistics`. Layers of trained speech encoders are uncorrelated weight by weight, and only the
-second leaves something that a short distillation can repair. After that, `sequential.py` fits what each layer has of
-its own again, to what the compressed encoder produces.
+second leaves something that a short distillation can repair. Before it, `symmetry.py` puts the neurons of layers that
+share into an order in which they agree; after it, `sequential.py` fits what each layer has of its own again, to what
+the compressed encoder produces.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .fitting import ITERATIONS, fit_group
 from .modeling import ResidualMixin
 from .reporting import ConversionReport, ModuleError
 from .sequential import Streams
+from .symmetry import aligned_neurons
 
 STARTS = ("calibrated", "svd")
 BUDGET = 0.7  # of the dense parameters: the least at which whisper-base loses nothing that can be told
@@ -102,37 +104,43 @@ def convert(
     num_layers = len(cls.family.find_encoder(dense).layers)
     was_training = dense.training
     dense.eval()
-    kept: Sweep | None = None
-    if budget is None:
+    with aligned_neurons(cls.family, dense) as align:
+        prepare = align if start == "calibrated" else None
+        sweep = Sweep(cls.family, dense, [], batches, progress, prepare=prepare)
+        if budget is not None:
+            sizes = _group_sizes(cls.family, residual_config)
+            sweep = sweep.over(groups_with(sizes, num_layers))
+            residual_config = _within_budget(cls, dense, residual_config, sizes, sweep, budget)
         residual_config = residual_config or ResidualConfig()
-    else:
-        sizes = _group_sizes(cls.family, residual_config)
-        kept = Sweep(cls.family, dense, groups_with(sizes, num_layers), batches, progress)
-        residual_config = _within_budget(cls, dense, residual_config, sizes, kept, budget)
-    model = residual_like(cls, dense, residual_config)
-    layers = list(zip(cls.family.find_encoder(dense).layers, cls.family.find_encoder(model).layers))
-    groups = groups_with(_group_sizes(cls.family, residual_config), num_layers)
-    sweep = Sweep(cls.family, dense, groups, batches, progress) if kept is None else kept.over(groups)
-    errors: list[ModuleError] = []
-    with torch.no_grad():
-        streams = Streams(cls.family, dense, model, batches)
-        bar = tqdm(total=num_layers, desc="converting", unit="layer", disable=not progress)
-        for statistics, block in sweep:
-            of_weights = [
-                error
-                for group in block
-                for error in _convert_group(layers, group, statistics, start, iterations)
-            ]
-            for layer in sorted({layer for group in block for layer in group.layers}):
-                if statistics:
-                    errors += streams.advance(layer, statistics, start == "calibrated", iterations)
-                else:
-                    errors += [error for error in of_weights if error.layer == layer]
-                bar.update()
-        bar.close()
+        model = residual_like(cls, dense, residual_config)
+        sweep = sweep.over(groups_with(_group_sizes(cls.family, residual_config), num_layers))
+        errors = _convert_layers(cls.family, dense, model, sweep, start, iterations)
     dense.train(was_training)
     model.conversion_report = ConversionReport(start, "outputs" if batches else "weights", errors)
     return model
+
+
+@torch.no_grad()
+def _convert_layers(
+    family: Family, dense: Any, model: Any, sweep: Sweep, start: str, iterations: int
+) -> list[ModuleError]:
+    """Writes all components of `model`, groups in the order of `sweep`; the errors of every matrix."""
+    layers = list(zip(family.find_encoder(dense).layers, family.find_encoder(model).layers))
+    errors: list[ModuleError] = []
+    streams = Streams(family, dense, model, sweep.batches)
+    bar = tqdm(total=len(layers), desc="converting", unit="layer", disable=not sweep.progress)
+    for statistics, block in sweep:
+        of_weights = [
+            error for group in block for error in _convert_group(layers, group, statistics, start, iterations)
+        ]
+        for layer in sorted({layer for group in block for layer in group.layers}):
+            if statistics:
+                errors += streams.advance(layer, statistics, start == "calibrated", iterations)
+            else:
+                errors += [error for error in of_weights if error.layer == layer]
+            bar.update()
+    bar.close()
+    return errors
 
 
 def residual_like(cls: type[ResidualMixin], dense: Any, residual_config: ResidualConfig) -> Any:

@@ -39,6 +39,7 @@ CLASSES: dict[str, Any] = {
     "whisper": hrt.ResidualWhisperForConditionalGeneration,
     "wav2vec2": hrt.ResidualWav2Vec2ForCTC,
 }
+SHUFFLE_BUFFER = 200  # clips of a stream
 RANK = 32  # where neither it nor a budget is given
 
 
@@ -97,9 +98,13 @@ class CompressionArguments:
     )
     calibration_split: str = field(default="train", metadata={"help": "Split of the data to calibrate on."})
     num_windows: int = field(
-        default=64,
-        metadata={"help": "Windows to calibrate on; 0 for none, which the start 'svd' does not need."},
+        default=16,
+        metadata={
+            "help": "Windows of 30 seconds to calibrate on; 0 for none, which the start 'svd' does not need. More are "
+            "a little better, and take as much longer."
+        },
     )
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of recordings to calibrate on."})
     pack: float = field(
         default=0.75,
         metadata={"help": "Part of the windows in which short clips are joined, so that fewer are enough."},
@@ -146,6 +151,9 @@ def main() -> None:
     if args.num_windows > 0:
         rate = processor.feature_extractor.sampling_rate
         rows = data_args.load(args.calibration_split, rate, with_text=False)
+        # Of all of the data, which may be in order of speakers or languages.
+        among = {"buffer_size": SHUFFLE_BUFFER} if data_args.streaming else {}
+        rows = rows.shuffle(seed=args.seed, **among)
         calibration = calibration_batches(
             rows, processor, num_windows=args.num_windows, batch_size=args.batch_size, pack=args.pack
         )

@@ -14,9 +14,9 @@ In about a minute on a CPU, with the recordings that come with this repository, 
 Each step packs clips into windows of 10 seconds, which train several times faster than Whisper's 30. By default the
 encoder alone learns, from the teacher's final encoder states (`--final_weight`) and its probabilities for the words
 that it hears itself (`--logits_weight`): transcripts are not read. Without the latter no decoder runs, and steps take
-half the time. With `--labels_weight` transcripts are read, and all of the model learns. For a few hundred steps,
-3e-5 suits an encoder of half its size or more, 1e-4 a smaller one; longer runs bear more. wav2vec2 is trained without
-dropout, LayerDrop and SpecAugment, as the teacher runs.
+half the time. With `--labels_weight` transcripts are read, and all of the model learns. For a few hundred steps the
+default `--learning_rate` suits an encoder of half its size or more, 1e-4 a smaller one; longer runs bear more.
+wav2vec2 is trained without dropout, LayerDrop and SpecAugment, as the teacher runs.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
 The first argument may instead be a JSON or YAML file with options by name.

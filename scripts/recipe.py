@@ -22,6 +22,10 @@ WINDOW_SECONDS = 10.0
 class RecipeArguments(Seq2SeqTrainingArguments):
     """Of the Trainer, with the recipe's own defaults."""
 
+    learning_rate: float = field(
+        default=3e-5,
+        metadata={"help": "Peak learning rate; 3e-5 suits 50 to 70 % of the encoder, 1e-4 a third."},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Steps of linear warm-up, or below 1 their part of all steps."}

@@ -14,6 +14,7 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer import budget as budget_module
 from hf_residual_transformer import calibration as calibration_module
 from hf_residual_transformer import sequential
+from hf_residual_transformer import symmetry as symmetry_module
 from hf_residual_transformer.calibration import MatrixStatistics, Sweep, groups_with
 from hf_residual_transformer.families import WHISPER
 from hf_residual_transformer.fitting import fit_group, truncate
@@ -224,7 +225,7 @@ def calls_of(encoder, inputs, hook=lambda key, output: None):
 
 
 @pytest.mark.parametrize("group_size", [2, 3, LOW_RANK])
-def test_the_report_is_how_outputs_of_the_residual_encoder_differ(group_size):
+def test_the_report_is_how_outputs_of_the_residual_encoder_differ(group_size, neurons_in_order):
     dense, inputs = dense_whisper(), whisper_inputs()
     model = converted(dense, inputs, group_size=group_size, rank=2)
     entries = {(entry.layer, entry.module): entry.error for entry in model.conversion_report.errors}
@@ -273,11 +274,18 @@ def test_the_result_does_not_depend_on_the_batch_size():
         assert_same_function(models[0], model)
 
 
+@pytest.fixture
+def neurons_in_order(monkeypatch):
+    """Neurons stay as they are."""
+    order = torch.arange(64).numpy()
+    monkeypatch.setattr(symmetry_module, "linear_sum_assignment", lambda cost: (order, order))
+
+
 def assert_same_function(first, second):
     """Factors of one product may differ by a rotation."""
     others = second.merge().state_dict()
     for key, value in first.merge().state_dict().items():
-        torch.testing.assert_close(value, others[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, others[key], rtol=1e-3, atol=3e-4)
 
 
 def test_statistics_of_few_layers_are_held_at_a_time_and_give_the_same_model(monkeypatch):
@@ -447,7 +455,43 @@ def test_the_error_estimate_is_what_a_small_change_does_to_the_final_states():
             assert estimate == pytest.approx(moved, rel=0.5)
 
 
-def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave():
+def with_the_same_neurons(order):
+    """A dense model whose second layer has the feed-forward of the first, its neurons in this order."""
+    dense = dense_whisper()
+    first, second = dense.model.encoder.layers[:2]
+    with torch.no_grad():
+        second.fc1.weight.copy_(first.fc1.weight[order])
+        second.fc1.bias.copy_(first.fc1.bias[order])
+        second.fc2.weight.copy_(first.fc2.weight[:, order])
+        second.fc2.bias.copy_(first.fc2.bias)
+    return dense
+
+
+def test_neurons_of_layers_that_share_are_put_into_the_order_in_which_they_agree():
+    dense, inputs = with_the_same_neurons(torch.randperm(64)), whisper_inputs()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    config = hrt.ResidualConfig(group_size=2, rank=0, diagonal="none", target_modules=("fc1", "fc2"))
+    model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
+        dense, config, calibration=inputs, progress=False
+    )
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    errors = {error.layer: error.error for error in model.conversion_report.errors if error.module == "fc2"}
+    assert errors[1] < 1e-3 < errors[3]
+
+
+def test_neurons_keep_their_order_where_only_one_of_their_matrices_is_shared():
+    dense, inputs = with_the_same_neurons(torch.randperm(64)), whisper_inputs()
+    config = hrt.ResidualConfig(group_size=2, rank=32, diagonal="none", target_modules=("fc2",))
+    model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
+        dense, config, calibration=inputs, progress=False
+    )
+    assert torch.equal(model.model.encoder.layers[1].fc1.weight, dense.model.encoder.layers[1].fc1.weight)
+    with torch.no_grad():
+        states = [m.get_encoder()(inputs).last_hidden_state for m in (dense, model)]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3)
+
+
+def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in_order):
     dense, inputs = dense_whisper(), whisper_inputs()
     layers = dense.model.encoder.layers
     with torch.no_grad():  # equal weights call for sharing, and low rank for low rank
