@@ -46,7 +46,7 @@ from compare_metrics import (
 )
 from compare_results import DENSE, Result, ResultsFile, write_report
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, TranscribingCollator, short_distillation
+from recipe import WINDOW_SECONDS, TranscribingCollator, learning_rate_for, short_distillation
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -67,7 +67,7 @@ from hf_residual_transformer.evaluation import portable
 
 HEARD = ["en", "fr", "it", "ru"]  # in calibration and distillation; Spanish is for testing alone
 MEASUREMENT = ("calibration_windows", "test_split", "max_test_clips", "max_validation_clips", "no_wer")
-DISTILLATION = ("batch_size", "window_seconds", "learning_rate")
+DISTILLATION = ("batch_size", "window_seconds")
 
 
 @dataclass
@@ -96,7 +96,6 @@ class CompareArguments:
     window_seconds: float = field(
         default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of distillation."})
     calibration_windows: int = field(
         default=16,
         metadata={"help": "Windows to calibrate on, three of four full, the others with one clip."},
@@ -214,8 +213,8 @@ class Comparison:
         check_size(encoder_parameters(model), self.dense, budget)
         return model, seconds | {"conversion": time.perf_counter() - start}
 
-    def distil(self, student: Any, steps: int, seed: int) -> None:
-        """The same for all."""
+    def distil(self, student: Any, budget: float, steps: int, seed: int) -> None:
+        """The same for all methods."""
         args = self.args
         with TemporaryDirectory() as folder:
             short_distillation(
@@ -226,7 +225,7 @@ class Comparison:
                 collator=self.collator,
                 per_device_train_batch_size=args.batch_size,
                 max_steps=steps,
-                learning_rate=args.learning_rate,
+                learning_rate=learning_rate_for(budget),
                 seed=seed,
                 disable_tqdm=True,
                 use_cpu=args.device == "cpu",
@@ -270,7 +269,7 @@ def compare(comparison: Comparison, results: ResultsFile, method: str, budget: f
         student, took = model, dict(seconds)
         if key["seed"] is not None:
             student, start = copy.deepcopy(model), time.perf_counter()
-            comparison.distil(student, key["settings"]["distill_steps"], key["seed"])
+            comparison.distil(student, budget, key["settings"]["distill_steps"], key["seed"])
             took["distillation"] = time.perf_counter() - start
         found = comparison.evaluate(student)
         results.add(key | found | {"seconds": took})

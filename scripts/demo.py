@@ -28,7 +28,7 @@ import psutil
 import torch
 from common import SAMPLE, file_bytes, json_of_fresh_process, model_bytes, parse_args, require_space
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, short_distillation
+from recipe import WINDOW_SECONDS, learning_rate_for, short_distillation
 from training import save_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
@@ -68,7 +68,10 @@ class DemoArguments:
     window_seconds: float = field(
         default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
     )
-    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of distillation."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of distillation; by default by the encoder's size."},
+    )
     max_test_clips: int = field(
         default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
     )
@@ -188,7 +191,7 @@ def main() -> None:
             collator=WindowCollator(processor, args.window_seconds),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,
-            learning_rate=args.learning_rate,
+            learning_rate=args.learning_rate or learning_rate_for(parameters.encoder.ratio),
             logging_steps=max(1, args.max_steps // 10),
             seed=args.seed,
         )

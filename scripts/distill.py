@@ -14,9 +14,9 @@ In about a minute on a CPU, with the recordings that come with this repository, 
 Each step packs clips into windows of 10 seconds, which train several times faster than Whisper's 30. By default the
 encoder alone learns, from the teacher's final encoder states (`--final_weight`) and its probabilities for the words
 that it hears itself (`--logits_weight`): transcripts are not read. Without the latter no decoder runs, and steps take
-half the time. With `--labels_weight` transcripts are read, and all of the model learns. For a few hundred steps the
-default `--learning_rate` suits an encoder of half its size or more, 1e-4 a smaller one; longer runs bear more.
-wav2vec2 is trained without dropout, LayerDrop and SpecAugment, as the teacher runs.
+half the time. With `--labels_weight` transcripts are read, and all of the model learns. The default `--learning_rate`
+suits a few hundred steps; longer runs bear more. wav2vec2 is trained without dropout, LayerDrop and SpecAugment, as the
+teacher runs.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
 The first argument may instead be a JSON or YAML file with options by name.
@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from common import parse_args, prepare_output_dir
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, RecipeArguments
+from recipe import WINDOW_SECONDS, RecipeArguments, learning_rate_for
 from training import TrainingDataArguments, train_and_save
 from transformers import (
     AutoConfig,
@@ -118,6 +118,10 @@ def main() -> None:
         collator = WindowCollator(processor, seconds)
     train_dataset, eval_dataset = data_args.load_splits(processor, training_args.seed, with_text=with_text)
 
+    if training_args.learning_rate is None:
+        layers = trainer_class.family.find_encoder
+        sizes = [sum(p.numel() for p in layers(model).parameters()) for model in (student, teacher)]
+        training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1])
     trainer = trainer_class(
         model=student,
         teacher=teacher,
