@@ -78,8 +78,11 @@ class CompressionArguments:
     rank_pattern: str | None = field(
         default=None, metadata={"help": "Ranks that differ, as JSON, by module: '{\"fc2\": 64}'."}
     )
-    diagonal: Literal["none", "square", "all"] = field(
-        default="square", metadata={"help": "Which matrices also get a diagonal of their own."}
+    diagonal: Literal["none", "square", "all"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which matrices also get a diagonal of their own; by default 'square', or --budget's none."
+        },
     )
     share_biases: bool = field(
         default=False, metadata={"help": "One bias a group, not one a layer, as the paper's sizes suggest."}
@@ -118,19 +121,19 @@ class CompressionArguments:
 
     def residual_config(self) -> hrt.ResidualConfig | None:
         """None where `budget`, or its default, chooses; raises ValueError for what is not JSON, or not possible."""
-        chosen = [self.group_size, self.rank, self.rank_pattern, self.target_modules]
-        if all(choice is None for choice in chosen) and self.start == "calibrated":
+        chosen = [self.group_size, self.rank, self.rank_pattern, self.diagonal, self.target_modules]
+        if all(choice is None for choice in chosen) and not self.share_biases and self.start == "calibrated":
             return None
         if self.budget is not None and self.group_size is None:
             raise ValueError(
-                "`rank`, `rank_pattern` and `target_modules` must not be set with `budget` alone, which chooses all: "
-                "give `group_size` too, or leave them out"
+                "`rank`, `rank_pattern`, `diagonal`, `share_biases` and `target_modules` must not be set with `budget` "
+                "alone, which chooses all: give `group_size` too, or leave them out"
             )
         return hrt.ResidualConfig(
             group_size=read_json("group_size", self.group_size or "2"),
             rank=RANK if self.rank is None else self.rank,
             rank_pattern=read_json("rank_pattern", self.rank_pattern or "{}"),
-            diagonal=self.diagonal,
+            diagonal=self.diagonal or "square",
             share_biases=self.share_biases,
             target_modules=None if self.target_modules is None else tuple(self.target_modules),
         )

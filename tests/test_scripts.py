@@ -164,7 +164,13 @@ def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed,
 def test_compress_refuses_what_it_cannot_compress(monkeypatch, tmp_path, compressed):
     with pytest.raises(ValueError, match="`rank_pattern` must be JSON"):
         run(monkeypatch, "compress", "--rank_pattern", "fc2=64", "--output_dir", tmp_path / "out")
-    for chosen in (["--rank", "4"], ["--target_modules", "fc1", "fc2"]):
+    settings = (
+        ["--rank", "4"],
+        ["--target_modules", "fc1", "fc2"],
+        ["--diagonal", "all"],
+        ["--share_biases"],
+    )
+    for chosen in settings:
         with pytest.raises(ValueError, match="must not be set with `budget` alone"):
             run(monkeypatch, "compress", "--budget", "0.5", *chosen, "--output_dir", tmp_path / "out")
     for family, model in compressed.items():
