@@ -179,6 +179,9 @@ def importance_of(entries: list[MatrixStatistics]) -> Tensor:
     return damp(gradients / weight.clamp_min(TINY), IMPORTANCE_DAMPING)
 
 
+Prepare = Callable[[list[Group], Statistics], None]
+
+
 @dataclass
 class Sweep:
     """Iterates over the groups, with the statistics of their matrices in the dense model, by layer and module
@@ -199,7 +202,7 @@ class Sweep:
     batches: list[dict[str, Tensor]]
     progress: bool = True
     seed: int = 0
-    prepare: Callable[[list[Group], Statistics], None] | None = None
+    prepare: Prepare | None = None
     _kept: list[tuple[Statistics, list[Group]]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[tuple[Statistics, list[Group]]]:

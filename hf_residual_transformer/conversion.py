@@ -41,7 +41,7 @@ from .sequential import Streams
 from .symmetry import aligned_neurons
 
 STARTS = ("calibrated", "svd")
-BUDGET = 0.7  # of the dense parameters: the least at which whisper-base loses nothing that can be told
+BUDGET = 0.7  # of the dense parameters, where nothing else is asked for
 
 
 def convert(

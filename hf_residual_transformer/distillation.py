@@ -249,13 +249,14 @@ def transcribe(model: Any, input_features: Tensor) -> Tensor:
     num_frames = input_features.shape[-1]
     untimed = getattr(config, "no_timestamps_token_id", None)
     tail = [] if untimed is None else [untimed]
-    heads = [[config.decoder_start_token_id, *tail] for _ in input_features]
+    spoken: list[list[int]] = [[] for _ in input_features]
     with encoder_window(encoder, num_frames):
         encoded = encoder(input_features)
         if is_multilingual(model):
             languages = model.detect_language(encoder_outputs=encoded, generation_config=config).tolist()
             task = config.task_to_id["transcribe"]
-            heads = [[config.decoder_start_token_id, language, task, *tail] for language in languages]
+            spoken = [[language, task] for language in languages]
+        heads = [[config.decoder_start_token_id, *head, *tail] for head in spoken]
         prefix = torch.tensor(heads, device=input_features.device)
         # Not Whisper's own, which looks for more of the audio after what may be a timestamp.
         tokens = GenerationMixin.generate(

@@ -7,7 +7,7 @@ section 3.2), for models that were trained apart; here it is layers of one model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .calibration import TINY, Group, Statistics, damp, importance_of, parallel_sum
+from .calibration import TINY, Group, Prepare, Statistics, damp, importance_of, parallel_sum
 from .families import Family
-
-Align = Callable[[list[Group], Statistics], None]
 
 
 @contextmanager
-def aligned_neurons(family: Family, dense: Any) -> Iterator[Align]:
+def aligned_neurons(family: Family, dense: Any) -> Iterator[Prepare]:
     """Inside, what is yielded puts neurons of `dense`, and of statistics that it is given, into an order; afterwards
     the model is as it was. Layers whose order is found already keep it, and a layer keeps its own where the matrices
     before and after the neurons are not both to be converted.

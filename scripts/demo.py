@@ -182,6 +182,7 @@ def main() -> None:
         report.plot(output / "conversion.png")
         print(report, parameters, sep="\n\n")
     evaluations["converted"] = evaluate("converted", model)
+    rate = args.learning_rate
     with stage("distil"):
         trained = short_distillation(
             model,
@@ -191,7 +192,7 @@ def main() -> None:
             collator=WindowCollator(processor, args.window_seconds),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,
-            learning_rate=args.learning_rate or learning_rate_for(parameters.encoder.ratio),
+            learning_rate=learning_rate_for(parameters.encoder.ratio) if rate is None else rate,
             logging_steps=max(1, args.max_steps // 10),
             seed=args.seed,
         )

@@ -33,8 +33,10 @@ class RecipeArguments(Seq2SeqTrainingArguments):
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Steps of linear warm-up, or below 1 their part of all steps."}
     )
-    # The collator reads columns that no model does.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false here."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # the collator reads columns that no model does
 
 
 def learning_rate_for(size: float) -> float:
