@@ -17,10 +17,13 @@ from torch import Tensor
 from .calibration import Group, GroupSizes, Statistics, Sweep, metric_of, parallel_sum
 from .configuration import ResidualConfig
 from .families import Family, role_of
-from .reporting import parameter_report
+from .quantization import dequantize, quantize
+from .reporting import QUANTIZED_SIZE, parameter_report
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
-GROUP_SIZES = (None, 2)  # what is tried for each module where the user leaves it open
+# What is tried for each module where the user leaves it open; with a quantised `U`, one for each layer may pay as well.
+GROUP_SIZES = (None, 2)
+QUANTIZED_GROUP_SIZES = (None, 1, 2)
 # The second fit, in `sequential.py`, takes away more of the error where a layer's matrix is all its own than where
 # layers share one. So when group sizes are compared, what sharing leaves counts more: docs/LOG.md has the measurements.
 SHARED_COST = 2.5
@@ -30,13 +33,13 @@ SHARED_COST = 2.5
 class Curve:
     """What a rank leaves: `errors[R]` for R of every layer in the group, 0 up to the largest that is worth its
     parameters; `cost` is the number of parameters of one more rank in all layers of the group, and `fixed` that
-    of its `U`.
+    of its `U`, of 16 bits each where `U` is quantised.
     """
 
     group: Group
     errors: list[float]
     cost: int
-    fixed: int
+    fixed: float
     rank: int = 0
 
     def next_rank(self) -> int:
@@ -66,7 +69,8 @@ def spend(
         model: a residual model of `residual_config`, for the parameters that do not depend on either.
         sizes: the group sizes to choose from, by module path.
         sweep: the calibration, over all groups that they make.
-        budget: unique / dense parameters of the encoder's layers, as `parameter_report` counts.
+        budget: unique / dense parameters of the encoder's layers, as `parameter_report` counts; with a quantised `U`,
+            their bytes.
 
     Raises:
         ValueError: when the parameters that do not depend on ranks alone are more.
@@ -78,7 +82,9 @@ def spend(
     curves: dict[tuple[str, int | None], list[Curve]] = {}
     for statistics, groups in sweep:
         for group in groups:
-            curves.setdefault((group.module_path, group.size), []).append(_curve(layers, group, statistics))
+            curves.setdefault((group.module_path, group.size), []).append(
+                _curve(layers, group, statistics, residual_config.shared_bits is not None)
+            )
     options = [[(path, size) for size in sizes[path]] for path in sizes]
     plans = [
         (*_allocate([curve for key in plan for curve in curves[key]], left), plan)
@@ -128,9 +134,10 @@ def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tupl
     return lacking, sum(cost * curve.errors[curve.rank] for cost, curve in zip(costs, curves)), ranks
 
 
-def _curve(layers: Any, group: Group, statistics: Statistics) -> Curve:
+def _curve(layers: Any, group: Group, statistics: Statistics, quantized: bool) -> Curve:
     """Of one group. What the first fit leaves is exact for a layer alone and, with equal ranks, for a pair without
-    diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve.
+    diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve. Of a
+    quantised `U`, each weight is rounded to the nearest, and nothing makes up for that where layers share.
     """
     weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
     covariances, importance = metric_of(group, statistics)
@@ -140,15 +147,21 @@ def _curve(layers: Any, group: Group, statistics: Statistics) -> Curve:
     if group.size is None:
         errors = _tails(root @ weights[0], covariances[0])
         errors = errors[: out_features * in_features // (out_features + in_features) + 1]
-    elif len(weights) == 1:
+    elif len(weights) == 1 and not quantized:
         errors = torch.zeros(1)
-    elif len(weights) == 2:
-        errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
+    elif len(weights) == 1:
+        errors = _tails(root @ (weights[0] - dequantize(*quantize(weights[0]))), covariances[0])
     else:
         total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
         mean = torch.linalg.solve(torch.stack(covariances).sum(0), total.T).T
-        errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
-    fixed = 0 if group.size is None else out_features * in_features
+        if len(weights) == 2:
+            errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
+        else:
+            errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
+        if quantized:
+            rounding = root @ (mean - dequantize(*quantize(mean)))
+            errors = errors + ((rounding @ sum(covariances)) * rounding).sum()
+    fixed = 0 if group.size is None else out_features * in_features * (QUANTIZED_SIZE if quantized else 1)
     return Curve(group, errors.tolist(), cost, fixed)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from .quantization import BITS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as DenseConfig
 else:
@@ -42,6 +44,9 @@ class ResidualConfig:
         diagonal: `D_l` on no matrix ("none"), on "square" ones, or on "all", where a rectangular matrix
             has one entry for each position of its main diagonal.
         share_biases: one bias a group, beside `U`, rather than one a layer.
+        shared_bits: 4 keeps every `U` in four bits, and it is not trained then; what layers have of their own makes
+            up for most of the rounding. With a group size of 1, that is all that there is to make up for. None keeps
+            `U` in the model's dtype.
         target_modules: names of the modules to share; by default those that `group_size` names, or all
             linear modules of an encoder layer. The others stay dense.
 
@@ -55,6 +60,7 @@ class ResidualConfig:
     diagonal: str = "square"
     share_biases: bool = False
     target_modules: tuple[str, ...] | None = None
+    shared_bits: int | None = None
 
     def __post_init__(self) -> None:
         sizes = self.group_size.values() if isinstance(self.group_size, dict) else [self.group_size]
@@ -82,6 +88,13 @@ class ResidualConfig:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
         if not isinstance(self.share_biases, bool):
             raise ValueError(f"`share_biases` must be true or false, got {self.share_biases!r}")
+        if self.shared_bits is not None and (self.shared_bits != BITS or isinstance(self.shared_bits, bool)):
+            raise ValueError(f"`shared_bits` must be {BITS} or None, got {self.shared_bits!r}")
+        if self.shared_bits and all(size is None for size in sizes):
+            raise ValueError(
+                f"`shared_bits` must be None where `group_size` leaves out `U`, got {self.shared_bits!r}; a "
+                "`group_size` of 1 gives each layer a `U` of its own"
+            )
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         if isinstance(self.group_size, dict):
             object.__setattr__(self, "group_size", dict(self.group_size))

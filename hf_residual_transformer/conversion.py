@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from .budget import GROUP_SIZES, spend
+from .budget import GROUP_SIZES, QUANTIZED_GROUP_SIZES, spend
 from .calibration import (
     Group,
     GroupSizes,
@@ -35,13 +35,15 @@ from .calibration import (
 from .configuration import ResidualConfig
 from .families import Family, role_of
 from .fitting import ITERATIONS, fit_group
+from .layers import QuantizedSharedLinear
 from .modeling import ResidualMixin
 from .reporting import ConversionReport, ModuleError
 from .sequential import Streams
 from .symmetry import aligned_neurons
 
 STARTS = ("calibrated", "svd")
-BUDGET = 0.7  # of the dense parameters, where nothing else is asked for
+# Of the dense parameters, where nothing else is asked for; and of their bytes in 16 bits, with a quantised `U`.
+BUDGET, QUANTIZED_BUDGET = 0.7, 0.34
 
 
 def convert(
@@ -52,6 +54,7 @@ def convert(
     *,
     start: str = "calibrated",
     budget: float | None = None,
+    shared_bits: int | None = None,
     iterations: int = ITERATIONS,
     progress: bool = True,
 ) -> Any:
@@ -74,7 +77,10 @@ def convert(
             `BUDGET` where there is no `residual_config`. The rank of each matrix is then chosen by what its error does
             to the encoder's final states, and replaces that of `residual_config`. Without `residual_config`, group
             sizes are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U` for each two
-            where that pays. The model's config has the choice.
+            where that pays. The model's config has the choice. With a `U` of four bits it is bytes that are meant, of
+            16 bits for all other parameters and for the dense ones, `QUANTIZED_BUDGET` by default.
+        shared_bits: 4 for a `U` of four bits, where `budget` chooses all settings; a `U` for each layer is then tried
+            as well, and at a third of the bytes it is what loses least. See `ResidualConfig`.
         iterations: rounds of alternation for groups without a closed form.
         progress: whether to show progress bars.
 
@@ -98,8 +104,14 @@ def convert(
         )
     if budget is not None and not (start == "calibrated" and 0 < budget <= 1):
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
-    if residual_config is None and start == "calibrated" and budget is None:
-        budget = BUDGET
+    chooses_all = residual_config is None and start == "calibrated"
+    if shared_bits is not None and not chooses_all:
+        raise ValueError(
+            '`shared_bits` must be None with a `residual_config`, which has its own, or the start "svd", got '
+            f"{shared_bits!r}"
+        )
+    if chooses_all and budget is None:
+        budget = QUANTIZED_BUDGET if shared_bits else BUDGET
     dense = _load_dense(cls, dense)
     num_layers = len(cls.family.find_encoder(dense).layers)
     was_training = dense.training
@@ -108,9 +120,12 @@ def convert(
         prepare = align if start == "calibrated" else None
         sweep = Sweep(cls.family, dense, [], batches, progress, prepare=prepare)
         if budget is not None:
-            sizes = _group_sizes(cls.family, residual_config)
+            sizes = _group_sizes(cls.family, residual_config, shared_bits)
             sweep = sweep.over(groups_with(sizes, num_layers))
-            residual_config = _within_budget(cls, dense, residual_config, sizes, sweep, budget)
+            unranked = ResidualConfig(
+                group_size=1 if shared_bits else None, diagonal="none", shared_bits=shared_bits
+            )
+            residual_config = _within_budget(cls, dense, residual_config or unranked, sizes, sweep, budget)
         residual_config = residual_config or ResidualConfig()
         model = residual_like(cls, dense, residual_config)
         sweep = sweep.over(groups_with(_group_sizes(cls.family, residual_config), num_layers))
@@ -157,10 +172,13 @@ def residual_like(cls: type[ResidualMixin], dense: Any, residual_config: Residua
     return model
 
 
-def _group_sizes(family: Family, residual_config: ResidualConfig | None) -> GroupSizes:
+def _group_sizes(
+    family: Family, residual_config: ResidualConfig | None, shared_bits: int | None = None
+) -> GroupSizes:
     """Those that `residual_config` has, or may have where it is left open."""
+    open_sizes = QUANTIZED_GROUP_SIZES if shared_bits else GROUP_SIZES
     return {
-        path: list(GROUP_SIZES) if residual_config is None else [residual_config.group_size_of(role_of(path))]
+        path: list(open_sizes) if residual_config is None else [residual_config.group_size_of(role_of(path))]
         for path in family.modules
         if residual_config is None or residual_config.is_target(role_of(path))
     }
@@ -169,15 +187,13 @@ def _group_sizes(family: Family, residual_config: ResidualConfig | None) -> Grou
 def _within_budget(
     cls: type[ResidualMixin],
     dense: Any,
-    residual_config: ResidualConfig | None,
+    residual_config: ResidualConfig,
     sizes: GroupSizes,
     sweep: Sweep,
     budget: float,
 ) -> ResidualConfig:
-    """`residual_config` with the ranks that `budget` buys; without one, also with the group sizes."""
-    unranked = ResidualConfig(group_size=None, rank=1, diagonal="none")
-    if residual_config is not None:
-        unranked = replace(residual_config, rank=1, rank_pattern={})
+    """`residual_config` with the ranks that `budget` buys and, of several `sizes`, with the group sizes."""
+    unranked = replace(residual_config, rank=1, rank_pattern={})
     residual_class: Any = cls
     with torch.device("meta"):
         model = residual_class(cls.config_class.from_dense_config(dense.config, unranked))
@@ -233,6 +249,7 @@ def _convert_group(
         importance=importance,
         diagonal=targets[0].diagonal is not None,
         shared=targets[0].shared is not None,
+        quantized=isinstance(targets[0].shared, QuantizedSharedLinear),
         iterations=iterations if start == "calibrated" else 0,
     )
     biases, errors = [], []

@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel, Seq2SeqTrainer, Train
 
 from .data import LABEL_PADDING, is_multilingual
 from .families import WAV2VEC2, WHISPER, Family
-from .layers import ResidualLinear, SharedLinear
+from .layers import SHARED, ResidualLinear
 
 LOSSES = ("hidden", "final", "logits", "labels")
 LEARNING_RATES = ("shared", "lora", "diagonal", "rest")
@@ -622,7 +622,7 @@ def _components(model: nn.Module) -> dict[int, str]:
     """The key in `learning_rates` of every parameter of a shared matrix, by the parameter's id."""
     names = {}
     for module in model.modules():
-        if isinstance(module, SharedLinear | ResidualLinear):
+        if isinstance(module, (ResidualLinear, *SHARED)):
             for name, parameter in module.named_parameters(recurse=False):
                 kinds = {"weight": "shared", "lora_A": "lora", "lora_B": "lora"}
                 names[id(parameter)] = kinds.get(name, "diagonal")

@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .calibration import parallel_sum
+from .calibration import damp, parallel_sum
 from .layers import ResidualLinear
+from .quantization import dequantize, quantize
 
 ITERATIONS = 30
+ROUNDING_DAMPING = 1e-2  # of the mean variance of the inputs
 
 
 @dataclass
 class Components:
     """What one layer gets: `U` is the group's, (out, in) or None; `low_rank` is `B A` as its factors
-    (out, rank) and (rank, in); the diagonal has min(out, in) entries or is None.
+    (out, rank) and (rank, in); the diagonal has min(out, in) entries or is None. `packed` and `scale` hold a quantised
+    `U`, see `quantization.py`.
     """
 
     shared: Tensor | None
     lora_B: Tensor
     lora_A: Tensor
     diagonal: Tensor | None
+    packed: Tensor | None = None
+    scale: Tensor | None = None
 
     def weight(self) -> Tensor:
         """`U + B A + D`, (out, in)."""
@@ -37,7 +42,9 @@ class Components:
     def write(self, linear: ResidualLinear) -> None:
         """Puts what `linear` has a parameter for into it; `U`, where there is one, into its group's."""
         for owner, name, value in (
-            (linear.shared, "weight", self.shared),
+            (linear.shared, "weight", self.shared if self.packed is None else None),
+            (linear.shared, "weight_packed", self.packed),
+            (linear.shared, "weight_scale", self.scale),
             (linear, "lora_A", self.lora_A),
             (linear, "lora_B", self.lora_B),
             (linear, "diagonal", self.diagonal),
@@ -73,6 +80,7 @@ def fit_group(
     importance: Tensor | None = None,
     diagonal: bool = False,
     shared: bool = True,
+    quantized: bool = False,
     iterations: int = ITERATIONS,
 ) -> list[Components]:
     """Minimises `sum_l tr(G E_l C_l E_lᵀ)`, `E_l = W_l - U - B_l A_l - D_l`, by alternating closed forms.
@@ -90,6 +98,7 @@ def fit_group(
         importance: `G`, (out, out), positive definite, the group's; None for the identity.
         diagonal: whether there are `D_l`.
         shared: whether there is a `U`; without one, every layer is fitted on its own.
+        quantized: whether `U` is rounded to four bits, after which what layers have of their own is fitted again.
         iterations: rounds after the first.
     """
     out_features, in_features = weights[0].shape
@@ -115,12 +124,17 @@ def fit_group(
             fit.lora_B, fit.lora_A = factors
     if (shared and len(weights) == 1) or (not diagonal and (not shared or len(weights) == 2)):
         iterations = 0  # the first round is the minimum
-    for _ in range(iterations + 1):
-        if shared:
+    quantized = quantized and shared
+    for round_idx in range(iterations + 1 + quantized):
+        packed, scale = None, None
+        if shared and round_idx <= iterations:
             rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
+        elif shared:
+            packed, scale = quantize(U, damp(total @ total.T, ROUNDING_DAMPING))
+            U = dequantize(packed, scale)
         for w, fit, c, root in zip(weights, fits, C, roots):
-            fit.shared = U if shared else None
+            fit.shared, fit.packed, fit.scale = U if shared else None, packed, scale
             own = w - U if shared else w
             fit.lora_B, fit.lora_A = _truncate_between(R, own - embed(fit.diagonal), root, len(fit.lora_A))
             if diagonal:

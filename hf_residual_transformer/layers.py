@@ -1,6 +1,7 @@
 """The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
 
-`SharedLinear` holds what a group of layers has in common, `ResidualLinear` what is one layer's own.
+`SharedLinear` holds what a group of layers has in common, `QuantizedSharedLinear` the same in four bits,
+`ResidualLinear` what is one layer's own.
 Where they are put into a model is the business of `modeling.py`.
 """
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+
+from .quantization import BITS, BLOCK, LOWEST, dequantize
 
 
 class SharedLinear(nn.Linear):
@@ -41,10 +44,70 @@ class SharedLinear(nn.Linear):
         few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
         if torch.compiler.is_exporting() or few:
             return _factored(hidden_states, bias, self.weight, lora_A, lora_B, diagonal)
-        if lora_A is None and diagonal is None:
-            return F.linear(hidden_states, self.weight, bias)
-        output: Tensor = _ComposedLinear.apply(hidden_states, bias, self.weight, lora_A, lora_B, diagonal)
+        stored, scale = self.stored()
+        if scale is None and lora_A is None and diagonal is None:
+            return F.linear(hidden_states, stored, bias)
+        output: Tensor = _ComposedLinear.apply(hidden_states, bias, stored, scale, lora_A, lora_B, diagonal)
         return output
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """What holds `U`: the weight, or where it is quantised, `packed` and `scale`."""
+        return self.weight, None
+
+
+class QuantizedSharedLinear(nn.Module):
+    """A `SharedLinear` whose `U` is kept in four bits (`quantization.py`) and is not trained: layers learn what they
+    add to it. It is no `nn.Linear`, so that adapters which would be merged into its weight are refused.
+
+    Args:
+        in_features: a multiple of 32.
+        out_features: any number.
+        bias: whether the group shares one.
+        device: of its tensors.
+        dtype: of scales and bias, and so of the weight that is computed with; 16 bits lose nothing of the scales in
+            float16.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        shape = (out_features, in_features * BITS // 8)
+        self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
+        shape = (out_features, in_features // BLOCK)
+        self.register_buffer("weight_scale", torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    forward = SharedLinear.forward
+
+    @property
+    def weight(self) -> Tensor:
+        """`U`, (out_features, in_features), computed at each call."""
+        return dequantize(self.weight_packed, self.weight_scale)
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """`packed` and `scale`."""
+        return self.weight_packed, self.weight_scale
+
+    def reset_parameters(self) -> None:
+        """Random numbers of about the size that `nn.Linear` begins with; loaded ones are left alone."""
+        init.copy_(self.weight_packed, torch.randint_like(self.weight_packed, 256))
+        init.constant_(self.weight_scale, self.in_features**-0.5 / -LOWEST)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
 def _factored(
@@ -73,13 +136,15 @@ def _add_diagonal(output: Tensor, rows: Tensor, diagonal: Tensor) -> None:
 
 class _ComposedLinear(torch.autograd.Function):
     """`F.linear` with `U + B A + D`, which backward composes anew: kept for every layer, it would take the memory of
-    a dense model's weights. What is kept is what a dense layer keeps, the inputs and parameters. `components` are what
-    `compose` takes.
+    a dense model's weights. What is kept is what a dense layer keeps, the inputs and parameters. `stored` and `scale`
+    are what holds `U`, `components` what `compose` adds to it.
     """
 
     @staticmethod
-    def forward(hidden_states: Tensor, bias: Tensor | None, *components: Any) -> Tensor:
-        return F.linear(hidden_states, compose(*components), bias)
+    def forward(
+        hidden_states: Tensor, bias: Tensor | None, stored: Tensor, scale: Tensor | None, *components: Any
+    ) -> Tensor:
+        return F.linear(hidden_states, compose(_full(stored, scale), *components), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -89,20 +154,27 @@ class _ComposedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_states, shared, lora_A, lora_B, diagonal = ctx.saved_tensors
+        hidden_states, stored, scale, lora_A, lora_B, diagonal = ctx.saved_tensors
         of_input, of_bias, of_shared, of_A, of_B, of_diagonal = [None] * 6
         if ctx.needs_input_grad[0]:
-            of_input = grad @ compose(shared, lora_A, lora_B, diagonal).to(grad.dtype)
+            of_input = grad @ compose(_full(stored, scale), lora_A, lora_B, diagonal).to(grad.dtype)
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
             of_bias = rows.sum(0)
         if any(ctx.needs_input_grad[2:]):
-            of_shared = (rows.T @ hidden_states.flatten(0, -2)).to(shared.dtype)
+            dtype = stored.dtype if scale is None else scale.dtype
+            of_shared = (rows.T @ hidden_states.flatten(0, -2)).to(dtype)
             if lora_A is not None:
                 of_A, of_B = lora_B.T @ of_shared, of_shared @ lora_A.T
             if diagonal is not None:
                 of_diagonal = of_shared.diagonal()
-        return of_input, of_bias, of_shared, of_A, of_B, of_diagonal
+        of_shared = of_shared if ctx.needs_input_grad[2] else None
+        return of_input, of_bias, of_shared, None, of_A, of_B, of_diagonal
+
+
+def _full(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """`U` from what holds it."""
+    return stored if scale is None else dequantize(stored, scale)
 
 
 def compose(
@@ -130,9 +202,9 @@ class ResidualLinear(nn.Module):
     """One layer's linear map: its own `lora_A`, `lora_B`, diagonal and bias over a shared `U`.
 
     Args:
-        shared: the `SharedLinear`s of this role, one a group. Held without being registered, so that `U`
-            has one place in `state_dict`, and looked up at each call, since loading, FSDP and PEFT replace
-            modules and parameters.
+        shared: the `SharedLinear`s or `QuantizedSharedLinear`s of this role, one a group. Held without being
+            registered, so that `U` has one place in `state_dict`, and looked up at each call, since loading, FSDP
+            and PEFT replace modules and parameters.
         group_idx: which of them this layer uses.
         rank: R; 0 for no `B A`.
         diagonal: whether there is a `D`.
@@ -161,8 +233,8 @@ class ResidualLinear(nn.Module):
         self.bias = parameter(bias, out_features)
 
     @property
-    def shared(self) -> SharedLinear:
-        """The group's `SharedLinear`."""
+    def shared(self) -> SharedLinear | QuantizedSharedLinear:
+        """What the group has in common."""
         return self.__dict__["_shared"][self.group_idx]
 
     def reset_parameters(self) -> None:

@@ -19,7 +19,8 @@ from transformers import initialization as init
 
 from .configuration import ResidualConfig
 from .families import Family, groups_of, role_of
-from .layers import LowRankLinear, ResidualLinear, SharedLinear
+from .layers import SHARED, LowRankLinear, QuantizedSharedLinear, ResidualLinear, SharedLinear
+from .quantization import BLOCK
 
 if TYPE_CHECKING:
     DenseModel = PreTrainedModel
@@ -66,6 +67,9 @@ class ResidualMixin(DenseModel):
         for _, linear in residual_linears(self):
             if not getattr(linear, "_is_hf_initialized", False):
                 linear.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, QuantizedSharedLinear) and not getattr(module, "_is_hf_initialized", False):
+                module.reset_parameters()
         super().initialize_weights()
 
     @classmethod
@@ -134,8 +138,8 @@ class ResidualMixin(DenseModel):
         own = {
             f"{path}.{name}"
             for path, module in self.named_modules()
-            if isinstance(module, (ResidualLinear, SharedLinear))
-            for name, _ in module.named_parameters()
+            if isinstance(module, (ResidualLinear, *SHARED))
+            for name in module.state_dict()
         }
         weights = {key: value.clone() for key, value in self.state_dict().items() if key not in own}
         for path, linear in residual_linears(self):
@@ -184,8 +188,14 @@ def _share_layers(encoder: Any, family: Family, config: ResidualConfig) -> None:
             has_bias = dense.bias is not None
             shares_bias = has_bias and config.share_biases and group_size is not None
             if group_size is not None:
+                if config.shared_bits and in_features % BLOCK:
+                    raise ValueError(
+                        f"`shared_bits` must be None for {module_path}, whose {in_features} inputs are no multiple of "
+                        f"{BLOCK}, got {config.shared_bits}"
+                    )
+                shared_class = QuantizedSharedLinear if config.shared_bits else SharedLinear
                 weight = dense.weight
-                bank.append(SharedLinear(in_features, out_features, shares_bias, weight.device, weight.dtype))
+                bank.append(shared_class(in_features, out_features, shares_bias, weight.device, weight.dtype))
             for layer_idx in group:
                 path = f"layers.{layer_idx}.{module_path}"
                 used_patterns.add(config.pattern_of(path))

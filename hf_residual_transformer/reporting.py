@@ -10,14 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from .layers import ResidualLinear, SharedLinear
+from .layers import SHARED, QuantizedSharedLinear, ResidualLinear
+from .quantization import BITS, BLOCK, SCALE_BITS
 
+FLOAT_BITS = 16
+# Of a weight of a quantised `U`, its part of the scale included, in parameters of 16 bits.
+QUANTIZED_SIZE = (BITS + SCALE_BITS / BLOCK) / FLOAT_BITS
 COMPONENTS = ("shared", "lora", "diagonal", "biases", "layer_norms", "other")
 
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of parameters: `unique` in the residual model, `dense` in the dense one of the same shapes."""
+    """Of parameters, or of their bytes: `unique` in the residual model, `dense` in the dense one of the same shapes."""
 
     unique: int
     dense: int
@@ -42,11 +46,13 @@ class ParameterReport:
             and "other" (such as matrices that stay dense).
         encoder: their sum. Embeddings, convolutions and the norm after the last layer do not count.
         model: the whole model.
+        encoder_bytes: of the encoder's layers, with 16 bits for each parameter that is not quantised.
     """
 
     components: dict[str, Count]
     encoder: Count
     model: Count
+    encoder_bytes: Count
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -55,11 +61,13 @@ class ParameterReport:
         }
         return {
             "encoder": {**self.encoder.to_dict(), "components": components},
+            "encoder_bytes": self.encoder_bytes.to_dict(),
             "model": self.model.to_dict(),
         }
 
     def __str__(self) -> str:
         rows = {**self.components, "encoder layers": self.encoder, "whole model": self.model}
+        rows["bytes of layers"] = self.encoder_bytes
         lines = [f"{'parameters':<16}{'unique':>14}{'dense':>14}{'ratio':>9}"]
         for name, count in rows.items():
             ratio = f"{count.ratio:.1%}" if count.dense else "-"
@@ -83,21 +91,27 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         )
     unique = dict.fromkeys(COMPONENTS, 0)
     dense = dict.fromkeys(COMPONENTS, 0)
+    quantized = 0
     for module in _modules(encoder.layers, encoder.shared):
         for name, parameter in module.named_parameters(recurse=False):
             component = _component(module, name)
             unique[component] += parameter.numel()
-            if not isinstance(module, (SharedLinear, ResidualLinear)):
+            if not isinstance(module, (ResidualLinear, *SHARED)):
                 dense[component] += parameter.numel()
+        if isinstance(module, QuantizedSharedLinear):
+            quantized += module.out_features * module.in_features
         if isinstance(module, ResidualLinear):
             dense["shared"] += module.out_features * module.in_features
             dense["biases"] += 0 if module.merged_bias() is None else module.out_features
+    unique["shared"] += quantized
     layers = Count(sum(unique.values()), sum(dense.values()))
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    in_floats = layers.unique - quantized + quantized * QUANTIZED_SIZE
+    whole = sum(parameter.numel() for parameter in model.parameters()) + quantized
     return ParameterReport(
         components={name: Count(unique[name], dense[name]) for name in COMPONENTS},
         encoder=layers,
         model=Count(whole, whole - layers.unique + layers.dense),
+        encoder_bytes=Count(round(in_floats * FLOAT_BITS / 8), layers.dense * FLOAT_BITS // 8),
     )
 
 
@@ -115,7 +129,7 @@ def _component(module: nn.Module, name: str) -> str:
         return "layer_norms"
     if name == "bias":
         return "biases"
-    return "shared" if isinstance(module, SharedLinear) else "other"
+    return "shared" if isinstance(module, SHARED) else "other"
 
 
 @dataclass(frozen=True)

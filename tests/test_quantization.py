@@ -1,0 +1,238 @@
+"""`U` in four bits: rounding, storage, the layer that computes with it, and models that have it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import randomize_, tiny_wav2vec2_config, tiny_whisper_config
+from test_conversion import dense_whisper, whisper_inputs
+from torch import nn
+from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
+from hf_residual_transformer.quantization import BLOCK, dequantize, quantize
+
+EACH = hrt.ResidualConfig(group_size=1, rank=2, diagonal="none", shared_bits=4)
+
+
+def matrix(out_features=24, in_features=64, seed=0):
+    return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(features=64):
+    factor = matrix(features, 4 * features, seed=1)
+    factor[::2] += 5 * factor[1::2]
+    return (factor @ factor.T / (4 * features)).double()
+
+
+def nearest(weight):
+    """Q4_0 as GGUF has it: the largest weight of a block becomes -8."""
+    blocks = weight.unflatten(1, (-1, BLOCK))
+    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    scale = (largest / -8).half().float()
+    return ((blocks / scale).round().clamp(-8, 7) * scale).flatten(1)
+
+
+def test_two_weights_are_a_byte_and_blocks_have_a_scale_each():
+    packed = torch.arange(64, dtype=torch.uint8).reshape(2, 32)
+    scale = torch.tensor([[1.0, 0.5], [-1.0, 2.0]])
+    weight = dequantize(packed, scale)
+    for row in range(2):
+        for column in range(64):
+            byte = packed[row, column // 2].item()
+            code = byte // 16 if column % 2 else byte % 16
+            assert weight[row, column] == (code - 8) * scale[row, column // BLOCK]
+
+
+def test_weights_that_four_bits_can_hold_come_back_exactly():
+    weight = torch.randint(-8, 8, (24, 64), generator=torch.Generator().manual_seed(0)).float()
+    weight[:, ::BLOCK] = -8
+    weight = weight * torch.tensor([0.5, -0.25]).repeat_interleave(BLOCK)
+    for covariance in (None, correlated()):
+        torch.testing.assert_close(dequantize(*quantize(weight, covariance)).float(), weight, rtol=0, atol=0)
+
+
+def test_rounding_is_nearer_than_that_of_q4_0_and_scales_are_exact_in_16_bits():
+    weight = matrix()
+    packed, scale = quantize(weight)
+    error = (dequantize(packed, scale) - weight).square().sum()
+    assert error < 0.97 * (nearest(weight) - weight).square().sum()
+    assert packed.shape == (24, 32) and packed.dtype == torch.uint8 and scale.shape == (24, 2)
+    assert torch.equal(scale.half().to(scale.dtype), scale)
+
+
+def test_a_covariance_keeps_outputs_rather_than_weights():
+    weight, covariance = matrix().double(), correlated()
+    plain, fitted = (dequantize(*quantize(weight, given)) - weight for given in (None, covariance))
+    assert ((fitted @ covariance) * fitted).sum() < 0.6 * ((plain @ covariance) * plain).sum()
+    assert fitted.square().sum() > plain.square().sum()
+
+
+def test_what_is_zero_stays_so():
+    weight = matrix()
+    weight[3] = 0
+    weight[:, :BLOCK] = 0
+    found = dequantize(*quantize(weight, correlated()))
+    assert not found[:, :BLOCK].any() and torch.isfinite(found).all()
+    assert not dequantize(*quantize(torch.zeros(4, 32))).any()
+
+
+def twins(bias, rank, diagonal):
+    """Two layers over a quantised `U`, and the same over a plain one of equal weight."""
+    groups = []
+    for quantised in (True, False):
+        shared_class = QuantizedSharedLinear if quantised else SharedLinear
+        shared = shared_class(64, 24, bias == "shared", torch.device("cpu"), torch.float32)
+        layers = [ResidualLinear(nn.ModuleList([shared]), 0, rank, diagonal, bias == "own") for _ in range(2)]
+        for module in (shared, *layers):
+            module.reset_parameters()
+        groups.append(randomize_(nn.ModuleDict({"shared": shared, "layers": nn.ModuleList(layers)})))
+    state = {name: tensor for name, tensor in groups[0].state_dict().items() if ".weight_" not in name}
+    groups[1].load_state_dict(state | {"shared.weight": groups[0]["shared"].weight})
+    return groups
+
+
+@pytest.mark.parametrize(("bias", "rank", "diagonal"), [("own", 3, True), ("shared", 0, False)])
+@pytest.mark.parametrize("frames", [3, 200])
+def test_outputs_and_gradients_are_those_over_the_same_plain_weight(frames, bias, rank, diagonal):
+    found = []
+    for group in twins(bias, rank, diagonal):
+        inputs = matrix(2 * frames, 64, seed=2).reshape(2, frames, 64).requires_grad_()
+        outputs = [layer(inputs) for layer in group["layers"]]
+        sum((output * output.detach().cos()).sum() for output in outputs).backward()
+        gradients = {n: p.grad for n, p in group.named_parameters() if n != "shared.weight"}
+        found.append((*outputs, inputs.grad, gradients))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_backward_keeps_no_full_weight():
+    group, _ = twins("own", 3, True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        group["layers"][0](matrix(200, 64))
+    assert all(tuple(tensor.shape) != (24, 64) for tensor in kept)
+    assert any(tensor.dtype == torch.uint8 for tensor in kept)
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_models_are_saved_loaded_halved_and_merged(family, tmp_path):
+    if family == "whisper":
+        model = hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH))
+        inputs = {"input_features": whisper_inputs()[:2], "labels": torch.tensor([[72, 73], [80, 81]])}
+        auto = AutoModelForSpeechSeq2Seq
+    else:
+        model = hrt.ResidualWav2Vec2ForCTC(tiny_wav2vec2_config(residual_config=EACH))
+        inputs = {"input_values": matrix(2, 800), "labels": torch.tensor([[5, 6], [8, 9]])}
+        auto = AutoModelForCTC
+    randomize_(model)
+    expected = model(**inputs).logits
+    assert torch.isfinite(expected).all()
+    model.save_pretrained(tmp_path / "float32")
+    loaded = auto.from_pretrained(tmp_path / "float32")
+    assert torch.equal(loaded(**inputs).logits, expected)
+    torch.testing.assert_close(model.merge()(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    half = copy.deepcopy(model).half()
+    half.save_pretrained(tmp_path / "float16")
+    loaded = auto.from_pretrained(tmp_path / "float16", dtype=torch.float32)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, half.state_dict()[name].to(tensor.dtype))
+    sizes = [
+        sum(f.stat().st_size for f in (tmp_path / d).glob("*.safetensors")) for d in ("float32", "float16")
+    ]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_initialising_again_leaves_loaded_codes_alone(tmp_path):
+    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH)))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    loaded.init_weights()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_checkpoint_that_is_not_quantised_does_not_fit(tmp_path):
+    plain = hrt.ResidualConfig(group_size=1, rank=2, diagonal="none")
+    hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=plain)).save_pretrained(
+        tmp_path
+    )
+    config = hrt.ResidualWhisperConfig.from_pretrained(tmp_path, residual_config=EACH)
+    with pytest.raises(ValueError, match=r"lacks '.*shared.*weight_packed'"):
+        hrt.ResidualWhisperForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+
+def states_error(model, dense, inputs):
+    with torch.no_grad():
+        states = [m.get_encoder()(inputs).last_hidden_state for m in (dense, model)]
+    return (states[1] - states[0]).square().sum().item()
+
+
+def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
+    dense, inputs = dense_whisper(), whisper_inputs()
+    from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
+    options = {"calibration": inputs, "progress": False}
+    model = from_dense(dense, shared_bits=4, budget=0.6, **options)
+    chosen = model.config.residual_config
+    assert chosen.shared_bits == 4 and 1 in chosen.group_size.values()
+    report = hrt.parameter_report(model)
+    assert 0.57 < report.encoder_bytes.ratio <= 0.6
+    encoder = model.half().model.encoder
+    kept = [*encoder.layers.state_dict().values(), *encoder.shared.state_dict().values()]
+    assert report.encoder_bytes.unique == sum(tensor.nbytes for tensor in kept)
+    model.float()
+    bare = from_dense(dense, hrt.ResidualConfig(1, 0, diagonal="none", shared_bits=4), **options)
+    by_rank = from_dense(dense, budget=0.6, **options)
+    assert states_error(model, dense, inputs) < 0.5 * states_error(bare, dense, inputs)
+    assert states_error(model, dense, inputs) < states_error(by_rank, dense, inputs)
+    default = from_dense(dense, shared_bits=4, **options)
+    assert hrt.parameter_report(default).encoder_bytes.ratio <= 0.34
+
+
+def test_layers_may_share_a_quantised_u():
+    dense, inputs = dense_whisper(), whisper_inputs()
+    config = hrt.ResidualConfig(group_size=2, rank=32, shared_bits=4)
+    model = hrt.ResidualWhisperForConditionalGeneration.from_dense(dense, config, inputs, progress=False)
+    assert isinstance(model.model.encoder.shared["fc1"][0], QuantizedSharedLinear)
+    full_rank = states_error(model, dense, inputs)
+    model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
+        dense, hrt.ResidualConfig(group_size=2, rank=4, shared_bits=4), inputs, progress=False
+    )
+    assert full_rank < 1e-3 * states_error(model, dense, inputs)
+
+
+def test_training_moves_what_layers_have_of_their_own_and_leaves_u():
+    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH)))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_features=whisper_inputs()[:2], labels=torch.tensor([[72, 73], [80, 81]])).loss.backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not any(".shared." in name for name in moved)
+    assert "model.encoder.layers.3.fc1.lora_A" in moved and "model.encoder.layers.0.fc2.lora_B" in moved
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hrt.ResidualConfig(shared_bits=8), "`shared_bits` must be 4 or None, got 8"),
+        (lambda: hrt.ResidualConfig(group_size=None, shared_bits=4), "`shared_bits` must be None where"),
+        (
+            lambda: hrt.ResidualWhisperModel(
+                tiny_whisper_config(residual_config=EACH, d_model=48, encoder_ffn_dim=64)
+            ),
+            "`shared_bits` must be None for self_attn.q_proj, whose 48 inputs are no multiple of 32",
+        ),
+        (
+            lambda: hrt.ResidualWhisperForConditionalGeneration.from_dense(
+                dense_whisper(), EACH, whisper_inputs(), shared_bits=4
+            ),
+            "`shared_bits` must be None with a `residual_config`",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
