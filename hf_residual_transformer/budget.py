@@ -17,7 +17,7 @@ from torch import Tensor
 from .calibration import Group, GroupSizes, Statistics, Sweep, metric_of, parallel_sum
 from .configuration import ResidualConfig
 from .families import Family, role_of
-from .quantization import dequantize, quantize
+from .fitting import rounded
 from .reporting import QUANTIZED_SIZE, parameter_report
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
@@ -99,7 +99,9 @@ def spend(
         )
     chosen = residual_config
     if len(plans) > 1:
-        chosen = replace(chosen, group_size={role_of(path): size for path, size in plan})
+        group_size = {role_of(path): size for path, size in plan}
+        bits = None if set(group_size.values()) == {None} else chosen.shared_bits
+        chosen = replace(chosen, group_size=group_size, shared_bits=bits)
     return replace(chosen, rank_pattern=rank_pattern_of(ranks))
 
 
@@ -136,8 +138,8 @@ def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tupl
 
 def _curve(layers: Any, group: Group, statistics: Statistics, quantized: bool) -> Curve:
     """Of one group. What the first fit leaves is exact for a layer alone and, with equal ranks, for a pair without
-    diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve. Of a
-    quantised `U`, each weight is rounded to the nearest, and nothing makes up for that where layers share.
+    diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve. Where
+    layers share a quantised `U`, nothing makes up for its rounding.
     """
     weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
     covariances, importance = metric_of(group, statistics)
@@ -150,17 +152,18 @@ def _curve(layers: Any, group: Group, statistics: Statistics, quantized: bool) -
     elif len(weights) == 1 and not quantized:
         errors = torch.zeros(1)
     elif len(weights) == 1:
-        errors = _tails(root @ (weights[0] - dequantize(*quantize(weights[0]))), covariances[0])
+        errors = _tails(root @ (weights[0] - rounded(weights[0], covariances[0])), covariances[0])
     else:
         total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
-        mean = torch.linalg.solve(torch.stack(covariances).sum(0), total.T).T
+        summed = torch.stack(covariances).sum(0)
+        mean = torch.linalg.solve(summed, total.T).T
         if len(weights) == 2:
             errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
         else:
             errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
         if quantized:
-            rounding = root @ (mean - dequantize(*quantize(mean)))
-            errors = errors + ((rounding @ sum(covariances)) * rounding).sum()
+            missing = root @ (mean - rounded(mean, summed))
+            errors = errors + ((missing @ summed) * missing).sum()
     fixed = 0 if group.size is None else out_features * in_features * (QUANTIZED_SIZE if quantized else 1)
     return Curve(group, errors.tolist(), cost, fixed)
 

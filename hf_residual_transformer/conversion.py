@@ -37,13 +37,14 @@ from .families import Family, role_of
 from .fitting import ITERATIONS, fit_group
 from .layers import QuantizedSharedLinear
 from .modeling import ResidualMixin
+from .quantization import BITS
 from .reporting import ConversionReport, ModuleError
 from .sequential import Streams
 from .symmetry import aligned_neurons
 
 STARTS = ("calibrated", "svd")
-# Of the dense parameters, where nothing else is asked for; and of their bytes in 16 bits, with a quantised `U`.
-BUDGET, QUANTIZED_BUDGET = 0.7, 0.34
+# Where nothing else is asked for, by `shared_bits`: of the dense bytes with a `U` of four bits, else of the parameters.
+BUDGETS: dict[int | None, float] = {BITS: 0.34, None: 0.7}
 
 
 def convert(
@@ -54,7 +55,7 @@ def convert(
     *,
     start: str = "calibrated",
     budget: float | None = None,
-    shared_bits: int | None = None,
+    shared_bits: int | None = BITS,
     iterations: int = ITERATIONS,
     progress: bool = True,
 ) -> Any:
@@ -73,14 +74,14 @@ def convert(
             `{"input_values": ..., "attention_mask": ...}`, of tens of recordings of the kind that the model
             will hear; masked frames do not count. The "svd" start uses them for its report alone.
         start: "calibrated" or "svd".
-        budget: unique / dense parameters that the encoder's layers may have, above 0 and at most 1, by default
-            `BUDGET` where there is no `residual_config`. The rank of each matrix is then chosen by what its error does
+        budget: size that the encoder's layers may have, unique / dense, above 0 and at most 1, by default that of
+            `BUDGETS` where there is no `residual_config`. The rank of each matrix is then chosen by what its error does
             to the encoder's final states, and replaces that of `residual_config`. Without `residual_config`, group
-            sizes are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U` for each two
-            where that pays. The model's config has the choice. With a `U` of four bits it is bytes that are meant, of
-            16 bits for all other parameters and for the dense ones, `QUANTIZED_BUDGET` by default.
-        shared_bits: 4 for a `U` of four bits, where `budget` chooses all settings; a `U` for each layer is then tried
-            as well, and at a third of the bytes it is what loses least. See `ResidualConfig`.
+            sizes are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U` for each layer
+            or for each two, where that pays. The model's config has the choice. The size is in bytes, with 16 bits for
+            every parameter that is not quantised; without a quantised `U`, that is to count parameters.
+        shared_bits: where `budget` chooses all settings, the bits of `U`: 4, which loses least at any size that was
+            measured, or None for a `U` that can be trained and exported as any matrix. A `residual_config` has its own.
         iterations: rounds of alternation for groups without a closed form.
         progress: whether to show progress bars.
 
@@ -104,14 +105,9 @@ def convert(
         )
     if budget is not None and not (start == "calibrated" and 0 < budget <= 1):
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
-    chooses_all = residual_config is None and start == "calibrated"
-    if shared_bits is not None and not chooses_all:
-        raise ValueError(
-            '`shared_bits` must be None with a `residual_config`, which has its own, or the start "svd", got '
-            f"{shared_bits!r}"
-        )
-    if chooses_all and budget is None:
-        budget = QUANTIZED_BUDGET if shared_bits else BUDGET
+    open_config = ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
+    if residual_config is None and start == "calibrated" and budget is None:
+        budget = BUDGETS[shared_bits]
     dense = _load_dense(cls, dense)
     num_layers = len(cls.family.find_encoder(dense).layers)
     was_training = dense.training
@@ -122,10 +118,7 @@ def convert(
         if budget is not None:
             sizes = _group_sizes(cls.family, residual_config, shared_bits)
             sweep = sweep.over(groups_with(sizes, num_layers))
-            unranked = ResidualConfig(
-                group_size=1 if shared_bits else None, diagonal="none", shared_bits=shared_bits
-            )
-            residual_config = _within_budget(cls, dense, residual_config or unranked, sizes, sweep, budget)
+            residual_config = _within_budget(cls, dense, residual_config or open_config, sizes, sweep, budget)
         residual_config = residual_config or ResidualConfig()
         model = residual_like(cls, dense, residual_config)
         sweep = sweep.over(groups_with(_group_sizes(cls.family, residual_config), num_layers))

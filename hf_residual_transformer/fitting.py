@@ -131,7 +131,7 @@ def fit_group(
             rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
         elif shared:
-            packed, scale = quantize(U, damp(total @ total.T, ROUNDING_DAMPING))
+            packed, scale = _quantize(U, total @ total.T)
             U = dequantize(packed, scale)
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.packed, fit.scale = U if shared else None, packed, scale
@@ -143,6 +143,15 @@ def fit_group(
     for fit in fits:
         fit.balance()
     return fits
+
+
+def rounded(shared: Tensor, covariance: Tensor) -> Tensor:
+    """`U` as four bits hold it, for inputs of that covariance."""
+    return dequantize(*_quantize(shared, covariance))
+
+
+def _quantize(shared: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize(shared, damp(covariance, ROUNDING_DAMPING))
 
 
 def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
         packed: (out_features, in_features / 2), uint8.
         scale: (out_features, in_features / BLOCK).
     """
-    values = torch.stack((packed & 15, packed >> BITS), dim=-1).flatten(1).to(scale.dtype)
-    return ((values.unflatten(1, (-1, BLOCK)) + LOWEST) * scale.unsqueeze(-1)).flatten(1)
+    codes = torch.stack((packed & 15, packed >> BITS), dim=-1).view(*scale.shape, BLOCK)
+    return codes.to(scale.dtype).add_(LOWEST).mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 def quantize(weight: Tensor, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:

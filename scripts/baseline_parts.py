@@ -18,6 +18,8 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer.budget import rank_pattern_of
 from hf_residual_transformer.calibration import WeightedMoments
 from hf_residual_transformer.families import WHISPER
+from hf_residual_transformer.layers import QuantizedSharedLinear
+from hf_residual_transformer.reporting import QUANTIZED_SIZE
 
 K = TypeVar("K", bound=Hashable)
 Key = tuple[int, str]  # a layer and the path of a linear module in it
@@ -83,10 +85,14 @@ class Calibration:
 
 
 def encoder_parameters(model: Any) -> int:
-    """Of the encoder's layers and of what they share, biases and norms included, each tensor counted once."""
+    """Of the encoder's layers and of what they share, biases and norms included, each tensor counted once; a weight of
+    a quantised `U` for what its bytes are of those of 16 bits.
+    """
     encoder = model.get_encoder()
-    parts = [encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])]
-    return sum(parameter.numel() for parameter in nn.ModuleList(parts).parameters())
+    parts = nn.ModuleList([encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])])
+    quantized = [module for module in parts.modules() if isinstance(module, QuantizedSharedLinear)]
+    weights = sum(module.out_features * module.in_features for module in quantized)
+    return sum(parameter.numel() for parameter in parts.parameters()) + round(weights * QUANTIZED_SIZE)
 
 
 def check_size(parameters: float, dense: Any, budget: float) -> None:

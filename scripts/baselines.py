@@ -25,7 +25,7 @@ from baseline_parts import (
     require_size,
     share_ranks,
 )
-from sharing_methods import ours, pairs, paper, sharing, svd, tied
+from sharing_methods import ours, ours_in_four_bits, pairs, paper, rounded, sharing, svd, tied
 from torch import Tensor, nn
 
 from hf_residual_transformer.calibration import damp
@@ -201,6 +201,10 @@ METHODS = {
     "ours": Method(
         ours, "`from_dense(budget=...)`: ranks and groups chosen by their effect on the final states"
     ),
+    "ours-4bit": Method(
+        ours_in_four_bits,
+        "the same with `shared_bits=4`: a `U` of four bits, one for each layer or two, and a rank in 16 bits",
+    ),
     "ours-pairs": Method(pairs, "the same, but every matrix shared by two layers"),
     "paper-k2": Method(partial(paper, group_size=2), _PAPER.format("two")),
     "paper-k3": Method(partial(paper, group_size=3), _PAPER.format("three")),
@@ -227,6 +231,15 @@ METHODS = {
     "sharing-calibrated": Method(partial(sharing, calibrated=True), _SHARING.format("our calibrated start")),
     "basis-2": Method(partial(basis_sharing, group_size=2), _BASIS.format("two"), statistics=True),
     "basis-3": Method(partial(basis_sharing, group_size=3), _BASIS.format("three"), statistics=True),
+    "rounded-4bit": Method(
+        partial(rounded, fitted=False),
+        "each matrix in four bits, a scale for 32 weights, rounded to the nearest; of the size that this has",
+    ),
+    "gptq-4bit": Method(
+        partial(rounded, fitted=True),
+        "the same, rounded as in GPTQ (arXiv 2210.17323), on inputs of the dense model; biases as they were",
+        statistics=True,
+    ),
     "drop-layers": Method(
         drop_layers,
         "layers of the least block influence left out, as in ShortGPT (arXiv 2403.03853); after that only the "

@@ -205,4 +205,4 @@ def file_bytes(folder: Path) -> int:
 
 def model_bytes(model: Any) -> int:
     """Of its weights in a file."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())

@@ -30,10 +30,11 @@ from training import read_json, save_processor
 from transformers import AutoConfig, AutoProcessor
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.conversion import BUDGET
+from hf_residual_transformer.conversion import BUDGETS
 from hf_residual_transformer.data import calibration_batches
 from hf_residual_transformer.evaluation import portable, provenance
 from hf_residual_transformer.fitting import ITERATIONS
+from hf_residual_transformer.quantization import BITS
 
 CLASSES: dict[str, Any] = {
     "whisper": hrt.ResidualWhisperForConditionalGeneration,
@@ -55,9 +56,17 @@ class CompressionArguments:
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "Size of the encoder's layers, relative to dense: chooses the ranks, which --rank and "
-            "--rank_pattern then do not, and, without --group_size, all other settings too. By default "
-            f"{BUDGET}, unless others of these are given, or the start is 'svd'."
+            "help": "Size of the encoder's layers, relative to dense, in bytes with 16 bits for all that is not "
+            "quantised: chooses the ranks, which --rank and --rank_pattern then do not, and, without --group_size, all "
+            f"other settings too. By default {BUDGETS[BITS]}, or {BUDGETS[None]} with --shared_bits none, unless "
+            "others of these are given, or the start is 'svd'."
+        },
+    )
+    shared_bits: Literal["4", "none"] | None = field(
+        default=None,
+        metadata={
+            "help": "Bits of the shared matrices: '4', by default where --budget chooses all settings, or 'none' for "
+            "matrices that can be trained and exported as any, by default otherwise."
         },
     )
     group_size: str | None = field(
@@ -117,7 +126,16 @@ class CompressionArguments:
         default="cuda" if torch.cuda.is_available() else "cpu",
         metadata={"help": "Where to compute, such as 'cpu' or 'cuda'."},
     )
+    dtype: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16",
+        metadata={"help": "Of all that is saved and not quantised; it is computed in float32."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
+
+    @property
+    def bits(self) -> int | None:
+        """`shared_bits` where settings are given by hand."""
+        return BITS if self.shared_bits == str(BITS) else None
 
     def residual_config(self) -> hrt.ResidualConfig | None:
         """None where `budget`, or its default, chooses; raises ValueError for what is not JSON, or not possible."""
@@ -136,6 +154,7 @@ class CompressionArguments:
             diagonal=self.diagonal or "square",
             share_biases=self.share_biases,
             target_modules=None if self.target_modules is None else tuple(self.target_modules),
+            shared_bits=self.bits,
         )
 
 
@@ -169,12 +188,13 @@ def main() -> None:
         calibration=calibration,
         start=args.start,
         budget=args.budget,
+        shared_bits=None if args.shared_bits == "none" else BITS,
         iterations=args.iterations,
     )
 
     parameters = hrt.parameter_report(model)
     print(model.conversion_report, parameters, sep="\n\n")
-    model.save_pretrained(output_dir)
+    model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
     save_processor(processor, output_dir)
     data = {**asdict(data_args), "dataset": portable(data_args.dataset), "split": args.calibration_split}
     report = {

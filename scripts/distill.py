@@ -41,7 +41,6 @@ from transformers import (
     set_seed,
 )
 
-import hf_residual_transformer  # noqa: F401 (registers the residual classes)
 from hf_residual_transformer.data import WindowCollator, collator_for
 from hf_residual_transformer.distillation import (
     CTCDistillationTrainer,
@@ -49,6 +48,7 @@ from hf_residual_transformer.distillation import (
     DistillationTrainer,
     Seq2SeqDistillationTrainer,
 )
+from hf_residual_transformer.layers import QuantizedSharedLinear
 
 WITHOUT_NOISE: dict[str, Any] = {
     "layerdrop": 0.0,
@@ -86,6 +86,13 @@ class ScriptArguments:
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 
+def number_of_weights(encoder: torch.nn.Module) -> int:
+    """Its parameters, and those of a quantised `U`, which are none to torch."""
+    quantized = [module for module in encoder.modules() if isinstance(module, QuantizedSharedLinear)]
+    codes = sum(module.out_features * module.in_features for module in quantized)
+    return codes + sum(parameter.numel() for parameter in encoder.parameters())
+
+
 def main() -> None:
     args, distillation, data_args, training_args = parse_args(
         ScriptArguments, DistillationArguments, TrainingDataArguments, RecipeArguments
@@ -120,7 +127,7 @@ def main() -> None:
 
     if training_args.learning_rate is None:
         layers = trainer_class.family.find_encoder
-        sizes = [sum(p.numel() for p in layers(model).parameters()) for model in (student, teacher)]
+        sizes = [number_of_weights(layers(model)) for model in (student, teacher)]
         training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1])
     trainer = trainer_class(
         model=student,

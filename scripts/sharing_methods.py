@@ -22,9 +22,13 @@ from baseline_parts import (
 )
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.calibration import damp
 from hf_residual_transformer.conversion import residual_like
 from hf_residual_transformer.families import WHISPER, groups_of, role_of
 from hf_residual_transformer.fitting import Components, truncate
+from hf_residual_transformer.quantization import BITS, quantize
+
+GPTQ_DAMPING = 1e-2  # of the mean variance, as in GPTQ
 
 
 def _from_dense(dense: Any, config: hrt.ResidualConfig | None, **options: Any) -> Any:
@@ -33,7 +37,36 @@ def _from_dense(dense: Any, config: hrt.ResidualConfig | None, **options: Any) -
 
 def ours(dense: Any, calibration: Calibration, budget: float) -> Any:
     """What `from_dense` chooses, ranks and groups."""
-    return _from_dense(dense, None, calibration=calibration.batches, budget=budget)
+    return _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=None)
+
+
+def ours_in_four_bits(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """The same with a `U` of four bits, and 16 for all else in the encoder's layers."""
+    model = _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=BITS)
+    return _in_16_bits(model)
+
+
+def rounded(dense: Any, calibration: Calibration, budget: float, *, fitted: bool) -> Any:
+    """A `U` of four bits for each layer, and nothing else: each matrix rounded, to the nearest or as GPTQ does."""
+    config = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=BITS)
+    model = _from_dense(dense, config, start="svd")
+    check_size(encoder_parameters(model), dense, budget)
+    if fitted:
+        for (layer, path), linear in linears_of(dense).items():
+            products = calibration.moments[layer, path].products
+            shared = model.get_encoder().layers[layer].get_submodule(path).shared
+            packed, scale = quantize(linear.weight.detach(), damp(products, GPTQ_DAMPING))
+            shared.weight_packed.copy_(packed)
+            shared.weight_scale.copy_(scale)
+    return _in_16_bits(model)
+
+
+def _in_16_bits(model: Any) -> Any:
+    """With the values of the encoder's layers that float16 has, and nothing else changed."""
+    encoder = model.get_encoder()
+    for part in (encoder.layers, encoder.shared):
+        part.half().float()
+    return model
 
 
 def pairs(dense: Any, calibration: Calibration, budget: float) -> Any:

@@ -424,12 +424,13 @@ def test_a_budget_is_met_and_spent_better_than_equal_ranks_spend_it(group_size):
     assert chosen.config.residual_config.rank_pattern
 
 
-def test_without_settings_a_budget_of_seven_tenths_chooses_them():
+@pytest.mark.parametrize(("bits", "budget"), [(None, 0.7), (4, 0.34)])
+def test_without_settings_a_budget_chooses_them(bits, budget):
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
-    options = {"calibration": whisper_inputs(), "progress": False}
+    options = {"calibration": whisper_inputs(), "progress": False, "shared_bits": bits}
     model = from_dense(dense_whisper(), **options)
-    assert 0.68 < hrt.parameter_report(model).encoder.ratio <= 0.7
-    assert_same_function(model, from_dense(dense_whisper(), budget=0.7, **options))
+    assert budget - 0.03 < hrt.parameter_report(model).encoder_bytes.ratio <= budget
+    assert_same_function(model, from_dense(dense_whisper(), budget=budget, **options))
     options["start"] = "svd"
     assert from_dense(dense_whisper(), **options).config.residual_config == hrt.ResidualConfig()
 
@@ -499,7 +500,7 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
             layer.fc1.weight.copy_(layers[0].fc1.weight)
             layer.fc2.weight.copy_(torch.outer(layer.fc2.weight[:, 0], layer.fc2.weight[0]))
     model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
-        dense, calibration=inputs, budget=0.6, progress=False
+        dense, calibration=inputs, budget=0.6, shared_bits=None, progress=False
     )
     chosen = model.config.residual_config
     assert chosen.group_size["fc1"] == 2
@@ -514,7 +515,7 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
 def test_group_sizes_depend_on_what_the_error_of_sharing_counts(cost, expected, monkeypatch):
     monkeypatch.setattr(budget_module, "SHARED_COST", cost)
     model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
-        dense_whisper(), calibration=whisper_inputs(), budget=0.6, progress=False
+        dense_whisper(), calibration=whisper_inputs(), budget=0.6, shared_bits=None, progress=False
     )
     assert set(model.config.residual_config.group_size.values()) == {expected}
 

@@ -174,7 +174,7 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     dense, inputs = dense_whisper(), whisper_inputs()
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     options = {"calibration": inputs, "progress": False}
-    model = from_dense(dense, shared_bits=4, budget=0.6, **options)
+    model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
     assert chosen.shared_bits == 4 and 1 in chosen.group_size.values()
     report = hrt.parameter_report(model)
@@ -184,10 +184,10 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     assert report.encoder_bytes.unique == sum(tensor.nbytes for tensor in kept)
     model.float()
     bare = from_dense(dense, hrt.ResidualConfig(1, 0, diagonal="none", shared_bits=4), **options)
-    by_rank = from_dense(dense, budget=0.6, **options)
+    by_rank = from_dense(dense, budget=0.6, shared_bits=None, **options)
     assert states_error(model, dense, inputs) < 0.5 * states_error(bare, dense, inputs)
     assert states_error(model, dense, inputs) < states_error(by_rank, dense, inputs)
-    default = from_dense(dense, shared_bits=4, **options)
+    default = from_dense(dense, **options)
     assert hrt.parameter_report(default).encoder_bytes.ratio <= 0.34
 
 
@@ -227,9 +227,9 @@ def test_training_moves_what_layers_have_of_their_own_and_leaves_u():
         ),
         (
             lambda: hrt.ResidualWhisperForConditionalGeneration.from_dense(
-                dense_whisper(), EACH, whisper_inputs(), shared_bits=4
+                dense_whisper(), calibration=whisper_inputs(), shared_bits=2
             ),
-            "`shared_bits` must be None with a `residual_config`",
+            "`shared_bits` must be 4 or None, got 2",
         ),
     ],
 )
