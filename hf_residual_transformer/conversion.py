@@ -138,8 +138,10 @@ def _convert_layers(
     streams = Streams(family, dense, model, sweep.batches)
     bar = tqdm(total=len(layers), desc="converting", unit="layer", disable=not sweep.progress)
     for statistics, block in sweep:
+        # What a layer has for itself alone, `Streams` fits anew, with nothing kept.
+        first = [group for group in block if start == "svd" or len(group.layers) > 1]
         of_weights = [
-            error for group in block for error in _convert_group(layers, group, statistics, start, iterations)
+            error for group in first for error in _convert_group(layers, group, statistics, start, iterations)
         ]
         for layer in sorted({layer for group in block for layer in group.layers}):
             if statistics:

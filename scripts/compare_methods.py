@@ -10,10 +10,11 @@ In a few minutes on two cores, and saying less:
 
 All methods get the same dense model, the same calibration and, with --distill_steps, the same distillation; with
 several numbers of steps, one for each, and plots over the steps. They are described in `baselines.py`. A budget is the
-number of parameters of the encoder's layers relative to dense, and met within 0.5 points, or the reason is given why it
-is not. Recordings are those in `sample/`. A multilingual model is tested on English and, on the test split, on Spanish,
-which neither calibration nor distillation hear. WER says most, but a word of few hundred is coarse; the divergence (KL)
-of the decoder's token distributions from the dense model's, with the transcript given, is always measured beside it.
+number of parameters of the encoder's layers relative to dense (of bytes in 16 bits, where some are quantised), and met
+within 0.5 points, or the reason is given why it is not. Recordings are those in `sample/`. A multilingual model is
+tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear. WER says most,
+but a word of few hundred is coarse; the divergence (KL) of the decoder's token distributions from the dense model's,
+with the transcript given, is always measured beside it.
 The file at `--output` is written after each result. If it is there, results with the same method, budget, seed and
 settings are not computed again, unless --redo names the method. At the end, tables (.md) and plots are put beside it.
 The first argument may instead be a JSON or YAML file with options by name.
