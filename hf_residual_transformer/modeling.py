@@ -114,6 +114,10 @@ class ResidualMixin(DenseModel):
                     f"({len(of_layers)} such weights). Convert a dense checkpoint with {cls.__name__}."
                     "from_dense(...); of a residual one, check `residual_config` in its config.json"
                 )
+        for module in model.modules():
+            if isinstance(module, QuantizedSharedLinear) and not module.weight_packed.is_meta:
+                # Not cast as all else may be, it would be what keeps the whole file mapped.
+                module.weight_packed = module.weight_packed.clone()
         return loaded if wants_info else model
 
     @classmethod
