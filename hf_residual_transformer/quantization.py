@@ -1,6 +1,7 @@
 """`U` in four bits: whole numbers from -8 to 7, and a scale for each block of 32 weights of a row.
 
-Blocks hold the numbers of Q4_0 in GGUF. Two neighbours of a row are a byte, the first in the lower bits. What the rounding of a column does to the outputs is made up for by the columns after it, as in GPTQ
+Blocks hold the numbers of Q4_0 in GGUF. Two neighbours of a row are a byte, the first in the lower bits. What the
+rounding of a column does to the outputs is made up for by the columns after it, as in GPTQ
 (https://arxiv.org/abs/2210.17323, section 3).
 """
 
