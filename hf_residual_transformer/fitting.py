@@ -131,7 +131,7 @@ def fit_group(
             rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
         elif shared:
-            packed, scale = _quantize(U, total @ total.T)
+            packed, scale = quantize_for(U, total @ total.T)
             U = dequantize(packed, scale)
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.packed, fit.scale = U if shared else None, packed, scale
@@ -147,10 +147,11 @@ def fit_group(
 
 def rounded(shared: Tensor, covariance: Tensor) -> Tensor:
     """`U` as four bits hold it, for inputs of that covariance."""
-    return dequantize(*_quantize(shared, covariance))
+    return dequantize(*quantize_for(shared, covariance))
 
 
-def _quantize(shared: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_for(shared: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """`packed` and `scale` of a `U` for inputs of that covariance, which need not be damped."""
     return quantize(shared, damp(covariance, ROUNDING_DAMPING))
 
 

@@ -110,6 +110,15 @@ class QuantizedSharedLinear(nn.Module):
 SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
+def quantized_weights(module: nn.Module) -> int:
+    """How many weights every `QuantizedSharedLinear` in `module` holds, which are no parameters to torch."""
+    return sum(
+        part.out_features * part.in_features
+        for part in module.modules()
+        if isinstance(part, QuantizedSharedLinear)
+    )
+
+
 def _factored(
     hidden_states: Tensor,
     bias: Tensor | None,

@@ -64,12 +64,10 @@ class ResidualMixin(DenseModel):
 
     def initialize_weights(self) -> None:
         """The residual components' initialisation, wherever they are nested, and the dense class's."""
-        for _, linear in residual_linears(self):
-            if not getattr(linear, "_is_hf_initialized", False):
-                linear.reset_parameters()
         for module in self.modules():
-            if isinstance(module, QuantizedSharedLinear) and not getattr(module, "_is_hf_initialized", False):
-                module.reset_parameters()
+            if isinstance(module, (ResidualLinear, QuantizedSharedLinear)):
+                if not getattr(module, "_is_hf_initialized", False):
+                    module.reset_parameters()
         super().initialize_weights()
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers import SHARED, QuantizedSharedLinear, ResidualLinear
+from .layers import SHARED, ResidualLinear, quantized_weights
 from .quantization import BITS, BLOCK, SCALE_BITS
 
 FLOAT_BITS = 16
@@ -81,7 +81,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     Raises:
         ValueError: when `model` has no residual layers.
     """
-    encoder = next(
+    encoder: Any = next(
         (m for m in model.modules() if isinstance(getattr(m, "shared", None), nn.ModuleDict)), None
     )
     if encoder is None:
@@ -91,15 +91,13 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         )
     unique = dict.fromkeys(COMPONENTS, 0)
     dense = dict.fromkeys(COMPONENTS, 0)
-    quantized = 0
+    quantized = quantized_weights(encoder.shared)
     for module in _modules(encoder.layers, encoder.shared):
         for name, parameter in module.named_parameters(recurse=False):
             component = _component(module, name)
             unique[component] += parameter.numel()
             if not isinstance(module, (ResidualLinear, *SHARED)):
                 dense[component] += parameter.numel()
-        if isinstance(module, QuantizedSharedLinear):
-            quantized += module.out_features * module.in_features
         if isinstance(module, ResidualLinear):
             dense["shared"] += module.out_features * module.in_features
             dense["biases"] += 0 if module.merged_bias() is None else module.out_features

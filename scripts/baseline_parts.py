@@ -18,7 +18,7 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer.budget import rank_pattern_of
 from hf_residual_transformer.calibration import WeightedMoments
 from hf_residual_transformer.families import WHISPER
-from hf_residual_transformer.layers import QuantizedSharedLinear
+from hf_residual_transformer.layers import quantized_weights
 from hf_residual_transformer.reporting import QUANTIZED_SIZE
 
 K = TypeVar("K", bound=Hashable)
@@ -90,9 +90,8 @@ def encoder_parameters(model: Any) -> int:
     """
     encoder = model.get_encoder()
     parts = nn.ModuleList([encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])])
-    quantized = [module for module in parts.modules() if isinstance(module, QuantizedSharedLinear)]
-    weights = sum(module.out_features * module.in_features for module in quantized)
-    return sum(parameter.numel() for parameter in parts.parameters()) + round(weights * QUANTIZED_SIZE)
+    plain = sum(parameter.numel() for parameter in parts.parameters())
+    return plain + round(quantized_weights(parts) * QUANTIZED_SIZE)
 
 
 def check_size(parameters: float, dense: Any, budget: float) -> None:

@@ -206,14 +206,12 @@ def main() -> None:
             seed=args.seed,
         )
         losses = {f"step_{entry['step']}": entry["loss"] for entry in trained if "loss" in entry}
-    for saved in (model, dense):
-        saved.half()
-    evaluations["distilled"] = evaluate("distilled", model.float())
+    evaluations["distilled"] = evaluate("distilled", model.half().float())
 
     with stage("save, and reload in a fresh process"):
         model.half().save_pretrained(output)
         save_processor(processor, output)
-        dense.save_pretrained(output / "dense")
+        dense.half().save_pretrained(output / "dense")
         save_processor(processor, output / "dense")
         folders = {"dense": output / "dense", "distilled": output}
         memory = {name: memory_in_fresh_process(folder) for name, folder in folders.items()}

@@ -48,7 +48,7 @@ from hf_residual_transformer.distillation import (
     DistillationTrainer,
     Seq2SeqDistillationTrainer,
 )
-from hf_residual_transformer.layers import QuantizedSharedLinear
+from hf_residual_transformer.layers import quantized_weights
 
 WITHOUT_NOISE: dict[str, Any] = {
     "layerdrop": 0.0,
@@ -86,13 +86,6 @@ class ScriptArguments:
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 
-def number_of_weights(encoder: torch.nn.Module) -> int:
-    """Its parameters, and those of a quantised `U`, which are none to torch."""
-    quantized = [module for module in encoder.modules() if isinstance(module, QuantizedSharedLinear)]
-    codes = sum(module.out_features * module.in_features for module in quantized)
-    return codes + sum(parameter.numel() for parameter in encoder.parameters())
-
-
 def main() -> None:
     args, distillation, data_args, training_args = parse_args(
         ScriptArguments, DistillationArguments, TrainingDataArguments, RecipeArguments
@@ -126,8 +119,8 @@ def main() -> None:
     train_dataset, eval_dataset = data_args.load_splits(processor, training_args.seed, with_text=with_text)
 
     if training_args.learning_rate is None:
-        layers = trainer_class.family.find_encoder
-        sizes = [number_of_weights(layers(model)) for model in (student, teacher)]
+        encoders = [trainer_class.family.find_encoder(model) for model in (student, teacher)]
+        sizes = [quantized_weights(e) + sum(p.numel() for p in e.parameters()) for e in encoders]
         training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1])
     trainer = trainer_class(
         model=student,

@@ -22,13 +22,10 @@ from baseline_parts import (
 )
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.calibration import damp
 from hf_residual_transformer.conversion import residual_like
 from hf_residual_transformer.families import WHISPER, groups_of, role_of
-from hf_residual_transformer.fitting import Components, truncate
-from hf_residual_transformer.quantization import BITS, quantize
-
-GPTQ_DAMPING = 1e-2  # of the mean variance, as in GPTQ
+from hf_residual_transformer.fitting import Components, quantize_for, truncate
+from hf_residual_transformer.quantization import BITS
 
 
 def _from_dense(dense: Any, config: hrt.ResidualConfig | None, **options: Any) -> Any:
@@ -55,7 +52,7 @@ def rounded(dense: Any, calibration: Calibration, budget: float, *, fitted: bool
         for (layer, path), linear in linears_of(dense).items():
             products = calibration.moments[layer, path].products
             shared = model.get_encoder().layers[layer].get_submodule(path).shared
-            packed, scale = quantize(linear.weight.detach(), damp(products, GPTQ_DAMPING))
+            packed, scale = quantize_for(linear.weight.detach(), products)
             shared.weight_packed.copy_(packed)
             shared.weight_scale.copy_(scale)
     return _in_16_bits(model)

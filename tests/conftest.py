@@ -123,6 +123,17 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+class Alone(nn.Module):
+    """One residual layer with its bank registered beside it, as torch.export wants it."""
+
+    def __init__(self, shared: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.layer = shared, layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
 def whisper_generation_config() -> GenerationConfig:
     """What multilingual Whisper checkpoints have: languages, tasks and timestamps."""
     end = WHISPER_VOCAB["<|endoftext|>"]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomize_
+from conftest import Alone, randomize_
 from torch import nn
 from torch.nn import functional as F
 
@@ -277,16 +277,7 @@ def test_autocast_gives_the_outputs_and_the_float32_gradients_of_a_dense_layer(d
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_an_exported_layer_takes_any_length_and_never_composes_a_weight(diagonal):
     module = group((12, 20), 3, diagonal)
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared, self.layer = module["shared"], module["layers"][0]
-
-        def forward(self, x):
-            return self.layer(x)
-
-    network = Network()
+    network = Alone(module["shared"], module["layers"][0])
     frames = torch.export.Dim("frames", min=2, max=4096)
     exported = torch.export.export(network, (torch.randn(2, 50, 20),), dynamic_shapes=({1: frames},))
     for length in (2, 700):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomize_, tiny_wav2vec2_config, tiny_whisper_config
+from conftest import Alone, randomize_, tiny_wav2vec2_config, tiny_whisper_config
 from test_conversion import dense_whisper, whisper_inputs
 from torch import nn
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
@@ -119,22 +119,14 @@ def test_backward_keeps_no_full_weight():
 
 def test_an_exported_layer_takes_any_length_and_keeps_four_bits():
     group, _ = twins("own", 3, False)
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared, self.layer = group["shared"], group["layers"][0]
-
-        def forward(self, x):
-            return self.layer(x)
-
+    network = Alone(group["shared"], group["layers"][0])
     frames = torch.export.Dim("frames", min=2, max=4096)
-    exported = torch.export.export(Network(), (matrix(50, 64)[None],), dynamic_shapes=({1: frames},))
+    exported = torch.export.export(network, (matrix(50, 64)[None],), dynamic_shapes=({1: frames},))
     for length in (2, 700):
         x = matrix(length, 64)[None]
         torch.testing.assert_close(exported.module()(x), group["layers"][0](x), rtol=1e-4, atol=1e-5)
     kept = [*exported.state_dict.values(), *exported.constants.values()]
-    assert sum(tensor.nbytes for tensor in kept) == sum(t.nbytes for t in Network().state_dict().values())
+    assert sum(tensor.nbytes for tensor in kept) == sum(t.nbytes for t in network.state_dict().values())
 
 
 def test_a_compiled_layer_is_one_graph():
