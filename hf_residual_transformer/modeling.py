@@ -65,9 +65,9 @@ class ResidualMixin(DenseModel):
     def initialize_weights(self) -> None:
         """The residual components' initialisation, wherever they are nested, and the dense class's."""
         for module in self.modules():
-            if isinstance(module, (ResidualLinear, QuantizedSharedLinear)):
-                if not getattr(module, "_is_hf_initialized", False):
-                    module.reset_parameters()
+            is_new = not getattr(module, "_is_hf_initialized", False)
+            if is_new and isinstance(module, (ResidualLinear, QuantizedSharedLinear)):
+                module.reset_parameters()
         super().initialize_weights()
 
     @classmethod
