@@ -1,4 +1,4 @@
-"""Ranks and group sizes for a budget: where a parameter of the encoder's layers keeps its final states best.
+"""Ranks, group sizes and bits for a budget: where a byte of the encoder's layers keeps its final states best.
 
 What error a rank leaves is known from the statistics of `calibration.py` without fitting anything.
 """
@@ -6,27 +6,39 @@ What error a rank leaves is known from the statistics of `calibration.py` withou
 from __future__ import annotations
 
 import heapq
-import itertools
+import math
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration import Group, GroupSizes, Statistics, Sweep, metric_of, parallel_sum
+from .calibration import TINY, Group, Statistics, Sweep, metric_of, parallel_sum
 from .configuration import ResidualConfig
 from .families import Family, role_of
 from .fitting import rounded
-from .reporting import QUANTIZED_SIZE, parameter_report
+from .quantization import FEWEST
+from .reporting import parameter_report, quantized_size
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
-# What is tried for each module where the user leaves it open; with a quantised `U`, one for each layer may pay as well.
-GROUP_SIZES = (None, 2)
-QUANTIZED_GROUP_SIZES = (None, 1, 2)
 # The second fit, in `sequential.py`, takes away more of the error where a layer's matrix is all its own than where
 # layers share one. So when group sizes are compared, what sharing leaves counts more: docs/LOG.md has the measurements.
 SHARED_COST = 2.5
+HALVINGS = 50  # in the search for the price of a parameter
+
+Sharing = tuple[int | None, int | None]  # group size and bits of `U`
+Options = dict[str, list[Sharing]]  # to choose from, by module path
+
+
+def open_options(shared_bits: int | None) -> list[Sharing]:
+    """What is tried for each module where the user leaves it open, with a `U` of at most so many bits. Where it is
+    quantised, one for each layer may pay as well, and with fewer bits.
+    """
+    if shared_bits is None:
+        return [(None, None), (2, None)]
+    return [(None, None), *((1, bits) for bits in range(FEWEST, shared_bits + 1)), (2, shared_bits)]
 
 
 @dataclass
@@ -41,6 +53,29 @@ class Curve:
     cost: int
     fixed: float
     rank: int = 0
+
+    @property
+    def least(self) -> int:
+        """The smallest rank: without `U`, a matrix needs one."""
+        return 0 if self.group.size else 1
+
+    @property
+    def weight(self) -> float:
+        """Of its errors."""
+        return SHARED_COST if len(self.group.layers) > 1 else 1.0
+
+    def at_price(self, price: float) -> tuple[float, float]:
+        """The least that weighted error and parameters cost, at any rank, and these parameters."""
+        errors, sizes = self._by_rank
+        costs = errors + price * sizes
+        best = int(costs.argmin())
+        return costs[best].item(), sizes[best].item()
+
+    @cached_property
+    def _by_rank(self) -> tuple[Tensor, Tensor]:
+        errors = self.weight * torch.tensor(self.errors, dtype=torch.float64)
+        sizes = self.fixed + self.cost * torch.arange(len(errors), dtype=torch.float64)
+        return errors[self.least :], sizes[self.least :]
 
     def next_rank(self) -> int:
         """The rank after one step."""
@@ -59,15 +94,15 @@ def spend(
     dense: Any,
     model: Any,
     residual_config: ResidualConfig,
-    sizes: GroupSizes,
+    options: Options,
     sweep: Sweep,
     budget: float,
 ) -> ResidualConfig:
-    """`residual_config` with the ranks, and of `sizes` the group sizes, that leave the smallest error.
+    """`residual_config` with the ranks, and of `options` the group sizes and bits, that leave the smallest error.
 
     Args:
         model: a residual model of `residual_config`, for the parameters that do not depend on either.
-        sizes: the group sizes to choose from, by module path.
+        options: group sizes and bits to choose from, by module path.
         sweep: the calibration, over all groups that they make.
         budget: unique / dense parameters of the encoder's layers, as `parameter_report` counts; with a quantised `U`,
             their bytes.
@@ -79,18 +114,15 @@ def spend(
     by_rank = sum(report.components[name].unique for name in ("lora", "shared"))
     left = budget * report.encoder.dense - (report.encoder.unique - by_rank)
     layers = family.find_encoder(dense).layers
-    curves: dict[tuple[str, int | None], list[Curve]] = {}
+    curves: dict[str, dict[Sharing, list[Curve]]] = {
+        path: {sharing: [] for sharing in sharings} for path, sharings in options.items()
+    }
     for statistics, groups in sweep:
         for group in groups:
-            curves.setdefault((group.module_path, group.size), []).append(
-                _curve(layers, group, statistics, residual_config.shared_bits is not None)
-            )
-    options = [[(path, size) for size in sizes[path]] for path in sizes]
-    plans = [
-        (*_allocate([curve for key in plan for curve in curves[key]], left), plan)
-        for plan in itertools.product(*options)
-    ]
-    lacking, _, ranks, plan = min(plans, key=lambda plan: plan[:2])
+            for sharing, found in curves[group.module_path].items():
+                if sharing[0] == group.size:
+                    found.append(_curve(layers, group, statistics, sharing[1]))
+    (lacking, _), ranks, plan = _best_plan(curves, left)
     if lacking > 0:
         raise ValueError(
             f"`budget` must be at least {budget + lacking / report.encoder.dense:.3f} with this `residual_config`, "
@@ -98,10 +130,13 @@ def spend(
             "sizes to None"
         )
     chosen = residual_config
-    if len(plans) > 1:
-        group_size = {role_of(path): size for path, size in plan}
-        bits = None if set(group_size.values()) == {None} else chosen.shared_bits
-        chosen = replace(chosen, group_size=group_size, shared_bits=bits)
+    if any(len(sharings) > 1 for sharings in options.values()):
+        group_size = {role_of(path): size for path, (size, _) in plan.items()}
+        bits = {role_of(path): number for path, (_, number) in plan.items() if number is not None}
+        same = len(set(bits.values())) <= 1
+        chosen = replace(
+            chosen, group_size=group_size, shared_bits=next(iter(bits.values()), None) if same else bits
+        )
     return replace(chosen, rank_pattern=rank_pattern_of(ranks))
 
 
@@ -110,12 +145,57 @@ def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
     return {re.escape(f"layers.{layer}.{path}"): rank for (layer, path), rank in ranks.items()}
 
 
-def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tuple[int, str], int]]:
-    """Spends `left` parameters, largest gain first: the parameters that are lacking for the least ranks, the cost of
-    the error that remains, and the rank of each matrix, by layer and module path.
+def _best_plan(
+    curves: dict[str, dict[Sharing, list[Curve]]], left: float
+) -> tuple[tuple[float, float], dict[tuple[int, str], int], dict[str, Sharing]]:
+    """What `_allocate` says of the best plan that is found, its ranks, and the plan, a sharing for each module.
+
+    The search begins with the plan that is best where a parameter has a price, the lowest for which it is within
+    `left`; then it changes one module at a time while that helps.
+    """
+
+    def outcome(plan: dict[str, Sharing]) -> Any:
+        return *_allocate([curve for path in plan for curve in curves[path][plan[path]]], left), plan
+
+    def at_price(price: float) -> tuple[dict[str, Sharing], float]:
+        plan, size = {}, 0.0
+        for path, sharings in curves.items():
+            costs = {}
+            for sharing, found in sharings.items():
+                points = [curve.at_price(price) for curve in found]
+                costs[sharing] = sum(cost for cost, _ in points), sum(size for _, size in points)
+            plan[path] = min(costs, key=costs.__getitem__)
+            size += costs[plan[path]][1]
+        return plan, size
+
+    most = max(
+        curve.errors[0] for sharings in curves.values() for found in sharings.values() for curve in found
+    )
+    low, high = math.log(TINY), math.log(max(most, TINY))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if at_price(math.exp(middle))[1] <= left else (middle, high)
+    best = outcome(at_price(math.exp(high))[0])
+    while True:
+        plan = best[-1]
+        tried = [
+            outcome({**plan, path: sharing})
+            for path, sharings in curves.items()
+            for sharing in sharings
+            if sharing != plan[path]
+        ]
+        better = min(tried, key=lambda found: found[0], default=best)
+        if better[0] >= best[0]:
+            return best
+        best = better
+
+
+def _allocate(curves: list[Curve], left: float) -> tuple[tuple[float, float], dict[tuple[int, str], int]]:
+    """Spends `left` parameters, largest gain first: the parameters that are lacking for the least ranks and the cost
+    of the error that remains, and the rank of each matrix, by layer and module path.
     """
     for curve in curves:
-        curve.rank = 0 if curve.group.size else 1  # without `U`, a matrix needs one
+        curve.rank = curve.least
         left -= curve.fixed + curve.rank * curve.cost
     lacking = max(0.0, -left)
     queue = [(-curve.gain(), index) for index, curve in enumerate(curves)]
@@ -132,11 +212,10 @@ def _allocate(curves: list[Curve], left: float) -> tuple[float, float, dict[tupl
         for curve in sorted(curves, key=lambda curve: curve.group.layers)
         for layer in curve.group.layers
     }
-    costs = (SHARED_COST if len(curve.group.layers) > 1 else 1.0 for curve in curves)
-    return lacking, sum(cost * curve.errors[curve.rank] for cost, curve in zip(costs, curves)), ranks
+    return (lacking, sum(curve.weight * curve.errors[curve.rank] for curve in curves)), ranks
 
 
-def _curve(layers: Any, group: Group, statistics: Statistics, quantized: bool) -> Curve:
+def _curve(layers: Any, group: Group, statistics: Statistics, bits: int | None) -> Curve:
     """Of one group. What the first fit leaves is exact for a layer alone and, with equal ranks, for a pair without
     diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve. Where
     layers share a quantised `U`, nothing makes up for its rounding.
@@ -149,10 +228,10 @@ def _curve(layers: Any, group: Group, statistics: Statistics, quantized: bool) -
     if group.size is None:
         errors = _tails(root @ weights[0], covariances[0])
         errors = errors[: out_features * in_features // (out_features + in_features) + 1]
-    elif len(weights) == 1 and not quantized:
-        errors = torch.zeros(1)
     elif len(weights) == 1:
-        errors = _tails(root @ (weights[0] - rounded(weights[0], covariances[0])), covariances[0])
+        errors = torch.zeros(1)
+        if bits is not None:
+            errors = _tails(root @ (weights[0] - rounded(weights[0], covariances[0], bits)), covariances[0])
     else:
         total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
         summed = torch.stack(covariances).sum(0)
@@ -161,10 +240,11 @@ def _curve(layers: Any, group: Group, statistics: Statistics, quantized: bool) -
             errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
         else:
             errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
-        if quantized:
-            missing = root @ (mean - rounded(mean, summed))
+        if bits is not None:
+            missing = root @ (mean - rounded(mean, summed, bits))
             errors = errors + ((missing @ summed) * missing).sum()
-    fixed = 0 if group.size is None else out_features * in_features * (QUANTIZED_SIZE if quantized else 1)
+    shared = 0 if group.size is None else out_features * in_features
+    fixed = shared if bits is None else quantized_size({bits: shared})
     return Curve(group, errors.tolist(), cost, fixed)
 
 

@@ -6,12 +6,13 @@ Which modules a family has is in `families.py`; shapes are checked against them 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .quantization import BITS
+from .quantization import FEWEST, MOST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as DenseConfig
@@ -21,8 +22,8 @@ else:
 DIAGONALS = ("none", "square", "all")
 
 
-def _is_int(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+def _is_int(value: Any, minimum: int, maximum: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class ResidualConfig:
         diagonal: `D_l` on no matrix ("none"), on "square" ones, or on "all", where a rectangular matrix
             has one entry for each position of its main diagonal.
         share_biases: one bias a group, beside `U`, rather than one a layer.
-        shared_bits: 4 keeps every `U` in four bits, and it is not trained then; what layers have of their own makes
-            up for most of the rounding. With a group size of 1, that is all that there is to make up for. None keeps
-            `U` in the model's dtype.
+        shared_bits: 4 keeps every `U` in four bits, or another number from 2 to 8, and it is not trained then; what
+            layers have of their own makes up for a part of the rounding. With a group size of 1, that is all that
+            there is to make up for. A dict gives a number per module name; modules that it does not name, and all with
+            None, keep `U` in the model's dtype.
         target_modules: names of the modules to share; by default those that `group_size` names, or all
             linear modules of an encoder layer. The others stay dense.
 
@@ -60,7 +62,7 @@ class ResidualConfig:
     diagonal: str = "square"
     share_biases: bool = False
     target_modules: tuple[str, ...] | None = None
-    shared_bits: int | None = None
+    shared_bits: int | dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         sizes = self.group_size.values() if isinstance(self.group_size, dict) else [self.group_size]
@@ -88,16 +90,25 @@ class ResidualConfig:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
         if not isinstance(self.share_biases, bool):
             raise ValueError(f"`share_biases` must be true or false, got {self.share_biases!r}")
-        if self.shared_bits is not None and (self.shared_bits != BITS or isinstance(self.shared_bits, bool)):
-            raise ValueError(f"`shared_bits` must be {BITS} or None, got {self.shared_bits!r}")
-        if self.shared_bits and all(size is None for size in sizes):
+        bits = self.shared_bits.values() if isinstance(self.shared_bits, dict) else [self.shared_bits]
+        if self.shared_bits is not None and not all(_is_int(b, FEWEST, MOST) for b in bits):
+            raise ValueError(
+                f"`shared_bits` must be from {FEWEST} to {MOST}, None, or a dict of such numbers by module name, got "
+                f"{self.shared_bits!r}"
+            )
+        if isinstance(self.shared_bits, dict) and isinstance(self.group_size, dict):
+            sizes = [self.group_size.get(name) for name in self.shared_bits]
+        if self.shared_bits and (
+            None in sizes if isinstance(self.shared_bits, dict) else set(sizes) == {None}
+        ):
             raise ValueError(
                 f"`shared_bits` must be None where `group_size` leaves out `U`, got {self.shared_bits!r}; a "
                 "`group_size` of 1 gives each layer a `U` of its own"
             )
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
-        if isinstance(self.group_size, dict):
-            object.__setattr__(self, "group_size", dict(self.group_size))
+        for name in ("group_size", "shared_bits"):
+            if isinstance(getattr(self, name), dict):
+                object.__setattr__(self, name, dict(getattr(self, name)))
         names = self.target_modules
         if names is not None:
             if not isinstance(names, (list, tuple, set)) or not names:
@@ -143,17 +154,26 @@ class ResidualConfig:
 
     def names(self) -> dict[str, Iterable[str]]:
         """Module names by the field that gives them."""
-        sizes = self.group_size if isinstance(self.group_size, dict) else ()
-        return {"group_size": sizes, "target_modules": self.target_modules or ()}
+        sizes, bits = (
+            value if isinstance(value, dict) else () for value in (self.group_size, self.shared_bits)
+        )
+        return {"group_size": sizes, "target_modules": self.target_modules or (), "shared_bits": bits}
 
     def is_target(self, role: str) -> bool:
         """Whether the modules called `role` are shared; the others stay dense."""
-        names = [name for names in self.names().values() for name in names]
-        return not names or role in names
+        names = self.names()
+        chosen = [*names["group_size"], *names["target_modules"]]
+        return not chosen or role in chosen
 
     def group_size_of(self, role: str) -> int | None:
         """How many adjacent layers share the `U` of the module called `role`; None where there is no `U`."""
         return self.group_size[role] if isinstance(self.group_size, dict) else self.group_size
+
+    def bits_of(self, role: str) -> int | None:
+        """In how many bits the `U` of the module called `role` is kept; None where it has floats, or there is none."""
+        if self.group_size_of(role) is None:
+            return None
+        return self.shared_bits.get(role) if isinstance(self.shared_bits, dict) else self.shared_bits
 
     def pattern_of(self, path: str) -> str | None:
         """The key of `rank_pattern` that speaks of the matrix at `path`, if one does."""

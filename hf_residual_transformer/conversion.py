@@ -22,10 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from .budget import GROUP_SIZES, QUANTIZED_GROUP_SIZES, spend
+from .budget import Options, open_options, spend
 from .calibration import (
     Group,
-    GroupSizes,
     Statistics,
     Sweep,
     as_batches,
@@ -35,7 +34,6 @@ from .calibration import (
 from .configuration import ResidualConfig
 from .families import Family, role_of
 from .fitting import ITERATIONS, fit_group
-from .layers import QuantizedSharedLinear
 from .modeling import ResidualMixin
 from .quantization import BITS
 from .reporting import ConversionReport, ModuleError
@@ -77,11 +75,11 @@ def convert(
         budget: size that the encoder's layers may have, unique / dense, above 0 and at most 1, by default that of
             `BUDGETS` where there is no `residual_config`. The rank of each matrix is then chosen by what its error does
             to the encoder's final states, and replaces that of `residual_config`. Without `residual_config`, group
-            sizes are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U` for each layer
-            or for each two, where that pays. The model's config has the choice. The size is in bytes, with 16 bits for
-            every parameter that is not quantised; without a quantised `U`, that is to count parameters.
-        shared_bits: where `budget` chooses all settings, the bits of `U`: 4, which loses least at any size that was
-            measured, or None for a `U` that can be trained and exported as any matrix. A `residual_config` has its own.
+            sizes and bits are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U` for
+            each layer or for each two, whichever pays. The model's config has the choice. The size is in bytes, with
+            16 bits for every parameter that is not quantised; without a quantised `U`, that is to count parameters.
+        shared_bits: where `budget` chooses all settings, the most bits that a `U` has: 4, or None for a `U` that can be
+            trained and exported as any matrix. A `residual_config` has its own.
         iterations: rounds of alternation for groups without a closed form.
         progress: whether to show progress bars.
 
@@ -107,7 +105,7 @@ def convert(
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
     open_config = ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
     if residual_config is None and start == "calibrated" and budget is None:
-        budget = BUDGETS[shared_bits]
+        budget = BUDGETS[shared_bits and BITS]
     dense = _load_dense(cls, dense)
     num_layers = len(cls.family.find_encoder(dense).layers)
     was_training = dense.training
@@ -116,12 +114,14 @@ def convert(
         prepare = align if start == "calibrated" else None
         sweep = Sweep(cls.family, dense, [], batches, progress, prepare=prepare)
         if budget is not None:
-            sizes = _group_sizes(cls.family, residual_config, shared_bits)
-            sweep = sweep.over(groups_with(sizes, num_layers))
-            residual_config = _within_budget(cls, dense, residual_config or open_config, sizes, sweep, budget)
+            options = _options(cls.family, residual_config, shared_bits)
+            sweep = sweep.over(_groups(options, num_layers))
+            residual_config = _within_budget(
+                cls, dense, residual_config or open_config, options, sweep, budget
+            )
         residual_config = residual_config or ResidualConfig()
         model = residual_like(cls, dense, residual_config)
-        sweep = sweep.over(groups_with(_group_sizes(cls.family, residual_config), num_layers))
+        sweep = sweep.over(_groups(_options(cls.family, residual_config), num_layers))
         errors = _convert_layers(cls.family, dense, model, sweep, start, iterations)
     dense.train(was_training)
     model.conversion_report = ConversionReport(start, "outputs" if batches else "weights", errors)
@@ -167,33 +167,40 @@ def residual_like(cls: type[ResidualMixin], dense: Any, residual_config: Residua
     return model
 
 
-def _group_sizes(
+def _options(
     family: Family, residual_config: ResidualConfig | None, shared_bits: int | None = None
-) -> GroupSizes:
-    """Those that `residual_config` has, or may have where it is left open."""
-    open_sizes = QUANTIZED_GROUP_SIZES if shared_bits else GROUP_SIZES
+) -> Options:
+    """What `residual_config` has, or may have where it is left open."""
+    if residual_config is None:
+        return {path: open_options(shared_bits) for path in family.modules}
+    roles = {path: role_of(path) for path in family.modules if residual_config.is_target(role_of(path))}
     return {
-        path: list(open_sizes) if residual_config is None else [residual_config.group_size_of(role_of(path))]
-        for path in family.modules
-        if residual_config is None or residual_config.is_target(role_of(path))
+        path: [(residual_config.group_size_of(role), residual_config.bits_of(role))]
+        for path, role in roles.items()
     }
+
+
+def _groups(options: Options, num_layers: int) -> list[Group]:
+    """All groups that the options make."""
+    sizes = {path: list(dict.fromkeys(size for size, _ in sharings)) for path, sharings in options.items()}
+    return groups_with(sizes, num_layers)
 
 
 def _within_budget(
     cls: type[ResidualMixin],
     dense: Any,
     residual_config: ResidualConfig,
-    sizes: GroupSizes,
+    options: Options,
     sweep: Sweep,
     budget: float,
 ) -> ResidualConfig:
-    """`residual_config` with the ranks that `budget` buys and, of several `sizes`, with the group sizes."""
+    """`residual_config` with the ranks that `budget` buys and, of several `options`, with group sizes and bits."""
     unranked = replace(residual_config, rank=1, rank_pattern={})
     residual_class: Any = cls
     with torch.device("meta"):
         model = residual_class(cls.config_class.from_dense_config(dense.config, unranked))
     with torch.no_grad():
-        return spend(cls.family, dense, model, unranked, sizes, sweep, budget)
+        return spend(cls.family, dense, model, unranked, options, sweep, budget)
 
 
 def _load_dense(cls: type[ResidualMixin], dense: PreTrainedModel | str) -> PreTrainedModel:
@@ -244,7 +251,7 @@ def _convert_group(
         importance=importance,
         diagonal=targets[0].diagonal is not None,
         shared=targets[0].shared is not None,
-        quantized=isinstance(targets[0].shared, QuantizedSharedLinear),
+        bits=None if targets[0].shared is None else targets[0].shared.bits,
         iterations=iterations if start == "calibrated" else 0,
     )
     biases, errors = [], []

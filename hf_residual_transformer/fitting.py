@@ -80,7 +80,7 @@ def fit_group(
     importance: Tensor | None = None,
     diagonal: bool = False,
     shared: bool = True,
-    quantized: bool = False,
+    bits: int | None = None,
     iterations: int = ITERATIONS,
 ) -> list[Components]:
     """Minimises `sum_l tr(G E_l C_l E_lᵀ)`, `E_l = W_l - U - B_l A_l - D_l`, by alternating closed forms.
@@ -98,7 +98,7 @@ def fit_group(
         importance: `G`, (out, out), positive definite, the group's; None for the identity.
         diagonal: whether there are `D_l`.
         shared: whether there is a `U`; without one, every layer is fitted on its own.
-        quantized: whether `U` is rounded to four bits, after which what layers have of their own is fitted again.
+        bits: that `U` is rounded to, after which what layers have of their own is fitted again; None to leave it.
         iterations: rounds after the first.
     """
     out_features, in_features = weights[0].shape
@@ -124,14 +124,14 @@ def fit_group(
             fit.lora_B, fit.lora_A = factors
     if (shared and len(weights) == 1) or (not diagonal and (not shared or len(weights) == 2)):
         iterations = 0  # the first round is the minimum
-    quantized = quantized and shared
-    for round_idx in range(iterations + 1 + quantized):
+    rounds = bits is not None and shared
+    for round_idx in range(iterations + 1 + rounds):
         packed, scale = None, None
         if shared and round_idx <= iterations:
             rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
-        elif shared:
-            packed, scale = quantize_for(U, total @ total.T)
+        elif bits is not None:
+            packed, scale = quantize_for(U, total @ total.T, bits)
             U = dequantize(packed, scale)
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.packed, fit.scale = U if shared else None, packed, scale
@@ -145,14 +145,14 @@ def fit_group(
     return fits
 
 
-def rounded(shared: Tensor, covariance: Tensor) -> Tensor:
-    """`U` as four bits hold it, for inputs of that covariance."""
-    return dequantize(*quantize_for(shared, covariance))
+def rounded(shared: Tensor, covariance: Tensor, bits: int) -> Tensor:
+    """`U` as so many bits hold it, for inputs of that covariance."""
+    return dequantize(*quantize_for(shared, covariance, bits))
 
 
-def quantize_for(shared: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_for(shared: Tensor, covariance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`packed` and `scale` of a `U` for inputs of that covariance, which need not be damped."""
-    return quantize(shared, damp(covariance, ROUNDING_DAMPING))
+    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits)
 
 
 def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
 
-`SharedLinear` holds what a group of layers has in common, `QuantizedSharedLinear` the same in four bits,
+`SharedLinear` holds what a group of layers has in common, `QuantizedSharedLinear` the same in few bits,
 `ResidualLinear` what is one layer's own.
 Where they are put into a model is the business of `modeling.py`.
 """
@@ -8,6 +8,7 @@ Where they are put into a model is the business of `modeling.py`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .quantization import BITS, BLOCK, LOWEST, dequantize
+from .quantization import BITS, BLOCK, dequantize, lowest
 
 
 class SharedLinear(nn.Linear):
@@ -24,6 +25,8 @@ class SharedLinear(nn.Linear):
     It is called as a module, with the components of one layer, and never read from outside in a forward
     pass: FSDP gathers a unit's parameters, and PEFT wraps them, only around a call.
     """
+
+    bits: int | None = None  # not quantised
 
     def forward(
         self,
@@ -56,7 +59,7 @@ class SharedLinear(nn.Linear):
 
 
 class QuantizedSharedLinear(nn.Module):
-    """A `SharedLinear` whose `U` is kept in four bits (`quantization.py`) and is not trained: layers learn what they
+    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`) and is not trained: layers learn what they
     add to it. It is no `nn.Linear`, so that adapters which would be merged into its weight are refused.
 
     Args:
@@ -66,17 +69,24 @@ class QuantizedSharedLinear(nn.Module):
         device: of its tensors.
         dtype: of scales and bias, and so of the weight that is computed with; 16 bits lose nothing of the scales in
             float16.
+        bits: of each weight, from 2 to 8.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, device: torch.device, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        bits: int = BITS,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        shape = (out_features, in_features * BITS // 8)
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        shape = (out_features, in_features * bits // 8)
         self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
         shape = (out_features, in_features // BLOCK)
         self.register_buffer("weight_scale", torch.empty(shape, device=device, dtype=dtype))
@@ -96,27 +106,28 @@ class QuantizedSharedLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Random numbers of about the size that `nn.Linear` begins with; loaded ones are left alone."""
         init.copy_(self.weight_packed, torch.randint_like(self.weight_packed, 256))
-        init.constant_(self.weight_scale, self.in_features**-0.5 / -LOWEST)
+        init.constant_(self.weight_scale, self.in_features**-0.5 / -lowest(self.bits))
         if self.bias is not None:
             init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}"
         )
 
 
 SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
-def quantized_weights(module: nn.Module) -> int:
-    """How many weights every `QuantizedSharedLinear` in `module` holds, which are no parameters to torch."""
-    return sum(
-        part.out_features * part.in_features
-        for part in module.modules()
-        if isinstance(part, QuantizedSharedLinear)
-    )
+def quantized_weights(module: nn.Module) -> Counter[int]:
+    """How many weights every `QuantizedSharedLinear` in `module` holds, which are no parameters to torch, by bits."""
+    found: Counter[int] = Counter()
+    for part in module.modules():
+        if isinstance(part, QuantizedSharedLinear):
+            found[part.bits] += part.out_features * part.in_features
+    return found
 
 
 def _factored(

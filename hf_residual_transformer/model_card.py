@@ -146,7 +146,12 @@ def _form(config: ResidualConfig) -> str:
     most = max((size for size in sizes if size is not None), default=0)
     if not most:
         return "each layer has matrices of low rank"
-    bits = f" in {config.shared_bits} bits" if config.shared_bits else ""
+    bits = ""
+    if config.shared_bits:
+        numbers = (
+            config.shared_bits.values() if isinstance(config.shared_bits, dict) else [config.shared_bits]
+        )
+        bits = f" in {' or '.join(map(str, sorted(set(numbers))))} bits"
     if most > 1:
         return f"layers share full matrices{bits} and keep a low-rank residual each"
     return f"each layer has its full matrices{bits} and a low-rank residual of its own"

@@ -190,14 +190,15 @@ def _share_layers(encoder: Any, family: Family, config: ResidualConfig) -> None:
             has_bias = dense.bias is not None
             shares_bias = has_bias and config.share_biases and group_size is not None
             if group_size is not None:
-                if config.shared_bits and in_features % BLOCK:
+                bits = config.bits_of(role)
+                if bits and in_features % BLOCK:
                     raise ValueError(
                         f"`shared_bits` must be None for {module_path}, whose {in_features} inputs are no multiple of "
-                        f"{BLOCK}, got {config.shared_bits}"
+                        f"{BLOCK}, got {bits}"
                     )
-                shared_class = QuantizedSharedLinear if config.shared_bits else SharedLinear
                 weight = dense.weight
-                bank.append(shared_class(in_features, out_features, shares_bias, weight.device, weight.dtype))
+                shape = (in_features, out_features, shares_bias, weight.device, weight.dtype)
+                bank.append(QuantizedSharedLinear(*shape, bits) if bits else SharedLinear(*shape))
             for layer_idx in group:
                 path = f"layers.{layer_idx}.{module_path}"
                 used_patterns.add(config.pattern_of(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,9 @@ from typing import Any
 from torch import nn
 
 from .layers import SHARED, ResidualLinear, quantized_weights
-from .quantization import BITS, BLOCK, SCALE_BITS
+from .quantization import bits_per_weight
 
 FLOAT_BITS = 16
-# Of a weight of a quantised `U`, its part of the scale included, in parameters of 16 bits.
-QUANTIZED_SIZE = (BITS + SCALE_BITS / BLOCK) / FLOAT_BITS
 COMPONENTS = ("shared", "lora", "diagonal", "biases", "layer_norms", "other")
 
 
@@ -101,16 +99,21 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         if isinstance(module, ResidualLinear):
             dense["shared"] += module.out_features * module.in_features
             dense["biases"] += 0 if module.merged_bias() is None else module.out_features
-    unique["shared"] += quantized
+    unique["shared"] += quantized.total()
     layers = Count(sum(unique.values()), sum(dense.values()))
-    in_floats = layers.unique - quantized + quantized * QUANTIZED_SIZE
-    whole = sum(parameter.numel() for parameter in model.parameters()) + quantized
+    in_floats = layers.unique - quantized.total() + quantized_size(quantized)
+    whole = sum(parameter.numel() for parameter in model.parameters()) + quantized.total()
     return ParameterReport(
         components={name: Count(unique[name], dense[name]) for name in COMPONENTS},
         encoder=layers,
         model=Count(whole, whole - layers.unique + layers.dense),
         encoder_bytes=Count(round(in_floats * FLOAT_BITS / 8), layers.dense * FLOAT_BITS // 8),
     )
+
+
+def quantized_size(weights: Mapping[int, int]) -> float:
+    """Of so many weights by bits, with their scales, in parameters of 16 bits."""
+    return sum(number * bits_per_weight(bits) for bits, number in weights.items()) / FLOAT_BITS
 
 
 def _modules(*roots: Any) -> Iterator[nn.Module]:

@@ -27,7 +27,7 @@ from .calibration import (
 )
 from .families import Family, role_of
 from .fitting import fit_group
-from .layers import QuantizedSharedLinear, ResidualLinear
+from .layers import ResidualLinear
 from .reporting import ModuleError
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
@@ -175,7 +175,7 @@ class Streams:
             importance=importance_of([statistics[index, path] for index in members]),
             diagonal=linear.diagonal is not None,
             shared=begins,
-            quantized=isinstance(shared, QuantizedSharedLinear),
+            bits=shared.bits if begins else None,
             iterations=iterations,
         )
         for index, fitted in zip(members, fits):

@@ -19,7 +19,7 @@ from hf_residual_transformer.budget import rank_pattern_of
 from hf_residual_transformer.calibration import WeightedMoments
 from hf_residual_transformer.families import WHISPER
 from hf_residual_transformer.layers import quantized_weights
-from hf_residual_transformer.reporting import QUANTIZED_SIZE
+from hf_residual_transformer.reporting import quantized_size
 
 K = TypeVar("K", bound=Hashable)
 Key = tuple[int, str]  # a layer and the path of a linear module in it
@@ -91,7 +91,7 @@ def encoder_parameters(model: Any) -> int:
     encoder = model.get_encoder()
     parts = nn.ModuleList([encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])])
     plain = sum(parameter.numel() for parameter in parts.parameters())
-    return plain + round(quantized_weights(parts) * QUANTIZED_SIZE)
+    return plain + round(quantized_size(quantized_weights(parts)))
 
 
 def check_size(parameters: float, dense: Any, budget: float) -> None:

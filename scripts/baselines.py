@@ -203,7 +203,7 @@ METHODS = {
     ),
     "ours-4bit": Method(
         ours_in_four_bits,
-        "the same with `shared_bits=4`: a `U` of four bits, one for each layer or two, and a rank in 16 bits",
+        "the same with `shared_bits=4`: a `U` of at most four bits, one for each layer or two, and a rank in 16 bits",
     ),
     "ours-pairs": Method(pairs, "the same, but every matrix shared by two layers"),
     "paper-k2": Method(partial(paper, group_size=2), _PAPER.format("two")),
@@ -231,15 +231,22 @@ METHODS = {
     "sharing-calibrated": Method(partial(sharing, calibrated=True), _SHARING.format("our calibrated start")),
     "basis-2": Method(partial(basis_sharing, group_size=2), _BASIS.format("two"), statistics=True),
     "basis-3": Method(partial(basis_sharing, group_size=3), _BASIS.format("three"), statistics=True),
-    "rounded-4bit": Method(
-        partial(rounded, fitted=False),
-        "each matrix in four bits, a scale for 32 weights, rounded to the nearest; of the size that this has",
-    ),
-    "gptq-4bit": Method(
-        partial(rounded, fitted=True),
-        "the same, rounded as in GPTQ (arXiv 2210.17323), on inputs of the dense model; biases as they were",
-        statistics=True,
-    ),
+    **{
+        f"rounded-{bits}bit": Method(
+            partial(rounded, bits=bits, fitted=False),
+            f"each matrix in {bits} bits, a scale for 32 weights, rounded to the nearest; of the size that this has",
+        )
+        for bits in (4, 3)
+    },
+    **{
+        f"gptq-{bits}bit": Method(
+            partial(rounded, bits=bits, fitted=True),
+            f"each matrix in {bits} bits, rounded as in GPTQ (arXiv 2210.17323), on inputs of the dense model; biases "
+            "as they were",
+            statistics=True,
+        )
+        for bits in (4, 3)
+    },
     "drop-layers": Method(
         drop_layers,
         "layers of the least block influence left out, as in ShortGPT (arXiv 2403.03853); after that only the "

@@ -120,7 +120,7 @@ def main() -> None:
 
     if training_args.learning_rate is None:
         encoders = [trainer_class.family.find_encoder(model) for model in (student, teacher)]
-        sizes = [quantized_weights(e) + sum(p.numel() for p in e.parameters()) for e in encoders]
+        sizes = [quantized_weights(e).total() + sum(p.numel() for p in e.parameters()) for e in encoders]
         training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1])
     trainer = trainer_class(
         model=student,

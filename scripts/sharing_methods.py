@@ -38,21 +38,21 @@ def ours(dense: Any, calibration: Calibration, budget: float) -> Any:
 
 
 def ours_in_four_bits(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """The same with a `U` of four bits, and 16 for all else in the encoder's layers."""
+    """The same with a `U` of at most four bits, and 16 for all else in the encoder's layers."""
     model = _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=BITS)
     return _in_16_bits(model)
 
 
-def rounded(dense: Any, calibration: Calibration, budget: float, *, fitted: bool) -> Any:
-    """A `U` of four bits for each layer, and nothing else: each matrix rounded, to the nearest or as GPTQ does."""
-    config = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=BITS)
+def rounded(dense: Any, calibration: Calibration, budget: float, *, bits: int, fitted: bool) -> Any:
+    """A `U` of few bits for each layer, and nothing else: each matrix rounded, to the nearest or as GPTQ does."""
+    config = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=bits)
     model = _from_dense(dense, config, start="svd")
     check_size(encoder_parameters(model), dense, budget)
     if fitted:
         for (layer, path), linear in linears_of(dense).items():
             products = calibration.moments[layer, path].products
             shared = model.get_encoder().layers[layer].get_submodule(path).shared
-            packed, scale = quantize_for(linear.weight.detach(), products)
+            packed, scale = quantize_for(linear.weight.detach(), products, bits)
             shared.weight_packed.copy_(packed)
             shared.weight_scale.copy_(scale)
     return _in_16_bits(model)

@@ -117,6 +117,7 @@ def test_the_dense_model_stays_as_it_was_and_its_copy_can_be_trained(method, bui
         ("prune-neurons", 0.75, DENSE - 131 * (32 + 1 + 32)),
         ("rounded-4bit", 0.308, 4 * FIXED + 4 * MATRICES * 4.5 / 16),
         ("gptq-4bit", 0.308, 4 * FIXED + 4 * MATRICES * 4.5 / 16),
+        ("gptq-3bit", 0.247, 4 * FIXED + 4 * MATRICES * 3.5 / 16),
         ("paper-k2", 0.524, 2 * MATRICES + 2 * (FIXED - 128) + 4 * 128 + 4 * 4 * 32),
     ],
 )
@@ -147,6 +148,7 @@ def test_a_basis_that_layers_share_is_counted_once(scripts, build):
         ("paper-k2", 0.6),
         ("paper-k3", 0.6),
         ("ours-4bit", 0.4),
+        ("ours-4bit", 0.27),
     ],
 )
 def test_a_budget_is_met_within_half_a_point_and_not_exceeded(method, budget, scripts, build):

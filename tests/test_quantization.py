@@ -1,8 +1,9 @@
-"""`U` in four bits: rounding, storage, the layer that computes with it, and models that have it."""
+"""`U` in few bits: rounding, storage, the layer that computes with it, and models that have it."""
 
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
-from hf_residual_transformer.quantization import BLOCK, dequantize, quantize
+from hf_residual_transformer.quantization import BLOCK, FEWEST, MOST, dequantize, quantize
 
 EACH = hrt.ResidualConfig(group_size=1, rank=2, diagonal="none", shared_bits=4)
 
@@ -47,12 +48,25 @@ def test_two_weights_are_a_byte_and_blocks_have_a_scale_each():
             assert weight[row, column] == (code - 8) * scale[row, column // BLOCK]
 
 
-def test_weights_that_four_bits_can_hold_come_back_exactly():
-    weight = torch.randint(-8, 8, (24, 64), generator=torch.Generator().manual_seed(0)).float()
-    weight[:, ::BLOCK] = -8
+@pytest.mark.parametrize("bits", range(FEWEST, MOST + 1))
+def test_weights_that_so_many_bits_can_hold_come_back_exactly(bits):
+    low = -(2 ** (bits - 1))
+    weight = torch.randint(low, -low, (24, 64), generator=torch.Generator().manual_seed(0)).float()
+    weight[:, ::BLOCK] = low
     weight = weight * torch.tensor([0.5, -0.25]).repeat_interleave(BLOCK)
     for covariance in (None, correlated()):
-        torch.testing.assert_close(dequantize(*quantize(weight, covariance)).float(), weight, rtol=0, atol=0)
+        packed, scale = quantize(weight, covariance, bits)
+        assert packed.shape == (24, 64 * bits // 8) and packed.dtype == torch.uint8
+        torch.testing.assert_close(dequantize(packed, scale).float(), weight, rtol=0, atol=0)
+
+
+def test_every_bit_more_leaves_a_third_of_the_error_or_less():
+    weight = matrix()
+    errors = [
+        (dequantize(*quantize(weight, correlated(), bits)) - weight).square().sum()
+        for bits in range(FEWEST, MOST + 1)
+    ]
+    assert all(following < 0.34 * error for error, following in pairwise(errors))
 
 
 def test_rounding_is_nearer_than_that_of_q4_0_and_scales_are_exact_in_16_bits():
@@ -80,12 +94,12 @@ def test_what_is_zero_stays_so():
     assert not dequantize(*quantize(torch.zeros(4, 32))).any()
 
 
-def twins(bias, rank, diagonal):
+def twins(bias, rank, diagonal, bits=4):
     """Two layers over a quantised `U`, and the same over a plain one of equal weight."""
     groups = []
     for quantised in (True, False):
-        shared_class = QuantizedSharedLinear if quantised else SharedLinear
-        shared = shared_class(64, 24, bias == "shared", torch.device("cpu"), torch.float32)
+        options = (64, 24, bias == "shared", torch.device("cpu"), torch.float32)
+        shared = QuantizedSharedLinear(*options, bits) if quantised else SharedLinear(*options)
         layers = [ResidualLinear(nn.ModuleList([shared]), 0, rank, diagonal, bias == "own") for _ in range(2)]
         for module in (shared, *layers):
             module.reset_parameters()
@@ -95,11 +109,13 @@ def twins(bias, rank, diagonal):
     return groups
 
 
-@pytest.mark.parametrize(("bias", "rank", "diagonal"), [("own", 3, True), ("shared", 0, False)])
+@pytest.mark.parametrize(
+    ("bias", "rank", "diagonal", "bits"), [("own", 3, True, 4), ("shared", 0, False, 4), ("own", 3, False, 3)]
+)
 @pytest.mark.parametrize("frames", [3, 200])
-def test_outputs_and_gradients_are_those_over_the_same_plain_weight(frames, bias, rank, diagonal):
+def test_outputs_and_gradients_are_those_over_the_same_plain_weight(frames, bias, rank, diagonal, bits):
     found = []
-    for group in twins(bias, rank, diagonal):
+    for group in twins(bias, rank, diagonal, bits):
         inputs = matrix(2 * frames, 64, seed=2).reshape(2, frames, 64).requires_grad_()
         outputs = [layer(inputs) for layer in group["layers"]]
         sum((output * output.detach().cos()).sum() for output in outputs).backward()
@@ -117,8 +133,9 @@ def test_backward_keeps_no_full_weight():
     assert any(tensor.dtype == torch.uint8 for tensor in kept)
 
 
-def test_an_exported_layer_takes_any_length_and_keeps_four_bits():
-    group, _ = twins("own", 3, False)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits):
+    group, _ = twins("own", 3, False, bits)
     network = Alone(group["shared"], group["layers"][0])
     frames = torch.export.Dim("frames", min=2, max=4096)
     exported = torch.export.export(network, (matrix(50, 64)[None],), dynamic_shapes=({1: frames},))
@@ -129,8 +146,9 @@ def test_an_exported_layer_takes_any_length_and_keeps_four_bits():
     assert sum(tensor.nbytes for tensor in kept) == sum(t.nbytes for t in network.state_dict().values())
 
 
-def test_a_compiled_layer_is_one_graph():
-    group, _ = twins("own", 3, False)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_compiled_layer_is_one_graph(bits):
+    group, _ = twins("own", 3, False, bits)
     compiled = torch.compile(group["layers"][0], fullgraph=True, backend="aot_eager")
     for frames in (3, 700):
         torch.testing.assert_close(compiled(matrix(frames, 64)), group["layers"][0](matrix(frames, 64)))
@@ -195,7 +213,7 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     options = {"calibration": inputs, "progress": False}
     model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
-    assert chosen.shared_bits == 4 and 1 in chosen.group_size.values()
+    assert 1 in chosen.group_size.values()
     report = hrt.parameter_report(model)
     assert 0.57 < report.encoder_bytes.ratio <= 0.6
     encoder = model.half().model.encoder
@@ -208,6 +226,34 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     assert states_error(model, dense, inputs) < states_error(by_rank, dense, inputs)
     default = from_dense(dense, **options)
     assert hrt.parameter_report(default).encoder_bytes.ratio <= 0.34
+
+
+def test_a_budget_chooses_bits_by_what_they_leave():
+    dense, inputs = dense_whisper(), whisper_inputs()
+    from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
+    options = {"calibration": inputs, "progress": False}
+    model = from_dense(dense, budget=0.5, **options)
+    bits = model.config.residual_config.shared_bits
+    assert {2, 3, 4} >= set(bits.values()) and len(set(bits.values())) > 1
+    shared = model.model.encoder.shared
+    assert {path.removeprefix("self_attn_"): bank[0].bits for path, bank in shared.items()} == bits
+    report = hrt.parameter_report(model)
+    assert 0.47 < report.encoder_bytes.ratio <= 0.5
+    encoder = model.half().model.encoder
+    kept = [*encoder.layers.state_dict().values(), *encoder.shared.state_dict().values()]
+    assert report.encoder_bytes.unique == sum(tensor.nbytes for tensor in kept)
+    two = from_dense(dense, budget=0.5, shared_bits=2, **options)
+    assert two.config.residual_config.shared_bits == 2
+    assert states_error(model.float(), dense, inputs) < states_error(two, dense, inputs)
+
+
+def test_bits_may_be_given_by_module():
+    config = hrt.ResidualConfig(group_size=2, rank=2, shared_bits={"fc1": 3, "fc2": 5})
+    assert hrt.ResidualConfig.from_dict(config.to_dict()) == config
+    assert [config.bits_of(role) for role in ("fc1", "fc2", "q_proj")] == [3, 5, None]
+    shared = hrt.ResidualWhisperModel(tiny_whisper_config(residual_config=config)).encoder.shared
+    assert [shared[path][0].bits for path in ("fc1", "fc2", "self_attn_q_proj")] == [3, 5, None]
+    assert isinstance(shared["self_attn_q_proj"][0], SharedLinear)
 
 
 def test_layers_may_share_a_quantised_u():
@@ -236,7 +282,19 @@ def test_training_moves_what_layers_have_of_their_own_and_leaves_u():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hrt.ResidualConfig(shared_bits=8), "`shared_bits` must be 4 or None, got 8"),
+        (lambda: hrt.ResidualConfig(shared_bits=9), "`shared_bits` must be from 2 to 8, None, or .* got 9"),
+        (lambda: hrt.ResidualConfig(shared_bits=True), "`shared_bits` must be from 2 to 8, .* got True"),
+        (lambda: hrt.ResidualConfig(shared_bits={"fc1": 1}), "`shared_bits` must be from 2 to 8, .*'fc1': 1"),
+        (
+            lambda: hrt.ResidualConfig(group_size={"fc1": 2}, shared_bits={"fc2": 4}),
+            "`shared_bits` must be None where",
+        ),
+        (
+            lambda: hrt.ResidualWhisperModel(
+                tiny_whisper_config(residual_config=hrt.ResidualConfig(shared_bits={"fc3": 4}))
+            ),
+            "`shared_bits` must name modules of a whisper encoder layer .* got 'fc3'",
+        ),
         (lambda: hrt.ResidualConfig(group_size=None, shared_bits=4), "`shared_bits` must be None where"),
         (
             lambda: hrt.ResidualWhisperModel(
@@ -246,9 +304,9 @@ def test_training_moves_what_layers_have_of_their_own_and_leaves_u():
         ),
         (
             lambda: hrt.ResidualWhisperForConditionalGeneration.from_dense(
-                dense_whisper(), calibration=whisper_inputs(), shared_bits=2
+                dense_whisper(), calibration=whisper_inputs(), shared_bits=1
             ),
-            "`shared_bits` must be 4 or None, got 2",
+            "`shared_bits` must be from 2 to 8, None, or .* got 1",
         ),
     ],
 )
