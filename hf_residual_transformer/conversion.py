@@ -103,6 +103,11 @@ def convert(
         )
     if budget is not None and not (start == "calibrated" and 0 < budget <= 1):
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
+    if isinstance(shared_bits, dict):
+        raise ValueError(
+            f"`shared_bits` must be one number, the most that is tried, or None, got {shared_bits!r}; a "
+            "`residual_config` may have a number for each module"
+        )
     open_config = ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
     if residual_config is None and start == "calibrated" and budget is None:
         budget = BUDGETS[shared_bits and BITS]

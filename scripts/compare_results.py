@@ -206,12 +206,12 @@ def write_report(path: Path, title: str, dense: Result, stages: dict[int, list[R
     tried = {result["method"] for results in stages.values() for result in results}
     about = [f"- {name}: {method.about}." for name, method in METHODS.items() if name in tried]
     notes = (
-        "A weight in four bits, with its part of a scale, counts as 4.5 / 16 of a parameter, in three as 3.5 / 16: "
-        "sizes are those in bytes with 16 bits for all else. Minutes are those of the conversion, its pass over the "
-        "calibration included, and of the distillation, but for the transcriptions by the teacher, which are made once for all; several runs "
-        "shared the machine, so they compare nothing. KL is the mean divergence of the decoder's token distributions "
-        "from the dense model's, in nats, with the transcript given. The final states' error is relative to their "
-        "variance, over frames of speech. Several seeds: mean "
+        "A weight in four bits, with its part of a scale, counts as 4.5 / 16 of a parameter, in three as 3.5 / 16:"
+        " sizes are those in bytes with 16 bits for all else. Minutes are those of the conversion, its pass over "
+        "the calibration included, and of the distillation, but for the transcriptions by the teacher, which are "
+        "made once for all; several runs shared the machine, so they compare nothing. KL is the mean divergence of"
+        " the decoder's token distributions from the dense model's, in nats, with the transcript given. The final "
+        "states' error is relative to their variance, over frames of speech. Several seeds: mean "
         f"(range). All figures: [{path.name}]({path.name})."
     )
     text = "\n\n".join([*parts, "## Methods", "\n".join(about), notes])

@@ -62,11 +62,12 @@ class CompressionArguments:
             "others of these are given, or the start is 'svd'."
         },
     )
-    shared_bits: Literal["4", "none"] | None = field(
+    shared_bits: str | None = field(
         default=None,
         metadata={
-            "help": "Bits of the shared matrices: '4', by default where --budget chooses all settings, or 'none' for "
-            "matrices that can be trained and exported as any, by default otherwise."
+            "help": "Bits of the shared matrices, from 2 to 8; where --budget chooses all settings, the most that are "
+            "tried, by default 4. Or 'none' for matrices that can be trained and exported as any, by default where "
+            'settings are given; or as JSON, a number for each module: \'{"fc1": 4, "fc2": 3}\'.'
         },
     )
     group_size: str | None = field(
@@ -133,9 +134,9 @@ class CompressionArguments:
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
     @property
-    def bits(self) -> int | None:
-        """`shared_bits` where settings are given by hand."""
-        return BITS if self.shared_bits == str(BITS) else None
+    def bits(self) -> Any:
+        """`shared_bits` where settings are given by hand; raises ValueError for what is not JSON."""
+        return None if self.shared_bits in (None, "none") else read_json("shared_bits", self.shared_bits)
 
     def residual_config(self) -> hrt.ResidualConfig | None:
         """None where `budget`, or its default, chooses; raises ValueError for what is not JSON, or not possible."""
@@ -160,7 +161,7 @@ class CompressionArguments:
 
 def main() -> None:
     args, data_args = parse_args(CompressionArguments, DataArguments)
-    residual_config = args.residual_config()
+    residual_config, bits = args.residual_config(), args.bits
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
     model_id = resolve_pretrained(args.model)
     # The class's, since a residual model's config calls itself dense.
@@ -188,7 +189,7 @@ def main() -> None:
         calibration=calibration,
         start=args.start,
         budget=args.budget,
-        shared_bits=None if args.shared_bits == "none" else BITS,
+        shared_bits=BITS if args.shared_bits is None else bits,
         iterations=args.iterations,
     )
 

@@ -308,6 +308,12 @@ def test_training_moves_what_layers_have_of_their_own_and_leaves_u():
             ),
             "`shared_bits` must be from 2 to 8, None, or .* got 1",
         ),
+        (
+            lambda: hrt.ResidualWhisperForConditionalGeneration.from_dense(
+                dense_whisper(), calibration=whisper_inputs(), shared_bits={"fc1": 4}
+            ),
+            "`shared_bits` must be one number, .* got {'fc1': 4}",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, message):

@@ -164,6 +164,10 @@ def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed,
 def test_compress_refuses_what_it_cannot_compress(monkeypatch, tmp_path, compressed):
     with pytest.raises(ValueError, match="`rank_pattern` must be JSON"):
         run(monkeypatch, "compress", "--rank_pattern", "fc2=64", "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match="`shared_bits` must be JSON, got 'four'"):
+        run(monkeypatch, "compress", "--shared_bits", "four", "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match="`shared_bits` must be from 2 to 8"):
+        run(monkeypatch, "compress", "--rank", "4", "--shared_bits", "1", "--output_dir", tmp_path / "out")
     settings = (
         ["--rank", "4"],
         ["--target_modules", "fc1", "fc2"],
