@@ -119,9 +119,9 @@ def spend(
     }
     for statistics, groups in sweep:
         for group in groups:
-            for sharing, found in curves[group.module_path].items():
-                if sharing[0] == group.size:
-                    found.append(_curve(layers, group, statistics, sharing[1]))
+            numbers = [bits for size, bits in options[group.module_path] if size == group.size]
+            for bits, curve in zip(numbers, _curves(layers, group, statistics, numbers)):
+                curves[group.module_path][group.size, bits].append(curve)
     (lacking, _), ranks, plan = _best_plan(curves, left)
     if lacking > 0:
         raise ValueError(
@@ -132,11 +132,9 @@ def spend(
     chosen = residual_config
     if any(len(sharings) > 1 for sharings in options.values()):
         group_size = {role_of(path): size for path, (size, _) in plan.items()}
-        bits = {role_of(path): number for path, (_, number) in plan.items() if number is not None}
-        same = len(set(bits.values())) <= 1
-        chosen = replace(
-            chosen, group_size=group_size, shared_bits=next(iter(bits.values()), None) if same else bits
-        )
+        by_role = {role_of(path): bits for path, (_, bits) in plan.items() if bits is not None}
+        shared_bits = by_role if len(set(by_role.values())) > 1 else next(iter(by_role.values()), None)
+        chosen = replace(chosen, group_size=group_size, shared_bits=shared_bits)
     return replace(chosen, rank_pattern=rank_pattern_of(ranks))
 
 
@@ -215,37 +213,43 @@ def _allocate(curves: list[Curve], left: float) -> tuple[tuple[float, float], di
     return (lacking, sum(curve.weight * curve.errors[curve.rank] for curve in curves)), ranks
 
 
-def _curve(layers: Any, group: Group, statistics: Statistics, bits: int | None) -> Curve:
-    """Of one group. What the first fit leaves is exact for a layer alone and, with equal ranks, for a pair without
-    diagonals; for larger groups, it is the error with the best `U` of rank 0, which more rounds would improve. Where
-    layers share a quantised `U`, nothing makes up for its rounding.
+def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int | None]) -> list[Curve]:
+    """Of one group, for each number of bits. What the first fit leaves is exact for a layer alone and, with equal
+    ranks, for a pair without diagonals; for larger groups, it is the error with the best `U` of rank 0, which more
+    rounds would improve. Where layers share a quantised `U`, nothing makes up for its rounding.
     """
     weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
     covariances, importance = metric_of(group, statistics)
     root = torch.linalg.cholesky(importance).T
     out_features, in_features = weights[0].shape
-    cost = len(weights) * (out_features + in_features)
+    shared = 0 if group.size is None else out_features * in_features
+    inputs = torch.stack(covariances).sum(0)
+    mean = weights[0]
     if group.size is None:
-        errors = _tails(root @ weights[0], covariances[0])
-        errors = errors[: out_features * in_features // (out_features + in_features) + 1]
+        errors = _tails(root @ mean, inputs)[: out_features * in_features // (out_features + in_features) + 1]
     elif len(weights) == 1:
         errors = torch.zeros(1)
-        if bits is not None:
-            errors = _tails(root @ (weights[0] - rounded(weights[0], covariances[0], bits)), covariances[0])
     else:
         total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
-        summed = torch.stack(covariances).sum(0)
-        mean = torch.linalg.solve(summed, total.T).T
+        mean = torch.linalg.solve(inputs, total.T).T
         if len(weights) == 2:
             errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
         else:
             errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
+    curves = []
+    for bits in numbers:
+        left, fixed = errors, float(shared)
         if bits is not None:
-            missing = root @ (mean - rounded(mean, summed, bits))
-            errors = errors + ((missing @ summed) * missing).sum()
-    shared = 0 if group.size is None else out_features * in_features
-    fixed = shared if bits is None else quantized_size({bits: shared})
-    return Curve(group, errors.tolist(), cost, fixed)
+            fixed = quantized_size({bits: shared})
+            missing = root @ (mean - rounded(mean, inputs, bits))
+            left = (
+                _tails(missing, inputs)
+                if len(weights) == 1
+                else errors + ((missing @ inputs) * missing).sum()
+            )
+        cost = len(weights) * (out_features + in_features)
+        curves.append(Curve(group, left.tolist(), cost, fixed))
+    return curves
 
 
 def _tails(matrix: Tensor, covariance: Tensor) -> Tensor:
