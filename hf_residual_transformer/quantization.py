@@ -1,11 +1,13 @@
 """`U` in few bits: whole numbers, with four bits from -8 to 7, and a scale for each block of 32 weights of a row.
 
-With four bits, blocks hold the numbers of Q4_0 in GGUF. Eight neighbours of a row take as many bytes as a number has
-bits, from the lowest bits of the first byte on. What the rounding of a column does to the outputs is made up for by the
+With four bits, blocks hold the numbers of Q4_0 in GGUF. Neighbours of a row follow each other without gaps, from
+the lowest bits of the first byte on. What the rounding of a column does to the outputs is made up for by the
 columns after it, as in GPTQ (https://arxiv.org/abs/2210.17323, section 3).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,15 +29,16 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
         scale: (out_features, in_features / BLOCK).
     """
     bits = packed.shape[1] * 8 // (scale.shape[1] * BLOCK)
-    numbers = packed.unflatten(1, (-1, bits))  # eight in so many bytes
+    places = _places(bits)
+    numbers = packed.unflatten(1, (-1, len(places) * bits // 8))
     codes = []
-    for byte, shift in _places(bits):
+    for byte, shift in places:
         code = numbers[..., byte] >> shift
         if shift + bits > 8:
             code = code | numbers[..., byte + 1] << 8 - shift
         codes.append(code & 2**bits - 1)
-    blocks = torch.stack(codes, dim=-1).view(*scale.shape, BLOCK).to(scale.dtype)
-    return blocks.add_(lowest(bits)).mul_(scale.unsqueeze(-1)).flatten(1)
+    values = torch.stack(codes, dim=-1).view(torch.int8).add_(lowest(bits))  # while they are bytes still
+    return values.view(*scale.shape, BLOCK).to(scale.dtype).mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 def lowest(bits: int) -> int:
@@ -82,18 +85,19 @@ def quantize(weight: Tensor, covariance: Tensor | None = None, bits: int = BITS)
 
 
 def _places(bits: int) -> list[tuple[int, int]]:
-    """Byte and shift of each of eight numbers; what is beyond the byte begins the next."""
-    return [divmod(bits * index, 8) for index in range(8)]
+    """Byte and shift of each number, as many as end with a byte; what is beyond a byte begins the next."""
+    return [divmod(bits * index, 8) for index in range(8 // math.gcd(bits, 8))]
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """(out_features, in_features) to (out_features, in_features * bits / 8)."""
-    eights = codes.unflatten(1, (-1, 8))
-    packed = eights.new_zeros(*eights.shape[:2], bits)
-    for index, (byte, shift) in enumerate(_places(bits)):
-        packed[..., byte] |= eights[..., index] << shift
+    places = _places(bits)
+    numbers = codes.unflatten(1, (-1, len(places)))
+    packed = numbers.new_zeros(*numbers.shape[:2], len(places) * bits // 8)
+    for index, (byte, shift) in enumerate(places):
+        packed[..., byte] |= numbers[..., index] << shift
         if shift + bits > 8:
-            packed[..., byte + 1] |= eights[..., index] >> 8 - shift
+            packed[..., byte + 1] |= numbers[..., index] >> 8 - shift
     return packed.flatten(1)
 
 
