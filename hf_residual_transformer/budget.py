@@ -32,13 +32,14 @@ Sharing = tuple[int | None, int | None]  # group size and bits of `U`
 Options = dict[str, list[Sharing]]  # to choose from, by module path
 
 
-def open_options(shared_bits: int | None) -> list[Sharing]:
+def open_options(shared_bits: int | None, scarce: bool) -> list[Sharing]:
     """What is tried for each module where the user leaves it open, with a `U` of at most so many bits. Where it is
-    quantised, one for each layer may pay as well, and with fewer bits.
+    quantised, one for each layer may pay as well, and where bytes are too `scarce` for that, one of fewer bits.
     """
     if shared_bits is None:
         return [(None, None), (2, None)]
-    return [(None, None), *((1, bits) for bits in range(FEWEST, shared_bits + 1)), (2, shared_bits)]
+    fewest = FEWEST if scarce else shared_bits
+    return [(None, None), *((1, bits) for bits in range(fewest, shared_bits + 1)), (2, shared_bits)]
 
 
 @dataclass
@@ -216,8 +217,7 @@ def _allocate(curves: list[Curve], left: float) -> tuple[tuple[float, float], di
 def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int | None]) -> list[Curve]:
     """Of one group, for each number of bits. What the first fit leaves is exact for a layer alone and, with equal
     ranks, for a pair without diagonals; for larger groups, it is the error with the best `U` of rank 0, which more
-    rounds would improve. Where layers share a quantised `U`, nothing makes up for its rounding. With a bit less, steps
-    are twice as wide, and the error of rounding is four times as large.
+    rounds would improve. Where layers share a quantised `U`, nothing makes up for its rounding.
     """
     weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
     covariances, importance = metric_of(group, statistics)
@@ -237,21 +237,17 @@ def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int
             errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
         else:
             errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
-    cost, most = (
-        len(weights) * (out_features + in_features),
-        max((bits for bits in numbers if bits), default=0),
-    )
-    if not most:
-        return [Curve(group, errors.tolist(), cost, shared)]
-    missing = root @ (mean - rounded(mean, inputs, most))
-    of_rounding = _tails(missing, inputs) if len(weights) == 1 else ((missing @ inputs) * missing).sum()
-    return [
-        Curve(
-            group, (errors + 4 ** (most - bits) * of_rounding).tolist(), cost, quantized_size({bits: shared})
-        )
-        for bits in numbers
-        if bits
-    ]
+    cost = len(weights) * (out_features + in_features)
+    curves = []
+    for bits in numbers:
+        left, fixed = errors, float(shared)
+        if bits is not None:
+            fixed = quantized_size({bits: shared})
+            missing = root @ (mean - rounded(mean, inputs, bits))
+            alone = len(weights) == 1
+            left = _tails(missing, inputs) if alone else errors + ((missing @ inputs) * missing).sum()
+        curves.append(Curve(group, left.tolist(), cost, fixed))
+    return curves
 
 
 def _tails(matrix: Tensor, covariance: Tensor) -> Tensor:

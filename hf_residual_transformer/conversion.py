@@ -36,7 +36,7 @@ from .families import Family, role_of
 from .fitting import ITERATIONS, fit_group
 from .modeling import ResidualMixin
 from .quantization import BITS
-from .reporting import ConversionReport, ModuleError
+from .reporting import ConversionReport, ModuleError, parameter_report
 from .sequential import Streams
 from .symmetry import aligned_neurons
 
@@ -108,7 +108,7 @@ def convert(
             f"`shared_bits` must be one number, the most that is tried, or None, got {shared_bits!r}; a "
             "`residual_config` may have a number for each module"
         )
-    open_config = ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
+    ResidualConfig(shared_bits=shared_bits)  # refuses what it cannot be
     if residual_config is None and start == "calibrated" and budget is None:
         budget = BUDGETS[shared_bits and BITS]
     dense = _load_dense(cls, dense)
@@ -119,11 +119,7 @@ def convert(
         prepare = align if start == "calibrated" else None
         sweep = Sweep(cls.family, dense, [], batches, progress, prepare=prepare)
         if budget is not None:
-            options = _options(cls.family, residual_config, shared_bits)
-            sweep = sweep.over(_groups(options, num_layers))
-            residual_config = _within_budget(
-                cls, dense, residual_config or open_config, options, sweep, budget
-            )
+            residual_config = _within_budget(cls, dense, residual_config, shared_bits, sweep, budget)
         residual_config = residual_config or ResidualConfig()
         model = residual_like(cls, dense, residual_config)
         sweep = sweep.over(_groups(_options(cls.family, residual_config), num_layers))
@@ -172,12 +168,8 @@ def residual_like(cls: type[ResidualMixin], dense: Any, residual_config: Residua
     return model
 
 
-def _options(
-    family: Family, residual_config: ResidualConfig | None, shared_bits: int | None = None
-) -> Options:
-    """What `residual_config` has, or may have where it is left open."""
-    if residual_config is None:
-        return {path: open_options(shared_bits) for path in family.modules}
+def _options(family: Family, residual_config: ResidualConfig) -> Options:
+    """What `residual_config` has."""
     roles = {path: role_of(path) for path in family.modules if residual_config.is_target(role_of(path))}
     return {
         path: [(residual_config.group_size_of(role), residual_config.bits_of(role))]
@@ -194,16 +186,23 @@ def _groups(options: Options, num_layers: int) -> list[Group]:
 def _within_budget(
     cls: type[ResidualMixin],
     dense: Any,
-    residual_config: ResidualConfig,
-    options: Options,
+    residual_config: ResidualConfig | None,
+    shared_bits: int | None,
     sweep: Sweep,
     budget: float,
 ) -> ResidualConfig:
-    """`residual_config` with the ranks that `budget` buys and, of several `options`, with group sizes and bits."""
-    unranked = replace(residual_config, rank=1, rank_pattern={})
+    """`residual_config` with the ranks that `budget` buys; without it, what that buys of groups, bits and ranks."""
+    unranked = residual_config or ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
+    unranked = replace(unranked, rank=1, rank_pattern={})
     residual_class: Any = cls
     with torch.device("meta"):
         model = residual_class(cls.config_class.from_dense_config(dense.config, unranked))
+    if residual_config is None:
+        scarce = parameter_report(model).encoder_bytes.ratio > budget
+        options = dict.fromkeys(cls.family.modules, open_options(shared_bits, scarce))
+    else:
+        options = _options(cls.family, residual_config)
+    sweep = sweep.over(_groups(options, len(cls.family.find_encoder(dense).layers)))
     with torch.no_grad():
         return spend(cls.family, dense, model, unranked, options, sweep, budget)
 

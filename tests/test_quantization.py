@@ -232,17 +232,17 @@ def test_a_budget_chooses_bits_by_what_they_leave():
     dense, inputs = dense_whisper(), whisper_inputs()
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     options = {"calibration": inputs, "progress": False}
-    model = from_dense(dense, budget=0.5, **options)
+    model = from_dense(dense, budget=0.29, **options)
     bits = model.config.residual_config.shared_bits
     assert {2, 3, 4} >= set(bits.values()) and len(set(bits.values())) > 1
     shared = model.model.encoder.shared
     assert {path.removeprefix("self_attn_"): bank[0].bits for path, bank in shared.items()} == bits
     report = hrt.parameter_report(model)
-    assert 0.47 < report.encoder_bytes.ratio <= 0.5
+    assert 0.27 < report.encoder_bytes.ratio <= 0.29
     encoder = model.half().model.encoder
     kept = [*encoder.layers.state_dict().values(), *encoder.shared.state_dict().values()]
     assert report.encoder_bytes.unique == sum(tensor.nbytes for tensor in kept)
-    two = from_dense(dense, budget=0.5, shared_bits=2, **options)
+    two = from_dense(dense, budget=0.29, shared_bits=2, **options)
     assert two.config.residual_config.shared_bits == 2
     assert states_error(model.float(), dense, inputs) < states_error(two, dense, inputs)
 
