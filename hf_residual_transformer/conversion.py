@@ -119,7 +119,7 @@ def convert(
         prepare = align if start == "calibrated" else None
         sweep = Sweep(cls.family, dense, [], batches, progress, prepare=prepare)
         if budget is not None:
-            residual_config = _within_budget(cls, dense, residual_config, shared_bits, sweep, budget)
+            residual_config, sweep = _within_budget(cls, dense, residual_config, shared_bits, sweep, budget)
         residual_config = residual_config or ResidualConfig()
         model = residual_like(cls, dense, residual_config)
         sweep = sweep.over(_groups(_options(cls.family, residual_config), num_layers))
@@ -190,8 +190,10 @@ def _within_budget(
     shared_bits: int | None,
     sweep: Sweep,
     budget: float,
-) -> ResidualConfig:
-    """`residual_config` with the ranks that `budget` buys; without it, what that buys of groups, bits and ranks."""
+) -> tuple[ResidualConfig, Sweep]:
+    """`residual_config` with the ranks that `budget` buys, or without it, what that buys of groups, bits and ranks; and
+    the sweep, with what it has kept.
+    """
     unranked = residual_config or ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
     unranked = replace(unranked, rank=1, rank_pattern={})
     residual_class: Any = cls
@@ -204,7 +206,7 @@ def _within_budget(
         options = _options(cls.family, residual_config)
     sweep = sweep.over(_groups(options, len(cls.family.find_encoder(dense).layers)))
     with torch.no_grad():
-        return spend(cls.family, dense, model, unranked, options, sweep, budget)
+        return spend(cls.family, dense, model, unranked, options, sweep, budget), sweep
 
 
 def _load_dense(cls: type[ResidualMixin], dense: PreTrainedModel | str) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.calibration import Sweep
 from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
 from hf_residual_transformer.quantization import BLOCK, FEWEST, MOST, dequantize, quantize
 
@@ -245,6 +246,15 @@ def test_a_budget_chooses_bits_by_what_they_leave():
     two = from_dense(dense, budget=0.29, shared_bits=2, **options)
     assert two.config.residual_config.shared_bits == 2
     assert states_error(model.float(), dense, inputs) < states_error(two, dense, inputs)
+
+
+def test_statistics_that_fit_into_memory_are_collected_once(monkeypatch):
+    passes, collect = [], Sweep._collect
+    monkeypatch.setattr(Sweep, "_collect", lambda *given: passes.append(given) or collect(*given))
+    hrt.ResidualWhisperForConditionalGeneration.from_dense(
+        dense_whisper(), calibration=whisper_inputs(), budget=0.29, progress=False
+    )
+    assert len(passes) == 1
 
 
 def test_bits_may_be_given_by_module():
