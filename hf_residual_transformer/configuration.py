@@ -26,6 +26,11 @@ def _is_int(value: Any, minimum: int, maximum: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
+def values_of(setting: Any) -> list[Any]:
+    """Of a setting that is one for all modules, or a dict by module name."""
+    return list(setting.values()) if isinstance(setting, dict) else [setting]
+
+
 @dataclass(frozen=True)
 class ResidualConfig:
     r"""How the encoder layers share weights: `W_l = U_g + B_l A_l + D_l`.
@@ -65,7 +70,7 @@ class ResidualConfig:
     shared_bits: int | dict[str, int] | None = None
 
     def __post_init__(self) -> None:
-        sizes = self.group_size.values() if isinstance(self.group_size, dict) else [self.group_size]
+        sizes = values_of(self.group_size)
         if not sizes or not all(size is None or _is_int(size, 1) for size in sizes):
             raise ValueError(
                 "`group_size` must be an integer of at least 1, None, or a dict of such values by module "
@@ -90,8 +95,9 @@ class ResidualConfig:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
         if not isinstance(self.share_biases, bool):
             raise ValueError(f"`share_biases` must be true or false, got {self.share_biases!r}")
-        bits = self.shared_bits.values() if isinstance(self.shared_bits, dict) else [self.shared_bits]
-        if self.shared_bits is not None and not all(_is_int(b, FEWEST, MOST) for b in bits):
+        if self.shared_bits is not None and not all(
+            _is_int(bits, FEWEST, MOST) for bits in values_of(self.shared_bits)
+        ):
             raise ValueError(
                 f"`shared_bits` must be from {FEWEST} to {MOST}, None, or a dict of such numbers by module name, got "
                 f"{self.shared_bits!r}"

@@ -124,8 +124,8 @@ def fit_group(
             fit.lora_B, fit.lora_A = factors
     if (shared and len(weights) == 1) or (not diagonal and (not shared or len(weights) == 2)):
         iterations = 0  # the first round is the minimum
-    rounds = bits is not None and shared
-    for round_idx in range(iterations + 1 + rounds):
+    rounding = bits is not None and shared
+    for round_idx in range(iterations + 1 + rounding):
         packed, scale = None, None
         if shared and round_idx <= iterations:
             rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration import ResidualConfig
+from .configuration import ResidualConfig, values_of
 from .reporting import parameter_report
 
 BODY = """---
@@ -142,16 +142,12 @@ def write_model_card(
 
 def _form(config: ResidualConfig) -> str:
     """What layers have of the equation, in words."""
-    sizes = config.group_size.values() if isinstance(config.group_size, dict) else [config.group_size]
-    most = max((size for size in sizes if size is not None), default=0)
+    most = max((size for size in values_of(config.group_size) if size is not None), default=0)
     if not most:
         return "each layer has matrices of low rank"
     bits = ""
     if config.shared_bits:
-        numbers = (
-            config.shared_bits.values() if isinstance(config.shared_bits, dict) else [config.shared_bits]
-        )
-        bits = f" in {' or '.join(map(str, sorted(set(numbers))))} bits"
+        bits = f" in {' or '.join(map(str, sorted(set(values_of(config.shared_bits)))))} bits"
     if most > 1:
         return f"layers share full matrices{bits} and keep a low-rank residual each"
     return f"each layer has its full matrices{bits} and a low-rank residual of its own"

@@ -214,7 +214,7 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     options = {"calibration": inputs, "progress": False}
     model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
-    assert 1 in chosen.group_size.values()
+    assert chosen.shared_bits == 4 and 1 in chosen.group_size.values()
     report = hrt.parameter_report(model)
     assert 0.57 < report.encoder_bytes.ratio <= 0.6
     encoder = model.half().model.encoder
