@@ -6,13 +6,14 @@ What is computed from them is in `conversion.py` and `budget.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .families import Family, groups_of
@@ -216,12 +217,14 @@ class Sweep:
         with bar:
             for run in runs:
                 groups = [group for group in self.groups if group.layers[0] in run]
-                block = self._collect(run, groups, bar), groups
+                statistics = self._collect(run, groups, bar)
                 if self.prepare is not None:
-                    self.prepare(groups, block[0])
+                    self.prepare(groups, statistics)
                 if len(runs) == 1:
-                    self._kept.append(block)
-                yield block
+                    self._kept.append((statistics, groups))
+                yield statistics, groups
+                if len(runs) > 1:
+                    statistics.clear()  # who iterates still holds it while the next are collected
 
     def over(self, groups: list[Group]) -> Sweep:
         """The same over other groups of the same matrices, with what this one has kept."""
@@ -278,7 +281,7 @@ class Sweep:
 @contextmanager
 def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list[Tensor]]:
     """Inside, a forward and a backward pass add to `statistics`. The list gets the input of layer `first`, where
-    the backward pass may end.
+    the backward pass may end. Of each layer from there on its input alone is kept, and the rest computed again.
     """
     start: list[Tensor] = []
 
@@ -301,11 +304,28 @@ def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list
     for (layer, path), entry in statistics.items():
         handles.append(encoder.layers[layer].get_submodule(path).register_forward_hook(watch(entry)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
+            for layer in encoder.layers[first:]:
+                again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+                stack.enter_context(forward_as(layer, again))
             yield start
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of `model`, or of what wraps it, is a call of `forward`."""
+    own = model.__dict__.get("forward")
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.forward = own  # type: ignore[method-assign]
 
 
 def to_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

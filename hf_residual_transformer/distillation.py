@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel, Seq2SeqTrainer, Trainer
 
+from .calibration import forward_as
 from .data import LABEL_PADDING, is_multilingual
 from .families import WAV2VEC2, WHISPER, Family
 from .layers import SHARED, ResidualLinear
@@ -534,7 +535,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
                 return model(**inputs)
             # Not `encoder(features)`: a wrapper that synchronises gradients must see the call.
             inner = self.accelerator.unwrap_model(model)
-            with self.accelerator.autocast(), _forward_as(inner, encoder.__call__):
+            with self.accelerator.autocast(), forward_as(inner, encoder.__call__):
                 return model(features)
 
     def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
@@ -588,20 +589,6 @@ class CTCDistillationTrainer(DistillationTrainer):
 
 
 @contextmanager
-def _forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a call of `model`, or of what wraps it, is a call of `forward`."""
-    own = model.__dict__.get("forward")
-    model.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.__dict__["forward"]
-        else:
-            model.forward = own  # type: ignore[method-assign]
-
-
-@contextmanager
 def _frozen_but(part: nn.Module, model: nn.Module) -> Iterator[None]:
     """Inside, only parameters of `part` have gradients."""
     kept = {id(parameter) for parameter in part.parameters()}
@@ -624,6 +611,6 @@ def _components(model: nn.Module) -> dict[int, str]:
     for module in model.modules():
         if isinstance(module, (ResidualLinear, *SHARED)):
             for name, parameter in module.named_parameters(recurse=False):
-                kinds = {"weight": "shared", "lora_A": "lora", "lora_B": "lora"}
+                kinds = {"weight": "shared", "weight_scale": "shared", "lora_A": "lora", "lora_B": "lora"}
                 names[id(parameter)] = kinds.get(name, "diagonal")
     return names

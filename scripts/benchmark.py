@@ -41,7 +41,7 @@ from benchmark_model import (
     training_step,
 )
 from benchmark_results import SCALING, Comparison, Goal, plot_memory, plot_ratios, table
-from common import file_bytes, json_of_fresh_process, parse_args
+from common import FIXED_MALLOC, file_bytes, json_of_fresh_process, parse_args
 from tqdm.auto import tqdm
 from training import read_json
 from transformers.utils import logging
@@ -50,8 +50,7 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer.evaluation import provenance
 
 REPEAT_SECONDS = 0.1  # Shorter calls are timed several at once.
-# glibc keeps what is freed in pieces below a threshold that grows; fixed, it gives them back.
-ALLOCATORS = {"": {}, ", fixed malloc threshold": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+ALLOCATORS = {"": {}, ", fixed malloc threshold": FIXED_MALLOC}
 Calls = Mapping[str, Callable[[], Any]]
 Pair = dict[str, Any]  # What is passed on as `dense` and `residual`.
 

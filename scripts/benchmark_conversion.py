@@ -1,6 +1,6 @@
 """Measures the memory that a conversion takes, over the model's depth and the number of calibration windows.
 
-    python scripts/benchmark_conversion.py --size large-v3 --layers 2 4 8 --windows 1 2 4 \
+    python scripts/benchmark_conversion.py --size large-v3 --layers 2 4 8 --windows 1 4 16 \
         --output results/conversion-memory.json
 
 In about a minute on a CPU, and saying less:
@@ -9,10 +9,11 @@ In about a minute on a CPU, and saying less:
         --output outputs/conversion-memory.json
 
 Weights and inputs are random, since memory does not depend on them. Each depth is converted with the fewest windows,
-and the deepest model with each number of windows, by `from_dense(..., budget=...)`, in a fresh process each, of the
-encoder alone: a whole Whisper has the weights of its decoder beside it. "beside the models" is the most that the
-process held at a time, less the weights of the dense and of the converted encoder, which stay. The file at `--output`
-is written after each result, with a table beside it (.md).
+and the shallowest model with each number of windows, by `from_dense(..., budget=...)`, in a fresh process each, of the
+encoder alone: a whole Whisper has the weights of its decoder beside it. The C library is told to give back what is
+freed (MALLOC_MMAP_THRESHOLD_), since what it keeps otherwise differs from run to run. "beside the models" is the most
+that the process held at a time, less the weights of the dense and of the converted encoder, which stay. The file at
+`--output` is written after each result, with a table beside it (.md).
 The first argument may instead be a JSON or YAML file with options by name.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from benchmark_model import ENCODERS, SIZES, PeakMemory, random_inputs, resident, unique_bytes
-from common import json_of_fresh_process, parse_args
+from common import FIXED_MALLOC, json_of_fresh_process, parse_args
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -47,7 +48,7 @@ class ConversionArguments:
         default_factory=lambda: [2, 4, 8], metadata={"help": "Numbers of encoder layers to measure."}
     )
     windows: list[int] = field(
-        default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of windows of 30 seconds to measure."}
+        default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of windows of 30 seconds to measure."}
     )
     budget: float = field(default=BUDGETS[BITS], metadata={"help": "As in compress.py."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch's choice."})
@@ -78,9 +79,9 @@ class ConversionArguments:
 
     def points(self) -> list[tuple[int, int]]:
         """Layers and windows of each measurement."""
-        deepest, fewest = max(self.layers), min(self.windows)
+        shallowest, fewest = min(self.layers), min(self.windows)
         depths = [(layers, fewest) for layers in sorted(set(self.layers))]
-        return depths + [(deepest, windows) for windows in sorted(set(self.windows) - {fewest})]
+        return depths + [(shallowest, windows) for windows in sorted(set(self.windows) - {fewest})]
 
 
 def measure(args: ConversionArguments, layers: int, windows: int) -> Result:
@@ -151,7 +152,7 @@ def main() -> None:
     for layers, windows in tqdm(args.points(), unit="conversion"):
         command = [__file__, *options, f"--layers={layers}", f"--windows={windows}"]
         what = f"the conversion of {layers} layers with {windows} windows"
-        results.append(json_of_fresh_process(command, os.environ, what))
+        results.append(json_of_fresh_process(command, os.environ | FIXED_MALLOC, what))
         save(args, results)
     print(f"{table(results)}\n\nall figures are in {output}")
 

@@ -26,7 +26,15 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from common import SAMPLE, file_bytes, json_of_fresh_process, model_bytes, parse_args, require_space
+from common import (
+    FIXED_MALLOC,
+    SAMPLE,
+    file_bytes,
+    json_of_fresh_process,
+    model_bytes,
+    parse_args,
+    require_space,
+)
 from pretrained import resolve_pretrained
 from recipe import WINDOW_SECONDS, learning_rate_for, short_distillation
 from training import save_processor
@@ -137,7 +145,7 @@ def memory_in_fresh_process(folder: Path) -> dict[str, Any]:
     freed, as on a device, not to keep it for speed, as for the demo itself.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment |= FIXED_MALLOC
     command = [__file__, "--memory_of", str(folder)]
     return json_of_fresh_process(command, environment, f"loading the model in {folder}")
 

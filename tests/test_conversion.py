@@ -303,7 +303,19 @@ def test_statistics_of_few_layers_are_held_at_a_time_and_give_the_same_model(mon
         sweep = Sweep(WHISPER, dense, groups, [{"input_features": inputs}], False)
         held = [{layer for layer, _ in statistics} for statistics, _ in sweep]
         assert held == [set(range(i, min(i + 2, num_layers))) for i in range(0, num_layers, 2)]
+        assert not any([statistics for statistics, _ in sweep])  # though whoever iterates still has them
         assert_same_function(at_once, from_dense(dense, config, **options))
+
+
+def test_of_a_layer_that_is_calibrated_only_the_input_is_kept_for_backward():
+    dense, kept = dense_whisper(), []
+    groups = groups_with({path: [None] for path in WHISPER.modules}, dense.config.encoder_layers)
+    sweep = Sweep(WHISPER, dense, groups, [{"input_features": whisper_inputs()}], False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        ((statistics, _),) = sweep
+    assert kept and all(dense.config.encoder_ffn_dim not in tensor.shape for tensor in kept)
+    assert all(entry.weight > 0 for entry in statistics.values())
+    assert not any("forward" in layer.__dict__ for layer in dense.model.encoder.layers)
 
 
 def test_what_is_not_shared_is_taken_over_and_the_dense_model_stays_as_it_was():
