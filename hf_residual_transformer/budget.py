@@ -19,7 +19,7 @@ from .calibration import TINY, Group, Statistics, Sweep, metric_of, parallel_sum
 from .configuration import ResidualConfig
 from .families import Family, role_of
 from .fitting import rounded
-from .quantization import FEWEST
+from .quantization import BLOCK, FEWEST
 from .reporting import parameter_report, quantized_size
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
@@ -242,7 +242,7 @@ def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int
     for bits in numbers:
         left, fixed = errors, float(shared)
         if bits is not None:
-            fixed = quantized_size({bits: shared})
+            fixed = quantized_size({bits: shared}) + shared / BLOCK
             missing = root @ (mean - rounded(mean, inputs, bits))
             alone = len(weights) == 1
             left = _tails(missing, inputs) if alone else errors + ((missing @ inputs) * missing).sum()

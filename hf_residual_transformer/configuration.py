@@ -50,8 +50,8 @@ class ResidualConfig:
         diagonal: `D_l` on no matrix ("none"), on "square" ones, or on "all", where a rectangular matrix
             has one entry for each position of its main diagonal.
         share_biases: one bias a group, beside `U`, rather than one a layer.
-        shared_bits: 4 keeps every `U` in four bits, or another number from 2 to 8, and it is not trained then; what
-            layers have of their own makes up for a part of the rounding. With a group size of 1, that is all that
+        shared_bits: 4 keeps every `U` in four bits, or another number from 2 to 8, of which training moves the scales;
+            what layers have of their own makes up for a part of the rounding. With a group size of 1, that is all that
             there is to make up for. A dict gives a number per module name; modules that it does not name, and all with
             None, keep `U` in the model's dtype.
         target_modules: names of the modules to share; by default those that `group_size` names, or all

@@ -59,8 +59,9 @@ class SharedLinear(nn.Linear):
 
 
 class QuantizedSharedLinear(nn.Module):
-    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`) and is not trained: layers learn what they
-    add to it. It is no `nn.Linear`, so that adapters which would be merged into its weight are refused.
+    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`). Of it, training moves the scales, as in PEQA
+    (https://arxiv.org/abs/2305.14152, section 3), and the whole numbers stay. It is no `nn.Linear`, so that adapters
+    which would be merged into its weight are refused.
 
     Args:
         in_features: a multiple of 32.
@@ -73,7 +74,6 @@ class QuantizedSharedLinear(nn.Module):
     """
 
     weight_packed: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class QuantizedSharedLinear(nn.Module):
         shape = (out_features, in_features * bits // 8)
         self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
         shape = (out_features, in_features // BLOCK)
-        self.register_buffer("weight_scale", torch.empty(shape, device=device, dtype=dtype))
+        self.weight_scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     forward = SharedLinear.forward
@@ -122,7 +122,9 @@ SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
 def quantized_weights(module: nn.Module) -> Counter[int]:
-    """How many weights every `QuantizedSharedLinear` in `module` holds, which are no parameters to torch, by bits."""
+    """How many weights every `QuantizedSharedLinear` in `module` holds, by bits. To torch, their scales alone are
+    parameters.
+    """
     found: Counter[int] = Counter()
     for part in module.modules():
         if isinstance(part, QuantizedSharedLinear):
@@ -175,7 +177,7 @@ class _ComposedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, stored, scale, lora_A, lora_B, diagonal = ctx.saved_tensors
-        of_input, of_bias, of_shared, of_A, of_B, of_diagonal = [None] * 6
+        of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal = [None] * 7
         if ctx.needs_input_grad[0]:
             of_input = grad @ compose(_full(stored, scale), lora_A, lora_B, diagonal).to(grad.dtype)
         rows = grad.flatten(0, -2)
@@ -188,8 +190,11 @@ class _ComposedLinear(torch.autograd.Function):
                 of_A, of_B = lora_B.T @ of_shared, of_shared @ lora_A.T
             if diagonal is not None:
                 of_diagonal = of_shared.diagonal()
+            if ctx.needs_input_grad[3]:
+                numbers = dequantize(stored, torch.ones_like(scale))
+                of_scale = (of_shared * numbers).unflatten(1, (-1, BLOCK)).sum(2)
         of_shared = of_shared if ctx.needs_input_grad[2] else None
-        return of_input, of_bias, of_shared, None, of_A, of_B, of_diagonal
+        return of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal
 
 
 def _full(stored: Tensor, scale: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 BITS = 4  # where nothing else is asked for
 FEWEST, MOST = 2, 8
 BLOCK = 32  # weights with one scale
-SCALE_BITS = 16
 # Of the scale that takes the largest weight of a block to the lowest number. Smaller ones cut it off and make finer
 # steps, and negative ones take it towards the highest.
 CANDIDATES = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, -1.0, -0.9, -0.8)
@@ -44,11 +43,6 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
 def lowest(bits: int) -> int:
     """Of the numbers that so many bits hold; the highest is one less from zero."""
     return -(2 ** (bits - 1))
-
-
-def bits_per_weight(bits: int) -> float:
-    """With the weight's part of a scale."""
-    return bits + SCALE_BITS / BLOCK
 
 
 def quantize(weight: Tensor, covariance: Tensor | None = None, bits: int = BITS) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from .layers import SHARED, ResidualLinear, quantized_weights
-from .quantization import bits_per_weight
 
 FLOAT_BITS = 16
 COMPONENTS = ("shared", "lora", "diagonal", "biases", "layer_norms", "other")
@@ -112,8 +111,8 @@ def parameter_report(model: nn.Module) -> ParameterReport:
 
 
 def quantized_size(weights: Mapping[int, int]) -> float:
-    """Of so many weights by bits, with their scales, in parameters of 16 bits."""
-    return sum(number * bits_per_weight(bits) for bits, number in weights.items()) / FLOAT_BITS
+    """Of so many weights by bits, without their scales, in parameters of 16 bits."""
+    return sum(number * bits for bits, number in weights.items()) / FLOAT_BITS
 
 
 def _modules(*roots: Any) -> Iterator[nn.Module]:

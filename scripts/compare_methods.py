@@ -47,7 +47,7 @@ from compare_metrics import (
 )
 from compare_results import DENSE, Result, ResultsFile, write_report
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, TranscribingCollator, learning_rate_for, short_distillation
+from recipe import WINDOW_SECONDS, TranscribingCollator, learning_rate_for, mean_bits, short_distillation
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -226,7 +226,7 @@ class Comparison:
                 collator=self.collator,
                 per_device_train_batch_size=args.batch_size,
                 max_steps=steps,
-                learning_rate=learning_rate_for(budget),
+                learning_rate=learning_rate_for(budget, mean_bits(student)),
                 seed=seed,
                 disable_tqdm=True,
                 use_cpu=args.device == "cpu",

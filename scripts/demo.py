@@ -36,7 +36,7 @@ from common import (
     require_space,
 )
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, learning_rate_for, short_distillation
+from recipe import WINDOW_SECONDS, learning_rate_for, mean_bits, short_distillation
 from training import save_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
@@ -209,7 +209,9 @@ def main() -> None:
             collator=WindowCollator(processor, args.window_seconds),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,
-            learning_rate=learning_rate_for(parameters.encoder.ratio) if rate is None else rate,
+            learning_rate=learning_rate_for(parameters.encoder.ratio, mean_bits(model))
+            if rate is None
+            else rate,
             logging_steps=max(1, args.max_steps // 10),
             seed=args.seed,
         )

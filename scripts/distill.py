@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from common import parse_args, prepare_output_dir
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, RecipeArguments, learning_rate_for
+from recipe import WINDOW_SECONDS, RecipeArguments, learning_rate_for, mean_bits
 from training import TrainingDataArguments, train_and_save
 from transformers import (
     AutoConfig,
@@ -48,7 +48,6 @@ from hf_residual_transformer.distillation import (
     DistillationTrainer,
     Seq2SeqDistillationTrainer,
 )
-from hf_residual_transformer.layers import quantized_weights
 
 WITHOUT_NOISE: dict[str, Any] = {
     "layerdrop": 0.0,
@@ -120,8 +119,8 @@ def main() -> None:
 
     if training_args.learning_rate is None:
         encoders = [trainer_class.family.find_encoder(model) for model in (student, teacher)]
-        sizes = [quantized_weights(e).total() + sum(p.numel() for p in e.parameters()) for e in encoders]
-        training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1])
+        sizes = [sum(parameter.numel() for parameter in encoder.parameters()) for encoder in encoders]
+        training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1], mean_bits(student))
     trainer = trainer_class(
         model=student,
         teacher=teacher,

@@ -14,6 +14,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from hf_residual_transformer.data import WindowCollator
 from hf_residual_transformer.distillation import Seq2SeqDistillationTrainer, transcribe
+from hf_residual_transformer.layers import quantized_weights
 
 WINDOW_SECONDS = 10.0
 
@@ -26,7 +27,8 @@ class RecipeArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate; by default what suits a few hundred steps for the size of the student's "
-            "encoder relative to the teacher's: 1e-5 at 0.7, 3.6e-5 at 0.5, 1e-4 at 0.34."
+            "encoder relative to the teacher's, 1e-5 at 0.7, 3.6e-5 at 0.5, 1e-4 at 0.34, or for its bits, "
+            "3e-6 with four, 1e-5 with three."
         },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
@@ -39,11 +41,18 @@ class RecipeArguments(Seq2SeqTrainingArguments):
         self.remove_unused_columns = False  # the collator reads columns that no model does
 
 
-def learning_rate_for(size: float) -> float:
-    """The peak learning rate that a few hundred steps bear, for an encoder of this size relative to dense. The nearer a
-    start is to dense, the smaller are the steps that do not lead away from it first (measured in docs/LOG.md).
+def learning_rate_for(size: float, bits: float | None) -> float:
+    """The peak learning rate that a few hundred steps bear: by the encoder's size relative to dense, or where matrices
+    are quantised, by their mean `bits`, a third of it for each bit more. The nearer a start is to dense, the smaller
+    are the steps that do not lead away from it first (measured in docs/LOG.md).
     """
-    return 1e-5 * 10 ** ((0.7 - size) / 0.36)
+    return 1e-5 * (10 ** ((0.7 - size) / 0.36) if bits is None else 3 ** (3 - bits))
+
+
+def mean_bits(model: Any) -> float | None:
+    """Of the weights that are quantised, or None where none is."""
+    weights = quantized_weights(model)
+    return sum(bits * number for bits, number in weights.items()) / weights.total() if weights else None
 
 
 class TranscribingCollator:

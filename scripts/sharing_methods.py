@@ -43,6 +43,7 @@ def ours_in_four_bits(dense: Any, calibration: Calibration, budget: float) -> An
     return _in_16_bits(model)
 
 
+@torch.no_grad()
 def rounded(dense: Any, calibration: Calibration, budget: float, *, bits: int, fitted: bool) -> Any:
     """A `U` of few bits for each layer, and nothing else: each matrix rounded, to the nearest or as GPTQ does."""
     config = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=bits)

@@ -26,7 +26,7 @@ from hf_residual_transformer.fitting import fit_group
 from hf_residual_transformer.layers import ResidualLinear
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-NAMES = ("baseline_parts", "baselines", "compare_methods", "compare_metrics", "compare_results")
+NAMES = ("baseline_parts", "baselines", "compare_methods", "compare_metrics", "compare_results", "recipe")
 # Of a layer of tiny_whisper_config: biases of q, v, out, fc1 and fc2, two norms, and six matrices.
 FIXED, MATRICES = 3 * 32 + 64 + 32 + 2 * 64, 4 * 32 * 32 + 2 * 32 * 64
 DENSE = 4 * (FIXED + MATRICES)
@@ -50,6 +50,17 @@ def dense_whisper(**changes):
 
 def features():
     return torch.randn(4, 16, 100, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_rate_of_distillation_goes_by_parameters_or_where_matrices_are_quantised_by_bits(scripts):
+    rate, bits = scripts.recipe.learning_rate_for, scripts.recipe.mean_bits
+    assert rate(0.7, bits(dense_whisper())) == pytest.approx(1e-5)
+    assert rate(0.34, None) == pytest.approx(1e-4)
+    config = tiny_whisper_config(
+        residual_config=hrt.ResidualConfig(group_size=1, diagonal="none", shared_bits={"fc1": 2, "fc2": 4})
+    )
+    assert bits(hrt.ResidualWhisperModel(config)) == 3  # fc1 and fc2 have equally many weights
+    assert rate(0.34, 3.0) == pytest.approx(1e-5) and rate(0.34, 2.0) == pytest.approx(3e-5)
 
 
 @pytest.fixture

@@ -115,14 +115,18 @@ def twins(bias, rank, diagonal, bits=4):
 )
 @pytest.mark.parametrize("frames", [3, 200])
 def test_outputs_and_gradients_are_those_over_the_same_plain_weight(frames, bias, rank, diagonal, bits):
-    found = []
-    for group in twins(bias, rank, diagonal, bits):
+    found, groups = [], twins(bias, rank, diagonal, bits)
+    for group in groups:
         inputs = matrix(2 * frames, 64, seed=2).reshape(2, frames, 64).requires_grad_()
         outputs = [layer(inputs) for layer in group["layers"]]
         sum((output * output.detach().cos()).sum() for output in outputs).backward()
-        gradients = {n: p.grad for n, p in group.named_parameters() if n != "shared.weight"}
+        gradients = {n: p.grad for n, p in group.named_parameters() if not n.startswith("shared.weight")}
         found.append((*outputs, inputs.grad, gradients))
     torch.testing.assert_close(found[0], found[1])
+    quantised, plain = (group["shared"] for group in groups)
+    numbers = dequantize(quantised.weight_packed, torch.ones_like(quantised.weight_scale))
+    of_scale = (plain.weight.grad * numbers).unflatten(1, (-1, BLOCK)).sum(2)
+    torch.testing.assert_close(quantised.weight_scale.grad, of_scale, rtol=1e-4, atol=1e-4)
 
 
 def test_backward_keeps_no_full_weight():
@@ -278,14 +282,14 @@ def test_layers_may_share_a_quantised_u():
     assert full_rank < 1e-3 * states_error(model, dense, inputs)
 
 
-def test_training_moves_what_layers_have_of_their_own_and_leaves_u():
+def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone():
     model = randomize_(hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH)))
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(input_features=whisper_inputs()[:2], labels=torch.tensor([[72, 73], [80, 81]])).loss.backward()
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert not any(".shared." in name for name in moved)
+    assert {name.rpartition(".")[2] for name in moved if ".shared." in name} == {"weight_scale"}
     assert "model.encoder.layers.3.fc1.lora_A" in moved and "model.encoder.layers.0.fc2.lora_B" in moved
 
 
