@@ -195,7 +195,8 @@ def _within_budget(
     the sweep, with what it has kept.
     """
     unranked = residual_config or ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
-    unranked = replace(unranked, rank=1, rank_pattern={})
+    # Without a rank it is the least that the most bits take; but a matrix that has no `U` needs one.
+    unranked = replace(unranked, rank=0 if residual_config is None else 1, rank_pattern={})
     residual_class: Any = cls
     with torch.device("meta"):
         model = residual_class(cls.config_class.from_dense_config(dense.config, unranked))

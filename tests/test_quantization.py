@@ -229,6 +229,9 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     by_rank = from_dense(dense, budget=0.6, shared_bits=None, **options)
     assert states_error(model, dense, inputs) < 0.5 * states_error(bare, dense, inputs)
     assert states_error(model, dense, inputs) < states_error(by_rank, dense, inputs)
+    least = hrt.parameter_report(bare).encoder_bytes.ratio
+    tight = from_dense(dense, budget=least + 1e-4, **options)
+    assert tight.config.residual_config.shared_bits == 4  # fewer are not tried
     default = from_dense(dense, **options)
     assert hrt.parameter_report(default).encoder_bytes.ratio <= 0.34
 
