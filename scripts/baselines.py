@@ -236,7 +236,7 @@ METHODS = {
             partial(rounded, bits=bits, fitted=False),
             f"each matrix in {bits} bits, a scale for 32 weights, rounded to the nearest; of the size that this has",
         )
-        for bits in (4, 3)
+        for bits in (4, 3, 2)
     },
     **{
         f"gptq-{bits}bit": Method(
@@ -245,7 +245,7 @@ METHODS = {
             "as they were",
             statistics=True,
         )
-        for bits in (4, 3)
+        for bits in (4, 3, 2)
     },
     "drop-layers": Method(
         drop_layers,
