@@ -67,7 +67,8 @@ class DistillationArguments:
         default=None,
         metadata={
             "help": "Learning rates that differ from --learning_rate, as JSON, such as '{\"shared\": 1e-5}': "
-            "for 'shared' (U, or its scales), 'lora' (A and B), 'diagonal' (D, and the biases of shared matrices), 'rest'."
+            "for 'shared' (U, or its scales), 'lora' (A and B), 'diagonal' (D, and the biases of shared matrices), "
+            "'rest'."
         },
     )
 
