@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .families import Family, groups_of
+from .modeling import forward_as
 
 INPUT_NAMES = ("input_features", "input_values")
 DAMPING = 1e-4  # of the mean variance of the inputs
@@ -188,7 +189,8 @@ class Sweep:
     """Iterates over the groups, with the statistics of their matrices in the dense model, by layer and module
     path, as many layers at a time as `HELD_BYTES` have room for, but whole groups.
 
-    Without batches there are no statistics. What fits at once is kept for the next iteration.
+    Without batches there are no statistics. What fits at once is kept for the next iteration; of several runs of
+    layers, each one's statistics are emptied when the next are asked for.
 
     Args:
         groups: what the layers share.
@@ -224,7 +226,7 @@ class Sweep:
                     self._kept.append((statistics, groups))
                 yield statistics, groups
                 if len(runs) > 1:
-                    statistics.clear()  # who iterates still holds it while the next are collected
+                    statistics.clear()  # whoever iterates still has them while the next are collected
 
     def over(self, groups: list[Group]) -> Sweep:
         """The same over other groups of the same matrices, with what this one has kept."""
@@ -278,6 +280,24 @@ class Sweep:
         return statistics
 
 
+class _Watched(torch.autograd.Function):
+    """`output` as it is; backward adds `inputs` and the gradient to `entry`. A closure would keep the inputs, which are
+    computed again for backward if they are saved for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, entry: MatrixStatistics) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.entry = entry
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.entry.update(inputs.flatten(0, -2), gradient.flatten(0, -2))
+        return gradient, None, None
+
+
 @contextmanager
 def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list[Tensor]]:
     """Inside, a forward and a backward pass add to `statistics`. The list gets the input of layer `first`, where
@@ -293,12 +313,8 @@ def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list
             ((hidden_states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden_states})
         )
 
-    def watch(entry: MatrixStatistics) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs = args[0].detach().flatten(0, -2)
-            output.register_hook(lambda gradient: entry.update(inputs, gradient.flatten(0, -2)))
-
-        return hook
+    def watch(entry: MatrixStatistics) -> Callable[..., Tensor]:
+        return lambda _module, args, output: _Watched.apply(output, args[0].detach(), entry)
 
     handles = [encoder.layers[first].register_forward_pre_hook(begin, with_kwargs=True)]
     for (layer, path), entry in statistics.items():
@@ -312,20 +328,6 @@ def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a call of `model`, or of what wraps it, is a call of `forward`."""
-    own = model.__dict__.get("forward")
-    model.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.__dict__["forward"]
-        else:
-            model.forward = own  # type: ignore[method-assign]
 
 
 def to_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

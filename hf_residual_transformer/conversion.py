@@ -194,9 +194,10 @@ def _within_budget(
     """`residual_config` with the ranks that `budget` buys, or without it, what that buys of groups, bits and ranks; and
     the sweep, with what it has kept.
     """
-    unranked = residual_config or ResidualConfig(group_size=1, diagonal="none", shared_bits=shared_bits)
-    # Without a rank it is the least that the most bits take; but a matrix that has no `U` needs one.
-    unranked = replace(unranked, rank=0 if residual_config is None else 1, rank_pattern={})
+    if residual_config is None:  # with a `U` for each layer and nothing beside it
+        unranked = ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=shared_bits)
+    else:
+        unranked = replace(residual_config, rank=1, rank_pattern={})
     residual_class: Any = cls
     with torch.device("meta"):
         model = residual_class(cls.config_class.from_dense_config(dense.config, unranked))

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from .calibration import forward_as
 from .data import LABEL_PADDING, is_multilingual
 from .families import WAV2VEC2, WHISPER, Family
 from .layers import SHARED, ResidualLinear
+from .modeling import forward_as
 
 LOSSES = ("hidden", "final", "logits", "labels")
 LEARNING_RATES = ("shared", "lora", "diagonal", "rest")

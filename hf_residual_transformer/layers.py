@@ -68,8 +68,8 @@ class QuantizedSharedLinear(nn.Module):
         out_features: any number.
         bias: whether the group shares one.
         device: of its tensors.
-        dtype: of scales and bias, and so of the weight that is computed with; 16 bits lose nothing of the scales in
-            float16.
+        dtype: of scales and bias, and so of the weight that is computed with; float16 loses nothing of the scales that
+            `quantize` finds.
         bits: of each weight, from 2 to 8.
     """
 

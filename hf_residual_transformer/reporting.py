@@ -38,9 +38,9 @@ class ParameterReport:
     """Unique and dense parameters. `print` shows a table.
 
     Args:
-        components: of the encoder's layers, what they share included, by component: "shared" (every `U`; in
-            the dense model, the matrices that they stand for), "lora", "diagonal", "biases", "layer_norms"
-            and "other" (such as matrices that stay dense).
+        components: of the encoder's layers, what they share included, by component: "shared" (every `U`,
+            with its scales where it is quantised; in the dense model, the matrices that they stand for), "lora",
+            "diagonal", "biases", "layer_norms" and "other" (such as matrices that stay dense).
         encoder: their sum. Embeddings, convolutions and the norm after the last layer do not count.
         model: the whole model.
         encoder_bytes: of the encoder's layers, with 16 bits for each parameter that is not quantised.

@@ -147,12 +147,13 @@ def main() -> None:
         print(f"note: replaces what an earlier run left in {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     options = [f"--size={args.size}", f"--budget={args.budget}", "--alone"]
     options += [f"--threads={args.threads}"] if args.threads else []
     for layers, windows in tqdm(args.points(), unit="conversion"):
         command = [__file__, *options, f"--layers={layers}", f"--windows={windows}"]
         what = f"the conversion of {layers} layers with {windows} windows"
-        results.append(json_of_fresh_process(command, os.environ | FIXED_MALLOC, what))
+        results.append(json_of_fresh_process(command, environment | FIXED_MALLOC, what))
         save(args, results)
     print(f"{table(results)}\n\nall figures are in {output}")
 

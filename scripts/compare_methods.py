@@ -47,7 +47,14 @@ from compare_metrics import (
 )
 from compare_results import DENSE, Result, ResultsFile, write_report
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, TranscribingCollator, learning_rate_for, mean_bits, short_distillation
+from recipe import (
+    WINDOW_SECONDS,
+    TranscribingCollator,
+    learning_rate_for,
+    mean_bits,
+    relative_size,
+    short_distillation,
+)
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -216,7 +223,9 @@ class Comparison:
 
     def distil(self, student: Any, budget: float, steps: int, seed: int) -> None:
         """The same for all methods."""
-        args = self.args
+        args, bits = self.args, mean_bits(student)
+        # Where nothing is quantised, `budget` exactly, so that the rate is the same for all.
+        size = budget if bits is None else relative_size(student.get_encoder(), self.dense.get_encoder())
         with TemporaryDirectory() as folder:
             short_distillation(
                 student,
@@ -226,7 +235,7 @@ class Comparison:
                 collator=self.collator,
                 per_device_train_batch_size=args.batch_size,
                 max_steps=steps,
-                learning_rate=learning_rate_for(budget, mean_bits(student)),
+                learning_rate=learning_rate_for(size, bits),
                 seed=seed,
                 disable_tqdm=True,
                 use_cpu=args.device == "cpu",

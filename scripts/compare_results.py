@@ -206,7 +206,7 @@ def write_report(path: Path, title: str, dense: Result, stages: dict[int, list[R
     tried = {result["method"] for results in stages.values() for result in results}
     about = [f"- {name}: {method.about}." for name, method in METHODS.items() if name in tried]
     notes = (
-        "A weight in four bits, with its part of a scale, counts as 4.5 / 16 of a parameter, in three as 3.5 / 16:"
+        "A weight in four bits, with its part of a scale, counts as 4.5 / 16 of a parameter, in fewer accordingly:"
         " sizes are those in bytes with 16 bits for all else. Minutes are those of the conversion, its pass over "
         "the calibration included, and of the distillation, but for the transcriptions by the teacher, which are "
         "made once for all; several runs shared the machine, so they compare nothing. KL is the mean divergence of"

@@ -86,7 +86,7 @@ class DemoArguments:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of distillation; by default by the encoder's size."},
+        metadata={"help": "Peak learning rate of distillation; by default by the encoder's size or bits."},
     )
     max_test_clips: int = field(
         default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from common import parse_args, prepare_output_dir
 from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, RecipeArguments, learning_rate_for, mean_bits
+from recipe import WINDOW_SECONDS, RecipeArguments, learning_rate_for, mean_bits, relative_size
 from training import TrainingDataArguments, train_and_save
 from transformers import (
     AutoConfig,
@@ -119,8 +119,7 @@ def main() -> None:
 
     if training_args.learning_rate is None:
         encoders = [trainer_class.family.find_encoder(model) for model in (student, teacher)]
-        sizes = [sum(parameter.numel() for parameter in encoder.parameters()) for encoder in encoders]
-        training_args.learning_rate = learning_rate_for(sizes[0] / sizes[1], mean_bits(student))
+        training_args.learning_rate = learning_rate_for(relative_size(*encoders), mean_bits(student))
     trainer = trainer_class(
         model=student,
         teacher=teacher,

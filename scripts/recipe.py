@@ -42,17 +42,31 @@ class RecipeArguments(Seq2SeqTrainingArguments):
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:
-    """The peak learning rate that a few hundred steps bear: by the encoder's size relative to dense, or where matrices
-    are quantised, by their mean `bits`, a third of it for each bit more. The nearer a start is to dense, the smaller
-    are the steps that do not lead away from it first (measured in docs/LOG.md).
+    """The peak learning rate that a few hundred steps bear, which is lower the nearer a start is to dense (measured in
+    docs/LOG.md).
+
+    Args:
+        size: parameters of the encoder relative to dense, quantised weights among them.
+        bits: mean of the quantised ones, or None. Each bit more takes two thirds of the rate, as long as it is above
+            that by size.
     """
-    return 1e-5 * (10 ** ((0.7 - size) / 0.36) if bits is None else 3 ** (3 - bits))
+    by_size = 1e-5 * 10 ** ((0.7 - size) / 0.36)
+    return by_size if bits is None else max(by_size, 1e-5 * 3 ** (3 - bits))
 
 
 def mean_bits(model: Any) -> float | None:
     """Of the weights that are quantised, or None where none is."""
     weights = quantized_weights(model)
     return sum(bits * number for bits, number in weights.items()) / weights.total() if weights else None
+
+
+def relative_size(student: Any, teacher: Any) -> float:
+    """Of two encoders, as `learning_rate_for` takes it."""
+    sizes = [
+        quantized_weights(encoder).total() + sum(parameter.numel() for parameter in encoder.parameters())
+        for encoder in (student, teacher)
+    ]
+    return sizes[0] / sizes[1]
 
 
 class TranscribingCollator:

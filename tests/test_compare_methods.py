@@ -57,10 +57,13 @@ def test_the_rate_of_distillation_goes_by_parameters_or_where_matrices_are_quant
     assert rate(0.7, bits(dense_whisper())) == pytest.approx(1e-5)
     assert rate(0.34, None) == pytest.approx(1e-4)
     config = tiny_whisper_config(
-        residual_config=hrt.ResidualConfig(group_size=1, diagonal="none", shared_bits={"fc1": 2, "fc2": 4})
+        residual_config=hrt.ResidualConfig(1, 0, diagonal="none", shared_bits={"fc1": 2, "fc2": 4})
     )
     assert bits(hrt.ResidualWhisperModel(config)) == 3  # fc1 and fc2 have equally many weights
-    assert rate(0.34, 3.0) == pytest.approx(1e-5) and rate(0.34, 2.0) == pytest.approx(3e-5)
+    assert rate(1.0, 3.0) == pytest.approx(1e-5) and rate(1.0, 2.0) == pytest.approx(3e-5)
+    assert rate(0.34, 4.0) == pytest.approx(1e-4)  # shared as well, and so further from dense
+    model = hrt.ResidualWhisperModel(config)
+    assert scripts.recipe.relative_size(model.encoder, model.merge().encoder) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Dense to residual: the closed forms, the statistics they use, what the converted model does, and bad input."""
 
 import copy
+import gc
 from functools import partial
 from itertools import pairwise
 
@@ -307,13 +308,21 @@ def test_statistics_of_few_layers_are_held_at_a_time_and_give_the_same_model(mon
         assert_same_function(at_once, from_dense(dense, config, **options))
 
 
-def test_of_a_layer_that_is_calibrated_only_the_input_is_kept_for_backward():
-    dense, kept = dense_whisper(), []
+def test_of_a_layer_that_is_calibrated_only_the_input_is_kept_for_backward(monkeypatch):
+    dense, inputs, backward, seen = dense_whisper(), whisper_inputs(), torch.autograd.grad, []
+    width, num_frames = dense.config.encoder_ffn_dim, inputs.shape[0] * inputs.shape[2] // 2
+
+    def look(*args):
+        alive = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        seen.append([t for t in alive if t.shape[-1:] == (width,) and t.numel() == num_frames * width])
+        return backward(*args)
+
+    monkeypatch.setattr(torch.autograd, "grad", look)
     groups = groups_with({path: [None] for path in WHISPER.modules}, dense.config.encoder_layers)
-    sweep = Sweep(WHISPER, dense, groups, [{"input_features": whisper_inputs()}], False)
+    kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-        ((statistics, _),) = sweep
-    assert kept and all(dense.config.encoder_ffn_dim not in tensor.shape for tensor in kept)
+        ((statistics, _),) = Sweep(WHISPER, dense, groups, [{"input_features": inputs}], False)
+    assert seen == [[]] and kept and all(width not in tensor.shape for tensor in kept)
     assert all(entry.weight > 0 for entry in statistics.values())
     assert not any("forward" in layer.__dict__ for layer in dense.model.encoder.layers)
 
