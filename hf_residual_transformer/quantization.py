@@ -30,14 +30,17 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     bits = packed.shape[1] * 8 // (scale.shape[1] * BLOCK)
     places = _places(bits)
     numbers = packed.unflatten(1, (-1, len(places) * bits // 8))
-    codes = []
-    for byte, shift in places:
-        code = numbers[..., byte] >> shift
+    values = scale.new_empty(*numbers.shape[:2], len(places))
+    for index, (byte, shift) in enumerate(places):
+        code = numbers[..., byte]
+        if shift:
+            code = code >> shift
         if shift + bits > 8:
             code = code | numbers[..., byte + 1] << 8 - shift
-        codes.append(code & 2**bits - 1)
-    values = torch.stack(codes, dim=-1).view(torch.int8).add_(lowest(bits))  # while they are bytes still
-    return values.view(*scale.shape, BLOCK).to(scale.dtype).mul_(scale.unsqueeze(-1)).flatten(1)
+        if shift + bits != 8:
+            code = code & 2**bits - 1
+        values[..., index] = code
+    return values.view(*scale.shape, BLOCK).add_(lowest(bits)).mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 def lowest(bits: int) -> int:
