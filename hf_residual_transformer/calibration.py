@@ -266,7 +266,7 @@ class Sweep:
         generator = torch.Generator().manual_seed(self.seed)
         for batch in self.batches:
             batch = to_model(self.dense, batch)
-            with _watching(encoder, run[0], statistics) as watched:
+            with _watching(encoder, run, statistics) as watched:
                 final = _final_states(self.dense, encoder, batch)
                 # One window at a time, so that the batch size changes nothing.
                 probe = torch.stack([torch.randn(final.shape[1:], generator=generator) for _ in final]).to(
@@ -280,28 +280,11 @@ class Sweep:
         return statistics
 
 
-class _Watched(torch.autograd.Function):
-    """`output` as it is; backward adds `inputs` and the gradient to `entry`. A closure would keep the inputs, which are
-    computed again for backward if they are saved for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, entry: MatrixStatistics) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.entry = entry
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inputs,) = ctx.saved_tensors
-        ctx.entry.update(inputs.flatten(0, -2), gradient.flatten(0, -2))
-        return gradient, None, None
-
-
 @contextmanager
-def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list[Tensor]]:
-    """Inside, a forward and a backward pass add to `statistics`. The list gets the input of layer `first`, where
-    the backward pass may end. Of each layer from there on its input alone is kept, and the rest computed again.
+def _watching(encoder: Any, run: range, statistics: Statistics) -> Iterator[list[Tensor]]:
+    """Inside, a forward and a backward pass add to `statistics`. The list gets the input of the run's first layer,
+    where the backward pass may end. Of each layer after the run, which may be many, its input alone is kept, and the
+    rest computed again.
     """
     start: list[Tensor] = []
 
@@ -313,15 +296,19 @@ def _watching(encoder: Any, first: int, statistics: Statistics) -> Iterator[list
             ((hidden_states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden_states})
         )
 
-    def watch(entry: MatrixStatistics) -> Callable[..., Tensor]:
-        return lambda _module, args, output: _Watched.apply(output, args[0].detach(), entry)
+    def watch(entry: MatrixStatistics) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs = args[0].detach().flatten(0, -2)
+            output.register_hook(lambda gradient: entry.update(inputs, gradient.flatten(0, -2)))
 
-    handles = [encoder.layers[first].register_forward_pre_hook(begin, with_kwargs=True)]
+        return hook
+
+    handles = [encoder.layers[run[0]].register_forward_pre_hook(begin, with_kwargs=True)]
     for (layer, path), entry in statistics.items():
         handles.append(encoder.layers[layer].get_submodule(path).register_forward_hook(watch(entry)))
     try:
         with torch.no_grad(), ExitStack() as stack:
-            for layer in encoder.layers[first:]:
+            for layer in encoder.layers[run[-1] + 1 :]:
                 again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
                 stack.enter_context(forward_as(layer, again))
             yield start
