@@ -20,7 +20,6 @@ The first argument may instead be a JSON or YAML file with options by name.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from benchmark_model import ENCODERS, SIZES, PeakMemory, random_inputs, resident, unique_bytes
-from common import FIXED_MALLOC, json_of_fresh_process, parse_args
+from common import environment_with_fixed_malloc, json_of_fresh_process, parse_args
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -147,13 +146,12 @@ def main() -> None:
         print(f"note: replaces what an earlier run left in {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     options = [f"--size={args.size}", f"--budget={args.budget}", "--alone"]
     options += [f"--threads={args.threads}"] if args.threads else []
     for layers, windows in tqdm(args.points(), unit="conversion"):
         command = [__file__, *options, f"--layers={layers}", f"--windows={windows}"]
         what = f"the conversion of {layers} layers with {windows} windows"
-        results.append(json_of_fresh_process(command, environment | FIXED_MALLOC, what))
+        results.append(json_of_fresh_process(command, environment_with_fixed_malloc(), what))
         save(args, results)
     print(f"{table(results)}\n\nall figures are in {output}")
 

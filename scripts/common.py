@@ -6,6 +6,7 @@ Losses, metrics and models are the package's business; a script parses, loads, c
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,12 @@ def require_space(folder: Path, num_bytes: int) -> None:
             f"there are {free / 1e6:,.0f} MB free for the output folder {folder}, and up to "
             f"{num_bytes / 1e6:,.0f} MB will be written; make room, or name a folder on another disk"
         )
+
+
+def environment_with_fixed_malloc() -> dict[str, str]:
+    """This process's, where the C library is told to give back what is freed, not to keep it for speed."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return own | FIXED_MALLOC
 
 
 def json_of_fresh_process(

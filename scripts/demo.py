@@ -16,7 +16,6 @@ figure in `results/demo.json`.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +26,8 @@ from typing import Any, Literal
 import psutil
 import torch
 from common import (
-    FIXED_MALLOC,
     SAMPLE,
+    environment_with_fixed_malloc,
     file_bytes,
     json_of_fresh_process,
     model_bytes,
@@ -144,10 +143,8 @@ def memory_in_fresh_process(folder: Path) -> dict[str, Any]:
     """Runs this script anew, so that nothing of the model is there yet. The C library is told to give back what is
     freed, as on a device, not to keep it for speed, as for the demo itself.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment |= FIXED_MALLOC
     command = [__file__, "--memory_of", str(folder)]
-    return json_of_fresh_process(command, environment, f"loading the model in {folder}")
+    return json_of_fresh_process(command, environment_with_fixed_malloc(), f"loading the model in {folder}")
 
 
 def main() -> None:
@@ -200,6 +197,8 @@ def main() -> None:
         print(report, parameters, sep="\n\n")
     evaluations["converted"] = evaluate("converted", model)
     rate = args.learning_rate
+    if rate is None:
+        rate = learning_rate_for(parameters.encoder.ratio, mean_bits(model))
     with stage("distil"):
         trained = short_distillation(
             model,
@@ -209,9 +208,7 @@ def main() -> None:
             collator=WindowCollator(processor, args.window_seconds),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,
-            learning_rate=learning_rate_for(parameters.encoder.ratio, mean_bits(model))
-            if rate is None
-            else rate,
+            learning_rate=rate,
             logging_steps=max(1, args.max_steps // 10),
             seed=args.seed,
         )

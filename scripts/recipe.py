@@ -47,7 +47,7 @@ def learning_rate_for(size: float, bits: float | None) -> float:
 
     Args:
         size: parameters of the encoder relative to dense, quantised weights among them.
-        bits: mean of the quantised ones, or None. Each bit more takes two thirds of the rate, as long as it is above
+        bits: mean of the quantised ones, or None. Each bit more leaves a third of the rate, but not less than
             that by size.
     """
     by_size = 1e-5 * 10 ** ((0.7 - size) / 0.36)
