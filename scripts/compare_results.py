@@ -147,8 +147,11 @@ def plot(dense: Result, lines: dict[str, Line], axis: str, title: str, path: Pat
     from matplotlib.figure import Figure
 
     columns, methods = columns_of(dense), list(METHODS)
-    figure = Figure(figsize=(5 * len(columns) + 2, 5), layout="constrained")
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    across = math.ceil((len(columns) + 1) / 2)  # in two rows, with the legend as the last
+    figure = Figure(figsize=(5 * across, 8), layout="constrained")
+    panels = figure.subplots(2, across, squeeze=False).flatten()
+    for panel in panels[len(columns) :]:
+        panel.set_axis_off()
     for panel, column in zip(panels, columns):
         for number, (label, line) in enumerate(lines.items()):
             places = [place for place, _ in line]
@@ -161,7 +164,7 @@ def plot(dense: Result, lines: dict[str, Line], axis: str, title: str, path: Pat
         panel.set_ylim(0, min(panel.get_ylim()[1], column.most))
         panel.set_xlabel(axis)
         panel.set_title(column.title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=2, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
