@@ -110,7 +110,10 @@ class CompareArguments:
     )
     test_split: str = field(
         default="test",
-        metadata={"help": "Split to measure on; choose settings on 'validation', which has no Spanish."},
+        metadata={
+            "help": "Split to measure on: 'test_other' has a speaker that no other split has; choose settings on "
+            "'validation'. Neither has Spanish."
+        },
     )
     max_test_clips: int = field(
         default=73, metadata={"help": "Test on so many clips of each language, evenly spread."}

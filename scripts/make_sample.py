@@ -1,6 +1,7 @@
-"""Builds the speech sample in `sample/` from recorded telephone prompts that Debian packages.
+"""Builds the speech sample in `sample/` from recorded telephone prompts that Debian packages, and a few sentences of an
+audiobook, of a speaker whom no other split has.
 
-    apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722}
+    apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} pocketsphinx-testdata
     python scripts/make_sample.py
 
 `--full OUT` writes all prompts of the five languages instead, and the Czech and Dutch dialogue of a game,
@@ -31,6 +32,7 @@ import soundfile
 
 PROMPTS = Path("/usr/share/asterisk/sounds")
 DOCUMENTATION = Path("/usr/share/doc")
+AUDIOBOOK = Path("/usr/share/pocketsphinx/test/data/librivox")
 GAME = Path("/usr/share/games/fillets-ng")
 VOICES = {
     "en": "en_US_f_Allison",
@@ -50,17 +52,19 @@ MIN_SECONDS, MAX_SECONDS = 0.6, 28.0
 MAX_CHARACTERS_PER_SECOND = 18.5  # letters and digits; faster than anyone speaks here, so the text differs
 OTHER_TRAIN_SECONDS = 200.0
 SPANISH_TEST_CLIPS = 25
+SPLITS = ("train", "validation", "test", "test_other")
 COLUMNS = ["file_name", "text", "language", "split", "duration", "speaker"]
 README = """# Speech sample
 
 Telephone prompts of the Asterisk PBX, read by one professional speaker a language: human speech for the
 examples, the tests and the measurements of this repository. 16 kHz mono Ogg Opus, which `soundfile` reads;
 the transcripts are in `metadata.csv`, whose columns are the file's name, text, language, split, duration in
-seconds and speaker.
+seconds and speaker. The split `test_other` has {audiobook} sentences of a novel instead, read by a volunteer of
+LibriVox: a speaker and a style that are in no other split.
 
 {table}
 
-English is complete. The other languages have about {minutes:.1f} minutes of training clips each; Spanish
+English prompts are complete. The other languages have about {minutes:.1f} minutes of training clips each; Spanish
 also has {spanish} test clips, of three words or more. The split is by a hash of the prompt's name: a prompt
 is in the same split in every language, and so are prompts with the same text. Stock phrases such as
 "followed by the pound key" still occur in every split, and some phrases of different splits differ by a word
@@ -82,6 +86,8 @@ docstring holds the commands. Of the texts, only superfluous spaces and the dots
 phrase were removed. A new build has the same clips and texts; the bytes of an Ogg file differ by its random
 serial number.
 
+The sentences of the novel are from Debian's `pocketsphinx-testdata`, with the transcripts that it has.
+
 | language | recorded by | licence |
 |---|---|---|
 | en, es | Allison Smith (theivrvoice.com), 2003-2010; financed by Digium, Inc. | CC BY-SA 3.0 |
@@ -89,8 +95,10 @@ serial number.
 Wallack; financed by Digium, Inc., Unlimitel and BGM Informatique | CC BY-SA 3.0 |
 | it | Carlo Flora (carloflora.com, segreterietelefoniche.it), 2012; translated by Silvia Petrin | CC BY 3.0 |
 | ru | provided by Maxim Topal (ivrvoice.ru), 2010 | CC BY 3.0 |
+| en, split `test_other` | a volunteer of LibriVox (librivox.org), "Sense and Sensibility", chapter 1 | public domain |
 
-`LICENSE` is the packages' copyright file, with the full terms. They hold for this folder, not for the code.
+`LICENSE` is the copyright file of the packages of prompts, with the full terms. They hold for this folder, not for the
+code.
 """
 
 
@@ -141,6 +149,20 @@ def read_prompt_texts(language: str) -> dict[str, str]:
             if colon and not line.startswith(";"):
                 texts[name].add(clean(text))
     return {name: found.pop() for name, found in texts.items() if len(found) == 1}
+
+
+def read_audiobook() -> list[Clip]:
+    """Sentences of a novel, from lines `<s> text </s> (name)`; all are for testing."""
+    path = AUDIOBOOK / "transcription"
+    if not path.is_file():
+        raise FileNotFoundError("apt-get install pocketsphinx-testdata")
+    entries = re.findall(r"<s>(.+)</s> \((.+)\)", path.read_text(encoding="utf-8"))
+    clips = []
+    for text, name in entries:
+        source = AUDIOBOOK / f"{name}.wav"
+        seconds = soundfile.info(source).duration
+        clips.append(Clip(source, name, clean(text), "en", "en_librivox", seconds, split="test_other"))
+    return clips
 
 
 def read_game(language: str) -> list[Clip]:
@@ -277,7 +299,7 @@ def count_table(clips: list[Clip]) -> str:
     """Clips and minutes of each language and split, as a Markdown table."""
     rows = ["| language | split | clips | minutes |", "|---|---|---:|---:|"]
     for language in sorted({clip.language for clip in clips}):
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             durations = [clip.duration for clip in clips if (clip.language, clip.split) == (language, split)]
             if durations:
                 rows.append(f"| {language} | {split} | {len(durations)} | {sum(durations) / 60:.1f} |")
@@ -295,6 +317,7 @@ def write_readme(clips: list[Clip], faults: Counter[str], folder: Path) -> None:
         faults="\n".join(f"- {count}: {fault}" for fault, count in faults.most_common()),
         minutes=OTHER_TRAIN_SECONDS / 60,
         spanish=SPANISH_TEST_CLIPS,
+        audiobook=sum(clip.split == "test_other" for clip in clips),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     shutil.copyfile(DOCUMENTATION / packages[0] / "copyright", folder / "LICENSE")
@@ -319,7 +342,7 @@ def main() -> None:
     if arguments.full:
         write_clips(clips, arguments.full, [*COLUMNS, "translation"], FLAC)
     else:
-        clips = select_sample(clips)
+        clips = select_sample(clips) + read_audiobook()
         write_clips(clips, arguments.out, COLUMNS, OPUS)
         write_readme(clips, faults, arguments.out)
     print(count_table(clips))
