@@ -323,7 +323,9 @@ def calibration_batches(
     All are padded to one length, so that nothing depends on `batch_size`.
 
     Args:
-        dataset: rows as from `load_speech_dataset`; text is not needed.
+        dataset: rows as from `load_speech_dataset`; text is not needed. Of several speakers: low ranks that are
+            calibrated on one fail on another, which other languages and synthetic voices help against
+            (docs/comparison.md).
         processor: the model's, or its feature extractor alone.
         num_windows: model inputs wanted; fewer if the data set ends before.
         pack: part of the windows that are filled with as many whole clips as fit. The others, which come first, are

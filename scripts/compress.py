@@ -11,9 +11,9 @@ In about a minute on a CPU, with the recordings that come with this repository:
 
 Group sizes and ranks are chosen for --budget by what they do to the encoder's output, which is the best that this
 package knows; --group_size and --rank give them by hand, as the paper does. Tens of recordings like those that the
-model will hear are enough, and transcripts are not read. The folder gets the model, its processor and
-`compression.json` (settings, parameters, and the error of each matrix). `scripts/distill.py` then repairs much of what
-was lost.
+model will hear are enough, but of several speakers: low ranks that are calibrated on one fail on another. Transcripts
+are not read. The folder gets the model, its processor and `compression.json` (settings, parameters, and the error of
+each matrix). `scripts/distill.py` then repairs much of what was lost.
 The first argument may instead be a JSON or YAML file with options by name.
 """
 
