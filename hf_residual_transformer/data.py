@@ -324,8 +324,7 @@ def calibration_batches(
 
     Args:
         dataset: rows as from `load_speech_dataset`; text is not needed. Of several speakers: low ranks that are
-            calibrated on one fail on another, which other languages and synthetic voices help against
-            (docs/comparison.md).
+            calibrated on one fail on another (docs/comparison.md).
         processor: the model's, or its feature extractor alone.
         num_windows: model inputs wanted; fewer if the data set ends before.
         pack: part of the windows that are filled with as many whole clips as fit. The others, which come first, are
