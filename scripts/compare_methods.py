@@ -12,7 +12,8 @@ All methods get the same dense model, the same calibration and, with --distill_s
 several numbers of steps, one for each, and plots over the steps. They are described in `baselines.py`. A budget is the
 number of parameters of the encoder's layers relative to dense (of bytes in 16 bits, where some are quantised), and met
 within 0.5 points, or the reason is given why it is not. Recordings are those in `sample/`. A multilingual model is
-tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear. WER says most,
+tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear; with
+--train_data, on speakers whom they do not hear either, if none of them is in that data set. WER says most,
 but a word of few hundred is coarse; the divergence (KL) of the decoder's token distributions from the dense model's,
 with the transcript given, is always measured beside it.
 The file at `--output` is written after each result. If it is there, results with the same method, budget, seed and
@@ -108,10 +109,17 @@ class CompareArguments:
         default=16,
         metadata={"help": "Windows to calibrate on, three of four full, the others with one clip."},
     )
-    test_split: str = field(
-        default="test",
+    train_data: str | None = field(
+        default=None,
         metadata={
-            "help": "Split to measure on: 'test_other' has a speaker that no other split has; choose settings on "
+            "help": "Data set to calibrate and distil on, its split 'train', without transcripts; by default the "
+            "sample's own speakers."
+        },
+    )
+    test_split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={
+            "help": "Splits to measure on: 'test_other' has a speaker that no other split has; choose settings on "
             "'validation'. Neither has Spanish."
         },
     )
@@ -146,6 +154,8 @@ class CompareArguments:
             raise ValueError(
                 f"`distill_steps` must be at least 1 and with `seeds`, got {self.distill_steps} with {self.seeds}"
             )
+        if not self.test_split or len(set(self.test_split)) < len(self.test_split):
+            raise ValueError(f"`test_split` must be one or more different splits, got {self.test_split}")
         for name in ("max_test_clips", "max_validation_clips", "calibration_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
@@ -156,6 +166,9 @@ class CompareArguments:
         """What a result depends on, beside method, budget and seed; without training, not on distillation."""
         names = (*MEASUREMENT, *DISTILLATION) if steps else MEASUREMENT
         values = {name: value for name, value in asdict(self).items() if name in names}
+        values["test_split"] = " ".join(self.test_split)
+        if self.train_data:
+            values["train_data"] = portable(self.train_data)
         return {"model": portable(self.model), **values} | ({"distill_steps": steps} if steps else {})
 
 
@@ -179,13 +192,18 @@ class Comparison:
         self.teacher = copy.deepcopy(self.dense)  # which training freezes
         self.processor = AutoProcessor.from_pretrained(model_id)
         multilingual = is_multilingual(self.dense)
-        languages = HEARD if multilingual else ["en"]
-        self.heard = [row for language in languages for row in self.load("train", language, text_column=None)]
-        tested = ["en", "es"] if multilingual and args.test_split == "test" else ["en"]
+        if args.train_data:
+            self.heard = list(self.load("train", data=args.train_data, text_column=None))
+        else:
+            languages = HEARD if multilingual else ["en"]
+            self.heard = [
+                row for language in languages for row in self.load("train", language, text_column=None)
+            ]
         self.clips = {"validation": spread(self.load("validation", "en"), args.max_validation_clips)}
-        for language in tested:
-            rows = spread(self.load(args.test_split, language), args.max_test_clips)
-            self.clips[f"{args.test_split}_{language}"] = rows
+        for split in args.test_split:
+            for language in ["en", "es"] if multilingual and split == "test" else ["en"]:
+                rows = spread(self.load(split, language), args.max_test_clips)
+                self.clips[f"{split}_{language}"] = rows
         shuffled = random.Random(0).sample(self.heard, len(self.heard))
         windows = calibration_batches(
             shuffled, self.processor, num_windows=args.calibration_windows, batch_size=1
@@ -195,10 +213,10 @@ class Comparison:
             self.teacher, WindowCollator(self.processor, args.window_seconds)
         )
 
-    def load(self, split: str, language: str, **options: Any) -> Any:
+    def load(self, split: str, language: str | None = None, data: Any = SAMPLE, **options: Any) -> Any:
         """Clips that fit into the model's window."""
         longest = self.processor.feature_extractor.chunk_length
-        return load_speech_dataset(SAMPLE, split, language=language, max_seconds=longest, **options)
+        return load_speech_dataset(data, split, language=language, max_seconds=longest, **options)
 
     @cached_property
     def expected(self) -> dict[str, list[Outputs]]:

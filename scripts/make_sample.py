@@ -9,6 +9,12 @@ with English translations; about five hours of speech, for research outside the 
 
     apt-get install fillets-ng-data fillets-ng-data-cs fillets-ng-data-nl
     python scripts/make_sample.py --full /tmp/speech
+
+`--actors OUT` writes the English dialogue of another game, without transcripts: four hours by some forty actors, to
+calibrate and distil on more than one voice:
+
+    apt-get install flight-of-the-amazon-queen
+    python scripts/make_sample.py --actors /tmp/actors
 """
 
 from __future__ import annotations
@@ -17,12 +23,14 @@ import argparse
 import csv
 import gzip
 import hashlib
+import io
 import re
 import shutil
+import struct
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -34,6 +42,7 @@ PROMPTS = Path("/usr/share/asterisk/sounds")
 DOCUMENTATION = Path("/usr/share/doc")
 AUDIOBOOK = Path("/usr/share/pocketsphinx/test/data/librivox")
 GAME = Path("/usr/share/games/fillets-ng")
+ADVENTURE = Path("/usr/share/scummvm/flight-of-the-amazon-queen/queen.1c")
 VOICES = {
     "en": "en_US_f_Allison",
     "es": "es_MX_f_Allison",
@@ -49,6 +58,7 @@ G722_BYTES_PER_SECOND = 8_000
 OPUS = {"format": "OGG", "subtype": "OPUS", "compression_level": 0.92}  # here about 28 kbit/s
 FLAC = {"format": "FLAC", "subtype": "PCM_16"}
 MIN_SECONDS, MAX_SECONDS = 0.6, 28.0
+MIN_ACTED_SECONDS = 1.5  # shorter ones are mostly cries
 MAX_CHARACTERS_PER_SECOND = 18.5  # letters and digits; faster than anyone speaks here, so the text differs
 OTHER_TRAIN_SECONDS = 200.0
 SPANISH_TEST_CLIPS = 25
@@ -186,6 +196,48 @@ def read_game(language: str) -> list[Clip]:
     return clips
 
 
+def read_adventure() -> dict[str, bytes]:
+    """The adventure's spoken lines, MP3 files by name, from an archive of "QTBL", 6 bytes of version, 2 of platform,
+    the kind of compression, and the number of entries, each of a name, a disk, an offset and a size.
+    """
+    if not ADVENTURE.is_file():
+        raise FileNotFoundError("apt-get install flight-of-the-amazon-queen")
+    archive = ADVENTURE.read_bytes()
+    header, entry = struct.Struct(">4s6s2sBH"), struct.Struct(">12sBII")
+    magic, _, _, compression, number = header.unpack_from(archive)
+    if (magic, compression) != (b"QTBL", 1):
+        raise ValueError(f"{ADVENTURE} is not an archive with speech as MP3")
+    lines = {}
+    for index in range(number):
+        field, _, offset, size = entry.unpack_from(archive, header.size + index * entry.size)
+        name, _, suffix = field.rstrip(b"\0").decode("ascii").rpartition(".")
+        if suffix == "SB" and "SSSS" not in name:  # those are no speech
+            lines[name] = archive[offset : offset + size]
+    return lines
+
+
+def write_adventure(folder: Path) -> list[Clip]:
+    """Writes the adventure's lines as they are, and `metadata.csv`; a fifth of the dialogues is for validation.
+
+    Raises:
+        FileExistsError: the folder has audio already.
+    """
+    if (folder / "audio").exists():
+        raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
+    (folder / "audio").mkdir(parents=True)
+    clips = []
+    for name, mp3 in read_adventure().items():
+        seconds = soundfile.info(io.BytesIO(mp3)).duration
+        if MIN_ACTED_SECONDS <= seconds <= MAX_SECONDS:
+            source = folder / "audio" / f"{name}.mp3"
+            source.write_bytes(mp3)
+            dialogue = re.match(r"[A-Z]*\d?\d?", name)[0]  # type: ignore[index]  # of nothing, if need be
+            split = "validation" if hash_of(dialogue) % 5 == 0 else "train"
+            clips.append(Clip(source, name, "", "en", f"dialogue_{dialogue}", seconds, split=split))
+    write_table(clips, folder, [column for column in COLUMNS if column != "text"])
+    return clips
+
+
 def clean(text: str) -> str:
     """The text with single spaces, and without the dots that mark a phrase as part of a longer one."""
     return " ".join(re.sub(r"\.{3,}|…", " ", text).split())
@@ -259,7 +311,7 @@ def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dic
     """
     if (folder / "audio").exists():
         raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
-    rows = []
+    encoded = []
     for clip in clips:
         name = f"{clip.name.replace('/', '_')}.{coding['format'].lower()}"
         target = folder / "audio" / clip.split / clip.language / name
@@ -268,8 +320,17 @@ def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dic
         written = soundfile.info(target)
         if written.samplerate != SAMPLING_RATE or abs(written.duration - clip.duration) > 0.05:
             raise RuntimeError(f"{target} has {written.duration:.2f} s, {clip.source} {clip.duration:.2f} s")
-        file_name = target.relative_to(folder).as_posix()
-        rows.append(vars(clip) | {"file_name": file_name, "duration": f"{clip.duration:.2f}"})
+        encoded.append(replace(clip, source=target))
+    write_table(encoded, folder, columns)
+
+
+def write_table(clips: list[Clip], folder: Path, columns: list[str]) -> None:
+    """Writes `metadata.csv` for audio that lies in the folder."""
+    rows = [
+        vars(clip)
+        | {"file_name": clip.source.relative_to(folder).as_posix(), "duration": f"{clip.duration:.2f}"}
+        for clip in clips
+    ]
     with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -331,7 +392,14 @@ def main() -> None:
     parser.add_argument(
         "--full", type=Path, metavar="OUT", help="write everything there instead of the sample"
     )
+    parser.add_argument(
+        "--actors", type=Path, metavar="OUT", help="write the English dialogue of a game there instead"
+    )
     arguments = parser.parse_args()
+
+    if arguments.actors:
+        print(count_table(write_adventure(arguments.actors)))
+        return
 
     clips = [clip for language in VOICES for clip in read_prompts(language)]
     if arguments.full:

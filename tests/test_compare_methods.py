@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import (
     WHISPER_VOCAB,
@@ -21,6 +23,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.calibration import damp
+from hf_residual_transformer.data import calibration_batches
 from hf_residual_transformer.families import WHISPER
 from hf_residual_transformer.fitting import fit_group
 from hf_residual_transformer.layers import ResidualLinear
@@ -370,8 +373,28 @@ def test_what_is_out_of_reach_is_said_and_other_settings_are_measured_anew(compa
     assert "wer" not in results[0]["metrics"]["test_en"]
     redone = compare(*options, "--redo", "drop-layers")
     assert [r["run"] for r in redone] == [0, 1]
-    assert len(compare(*options, "--test_split", "validation")) == 4
+    both = compare(*options, "--test_split", "validation", "test_other")
+    assert [r["settings"]["test_split"] for r in both[2:]] == ["validation test_other"] * 2
+    assert both[2]["metrics"].keys() == {"validation", "validation_en", "test_other_en"}
     assert len(compare(*options, "--overwrite")) == 2
+
+
+def test_another_data_set_is_calibrated_on_without_transcripts_and_results_say_so(
+    compare, scripts, tmp_path, monkeypatch
+):
+    samples = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    soundfile.write(tmp_path / "own.wav", samples, 16_000)
+    (tmp_path / "metadata.csv").write_text("file_name\nown.wav\n")
+    heard = []
+    monkeypatch.setattr(
+        scripts.compare_methods,
+        "calibration_batches",
+        lambda rows, *args, **options: heard.extend(rows) or calibration_batches(rows, *args, **options),
+    )
+    results = compare("--methods", "drop-layers", "--budgets", 0.5, "--no_wer", "--train_data", tmp_path)
+    assert len(heard) == 1
+    assert len(heard[0]["audio"]["array"]) == 16_000
+    assert [r["settings"]["train_data"] for r in results] == [tmp_path.name] * 2
 
 
 @pytest.mark.parametrize(
@@ -381,6 +404,7 @@ def test_what_is_out_of_reach_is_said_and_other_settings_are_measured_anew(compa
         ({"budgets": [0.5, 1.5]}, r"`budgets` must be above 0 and at most 1, got \[0.5, 1.5\]"),
         ({"distill_steps": [0]}, "`distill_steps` must be at least 1"),
         ({"distill_steps": [5], "seeds": []}, "`seeds`"),
+        ({"test_split": ["test", "test"]}, "`test_split` must be one or more different splits"),
         ({"max_test_clips": 0}, "`max_test_clips` must be at least 1, got 0"),
         ({"output": "results"}, "`output` must be a .json file, got 'results'"),
     ],

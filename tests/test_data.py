@@ -111,6 +111,17 @@ class TestDecoding:
             with pytest.raises(ValueError, match=r"clip\.audio is (cut off|damaged or cut off|not audio)"):
                 decode_audio(path, RATE)
 
+    def test_an_mp3_without_a_header_of_its_length_is_read_though_the_length_is_estimated(self):
+        buffer = io.BytesIO()
+        constant = {"bitrate_mode": "CONSTANT", "compression_level": 0.5}
+        soundfile.write(buffer, tone(3.0), RATE, format="MP3", subtype="MPEG_LAYER_III", **constant)
+        content = buffer.getvalue()
+        second = content.index(content[:2], 4)  # the first frame is the header
+        bare = content[second:-10]
+        with soundfile.SoundFile(io.BytesIO(bare)) as file:
+            assert len(file.read()) < file.frames
+        assert abs(len(decode_audio(bare, RATE)) - 3 * RATE) <= 0.1 * RATE
+
     def test_a_wav_written_to_a_pipe_does_not_know_its_size(self):
         content = bytearray(encode(tone(), subtype="PCM_16"))
         content[4:8] = b"\xff\xff\xff\xff"
