@@ -323,8 +323,8 @@ def calibration_batches(
     All are padded to one length, so that nothing depends on `batch_size`.
 
     Args:
-        dataset: rows as from `load_speech_dataset`; text is not needed. Of several speakers: low ranks that are
-            calibrated on one fail on another (docs/comparison.md).
+        dataset: rows as from `load_speech_dataset`, in random order; text is not needed. Of many speakers: low ranks
+            that are calibrated on one fail on another (docs/comparison.md).
         processor: the model's, or its feature extractor alone.
         num_windows: model inputs wanted; fewer if the data set ends before.
         pack: part of the windows that are filled with as many whole clips as fit. The others, which come first, are

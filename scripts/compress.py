@@ -113,8 +113,8 @@ class CompressionArguments:
     num_windows: int = field(
         default=16,
         metadata={
-            "help": "Windows of 30 seconds to calibrate on; 0 for none, which the start 'svd' does not need. More are "
-            "a little better, and take as much longer."
+            "help": "Windows of 30 seconds to calibrate on; 0 for none, which the start 'svd' does not need. More take "
+            "as much longer, and are a little better, with matrices in floating point and many speakers much better."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the choice of recordings to calibrate on."})
