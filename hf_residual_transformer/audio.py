@@ -12,13 +12,6 @@ import fsspec
 import numpy as np
 import soundfile
 
-MP3_FRAME = 1152  # samples
-MP3_COUNTS = (
-    b"Xing",
-    b"Info",
-    b"VBRI",
-)  # of headers that have the length, which is estimated where there is none
-
 
 def decode_audio(source: Any, sampling_rate: int, *, source_sampling_rate: int | None = None) -> np.ndarray:
     """Mono samples of shape (num_samples,), float32, at `sampling_rate` Hz.
@@ -95,13 +88,12 @@ def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Samples (num_samples,), channels averaged, and their rate."""
     with open_audio(data, name) as file:
         frames, rate = file.frames, file.samplerate
-        estimated = file.format == "MP3" and not any(tag in data for tag in MP3_COUNTS)
-        tolerance = MP3_FRAME if estimated else 0
+        estimated = file.format == "MP3" and not _has_count(data)
         try:
             samples = file.read(dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"{name} is damaged or cut off ({error.error_string})") from error
-    if len(samples) < frames - tolerance or _ends_early(data):
+    if (len(samples) < frames and not estimated) or _ends_early(data):
         raise ValueError(
             f"{name} is cut off after {len(samples) / rate:.2f} seconds, less than its header says; "
             "fetch it again"
@@ -121,6 +113,16 @@ def _check_array(samples: np.ndarray, rate: int | None, name: str) -> tuple[np.n
             "with 'array' and 'sampling_rate'"
         )
     return samples, rate
+
+
+def _has_count(data: bytes) -> bool:
+    """Whether the first frame of an MP3 file, after an ID3v2 tag, tells how many there are; without, libsndfile
+    estimates it from the size of the file.
+    """
+    start = 0
+    if data[:3] == b"ID3":
+        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
+    return any(name in data[start : start + 64] for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def _ends_early(data: bytes) -> bool:

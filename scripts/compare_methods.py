@@ -12,8 +12,8 @@ All methods get the same dense model, the same calibration and, with --distill_s
 several numbers of steps, one for each, and plots over the steps. They are described in `baselines.py`. A budget is the
 number of parameters of the encoder's layers relative to dense (of bytes in 16 bits, where some are quantised), and met
 within 0.5 points, or the reason is given why it is not. Recordings are those in `sample/`. A multilingual model is
-tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear; with
---train_data, on speakers whom they do not hear either, if none of them is in that data set. WER says most,
+tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear. With
+--train_data they hear that data set, and none of the sample's speakers. WER says most,
 but a word of few hundred is coarse; the divergence (KL) of the decoder's token distributions from the dense model's,
 with the transcript given, is always measured beside it.
 The file at `--output` is written after each result. If it is there, results with the same method, budget, seed and
@@ -112,8 +112,8 @@ class CompareArguments:
     train_data: str | None = field(
         default=None,
         metadata={
-            "help": "Data set to calibrate and distil on, its split 'train', without transcripts; by default the "
-            "sample's own speakers."
+            "help": "Data set whose split 'train' is calibrated and distilled on, in place of the sample's; "
+            "transcripts are not read. Results are told apart by the last part of its name."
         },
     )
     test_split: list[str] = field(

@@ -10,8 +10,8 @@ with English translations; about five hours of speech, for research outside the 
     apt-get install fillets-ng-data fillets-ng-data-cs fillets-ng-data-nl
     python scripts/make_sample.py --full /tmp/speech
 
-`--actors OUT` writes the English dialogue of another game, without transcripts: four hours by some forty actors, to
-calibrate and distil on more than one voice:
+`--actors OUT` writes the English dialogue of another game, without transcripts: four hours in dozens of voices, to
+calibrate and distil on more than one:
 
     apt-get install flight-of-the-amazon-queen
     python scripts/make_sample.py --actors /tmp/actors
@@ -217,16 +217,17 @@ def read_adventure() -> dict[str, bytes]:
 
 
 def write_adventure(folder: Path) -> list[Clip]:
-    """Writes the adventure's lines as they are, and `metadata.csv`; a fifth of the dialogues is for validation.
+    """Writes the adventure's lines as they are, and `metadata.csv`; a fifth of the dialogues is for validation,
+    whole but for some cut scenes.
 
     Raises:
         FileExistsError: the folder has audio already.
     """
     if (folder / "audio").exists():
         raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
+    lines, clips = read_adventure(), []
     (folder / "audio").mkdir(parents=True)
-    clips = []
-    for name, mp3 in read_adventure().items():
+    for name, mp3 in lines.items():
         seconds = soundfile.info(io.BytesIO(mp3)).duration
         if MIN_ACTED_SECONDS <= seconds <= MAX_SECONDS:
             source = folder / "audio" / f"{name}.mp3"
@@ -389,10 +390,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "sample")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--full", type=Path, metavar="OUT", help="write everything there instead of the sample"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--actors", type=Path, metavar="OUT", help="write the English dialogue of a game there instead"
     )
     arguments = parser.parse_args()

@@ -391,10 +391,18 @@ def test_another_data_set_is_calibrated_on_without_transcripts_and_results_say_s
         "calibration_batches",
         lambda rows, *args, **options: heard.extend(rows) or calibration_batches(rows, *args, **options),
     )
-    results = compare("--methods", "drop-layers", "--budgets", 0.5, "--no_wer", "--train_data", tmp_path)
-    assert len(heard) == 1
-    assert len(heard[0]["audio"]["array"]) == 16_000
-    assert [r["settings"]["train_data"] for r in results] == [tmp_path.name] * 2
+    distil = scripts.compare_methods.short_distillation
+    monkeypatch.setattr(
+        scripts.compare_methods,
+        "short_distillation",
+        lambda student, teacher, rows, *args, **options: (
+            heard.extend(rows) or distil(student, teacher, rows, *args, **options)
+        ),
+    )
+    options = ["--methods", "drop-layers", "--budgets", 0.5, "--no_wer", "--train_data", tmp_path]
+    results = compare(*options, "--distill_steps", 1, "--batch_size", 1)
+    assert [len(row["audio"]["array"]) for row in heard] == [16_000] * 2
+    assert [r["settings"]["train_data"] for r in results] == [tmp_path.name] * 3
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,13 @@ class TestDecoding:
         content = buffer.getvalue()
         second = content.index(content[:2], 4)  # the first frame is the header
         bare = content[second:-10]
-        with soundfile.SoundFile(io.BytesIO(bare)) as file:
-            assert len(file.read()) < file.frames
-        assert abs(len(decode_audio(bare, RATE)) - 3 * RATE) <= 0.1 * RATE
+        tag = b"ID3\x04\0\0" + bytes([0, 0, 8, 0]) + b"Information".ljust(1024, b"\0")
+        for clip in (bare, tag + bare):
+            with soundfile.SoundFile(io.BytesIO(clip)) as file:
+                assert len(file.read()) < file.frames
+            assert abs(len(decode_audio(clip, RATE)) - 3 * RATE) <= 0.1 * RATE
+        with pytest.raises(ValueError, match="cut off"):
+            decode_audio(tag + content[: len(content) // 2], RATE)
 
     def test_a_wav_written_to_a_pipe_does_not_know_its_size(self):
         content = bytearray(encode(tone(), subtype="PCM_16"))

@@ -62,9 +62,12 @@ def test_lines_are_written_as_they_are_and_a_dialogue_is_in_one_split(make_sampl
         make_sample.write_adventure(tmp_path / "out")
 
 
-def test_a_game_that_is_missing_or_of_another_kind_is_named(make_sample, adventure):
+def test_a_game_that_is_missing_or_of_another_kind_is_named_and_nothing_is_left(
+    make_sample, adventure, tmp_path
+):
     with pytest.raises(FileNotFoundError, match="apt-get install flight-of-the-amazon-queen"):
-        make_sample.read_adventure()
+        make_sample.write_adventure(tmp_path / "out")
     adventure.write_bytes(archive({"A.SB": b"x"}, compression=2))
     with pytest.raises(ValueError, match=r"queen\.1c is not an archive with speech as MP3"):
-        make_sample.read_adventure()
+        make_sample.write_adventure(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
