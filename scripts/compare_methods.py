@@ -192,13 +192,9 @@ class Comparison:
         self.teacher = copy.deepcopy(self.dense)  # which training freezes
         self.processor = AutoProcessor.from_pretrained(model_id)
         multilingual = is_multilingual(self.dense)
-        if args.train_data:
-            self.heard = list(self.load("train", data=args.train_data, text_column=None))
-        else:
-            languages = HEARD if multilingual else ["en"]
-            self.heard = [
-                row for language in languages for row in self.load("train", language, text_column=None)
-            ]
+        languages = [None] if args.train_data else HEARD if multilingual else ["en"]
+        source = {"data": args.train_data or SAMPLE, "text_column": None}
+        self.heard = [row for language in languages for row in self.load("train", language, **source)]
         self.clips = {"validation": spread(self.load("validation", "en"), args.max_validation_clips)}
         for split in args.test_split:
             for language in ["en", "es"] if multilingual and split == "test" else ["en"]:
@@ -213,7 +209,7 @@ class Comparison:
             self.teacher, WindowCollator(self.processor, args.window_seconds)
         )
 
-    def load(self, split: str, language: str | None = None, data: Any = SAMPLE, **options: Any) -> Any:
+    def load(self, split: str, language: str | None, data: Any = SAMPLE, **options: Any) -> Any:
         """Clips that fit into the model's window."""
         longest = self.processor.feature_extractor.chunk_length
         return load_speech_dataset(data, split, language=language, max_seconds=longest, **options)

@@ -223,8 +223,7 @@ def write_adventure(folder: Path) -> list[Clip]:
     Raises:
         FileExistsError: the folder has audio already.
     """
-    if (folder / "audio").exists():
-        raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
+    refuse_audio(folder)
     lines, clips = read_adventure(), []
     (folder / "audio").mkdir(parents=True)
     for name, mp3 in lines.items():
@@ -310,8 +309,7 @@ def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dic
         FileExistsError: The folder has audio already.
         RuntimeError: A file doesn't decode to its source's length.
     """
-    if (folder / "audio").exists():
-        raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
+    refuse_audio(folder)
     encoded = []
     for clip in clips:
         name = f"{clip.name.replace('/', '_')}.{coding['format'].lower()}"
@@ -323,6 +321,12 @@ def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dic
             raise RuntimeError(f"{target} has {written.duration:.2f} s, {clip.source} {clip.duration:.2f} s")
         encoded.append(replace(clip, source=target))
     write_table(encoded, folder, columns)
+
+
+def refuse_audio(folder: Path) -> None:
+    """Raises FileExistsError where the folder has audio already."""
+    if (folder / "audio").exists():
+        raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
 
 
 def write_table(clips: list[Clip], folder: Path, columns: list[str]) -> None:
