@@ -28,13 +28,13 @@ from baseline_parts import (
 from sharing_methods import ours, ours_in_four_bits, pairs, paper, rounded, sharing, svd, tied
 from torch import Tensor, nn
 
-from hf_residual_transformer.calibration import damp
+from hf_residual_transformer.calibration import DAMPING, damp
 from hf_residual_transformer.families import WHISPER, groups_of
 from hf_residual_transformer.fitting import Components, truncate
 from hf_residual_transformer.layers import LowRankLinear
 
 WRITERS = ("self_attn.out_proj", "fc2")  # into the residual stream; the others read from it
-DAMPING = 1e-8  # of the mean variance: enough for a Cholesky root, too little to change a result
+LEAST_DAMPING = 1e-8  # of the mean variance: enough for a Cholesky root, too little to change a result
 
 
 def _put_low_rank(model: Any, key: Key, fit: Components, bias: Tensor | None) -> LowRankLinear:
@@ -50,14 +50,14 @@ def _put_low_rank(model: Any, key: Key, fit: Components, bias: Tensor | None) ->
 
 
 @torch.no_grad()
-def pca(dense: Any, calibration: Calibration, budget: float) -> Any:
+def pca(dense: Any, calibration: Calibration, budget: float, *, damping: float = LEAST_DAMPING) -> Any:
     """`W x + b` becomes `V Vᵀ (W x + b - m) + m` with the first principal components `V` and the mean `m` of the
     outputs: as many as explain one part of the variance, the same in all matrices. A matrix that would not get
     smaller stays dense.
     """
     linears, parts = linears_of(dense), {}
     for key, linear in linears.items():
-        root = torch.linalg.cholesky(damp(calibration.moments[key].covariance(), DAMPING))
+        root = torch.linalg.cholesky(damp(calibration.moments[key].covariance(), damping))
         vectors, values, _ = torch.linalg.svd(linear.weight.double() @ root, full_matrices=False)
         parts[key] = vectors, values.square().cumsum(0) / values.square().sum()
 
@@ -107,7 +107,7 @@ def basis_sharing(dense: Any, calibration: Calibration, budget: float, *, group_
     model = copy.deepcopy(dense)
     for path, group in groups:
         moments = [calibration.moments[layer, path] for layer in group]
-        root = torch.linalg.cholesky(damp(torch.stack([m.products for m in moments]).sum(0), DAMPING))
+        root = torch.linalg.cholesky(damp(torch.stack([m.products for m in moments]).sum(0), LEAST_DAMPING))
         weight = torch.cat([linears[layer, path].weight.double() for layer in group])
         lora_B, lora_A = truncate(weight @ root, ranks[path, group])
         lora_A = torch.linalg.solve_triangular(root, lora_A, upper=False, left=False)
@@ -213,6 +213,11 @@ METHODS = {
         pca,
         "PCA of each matrix's outputs as in LiteASR (arXiv 2502.20583); one explained variance for all matrices "
         "instead of two, and ranks that are no multiples of 16; its attention kernel changes no result",
+        statistics=True,
+    ),
+    "pca-damped": Method(
+        partial(pca, damping=DAMPING),
+        "as pca, but for inputs' covariances that are damped as ours are, which is not LiteASR's",
         statistics=True,
     ),
     "tied-average": Method(partial(tied, start="average"), _TIED.format("the mean of adjacent layers")),

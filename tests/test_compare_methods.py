@@ -22,7 +22,7 @@ from conftest import (
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.calibration import damp
+from hf_residual_transformer.calibration import DAMPING, damp
 from hf_residual_transformer.data import calibration_batches
 from hf_residual_transformer.families import WHISPER
 from hf_residual_transformer.fitting import fit_group
@@ -34,7 +34,15 @@ NAMES = ("baseline_parts", "baselines", "compare_methods", "compare_metrics", "c
 FIXED, MATRICES = 3 * 32 + 64 + 32 + 2 * 64, 4 * 32 * 32 + 2 * 32 * 64
 DENSE = 4 * (FIXED + MATRICES)
 # The least budget at which nothing is lost; above 1 where full ranks take more than the dense matrices.
-EXACT = {"svd": 3, "pca": 1, "sharing-mean": 1, "sharing-calibrated": 1, "drop-layers": 1, "prune-neurons": 1}
+EXACT = {
+    "svd": 3,
+    "pca": 1,
+    "pca-damped": 1,
+    "sharing-mean": 1,
+    "sharing-calibrated": 1,
+    "drop-layers": 1,
+    "prune-neurons": 1,
+}
 EXACT |= dict.fromkeys(("tied-average", "tied-first", "basis-2", "basis-3"), 3)
 EXACT |= dict.fromkeys(("looped-average", "looped-stepwise", "looped-lower"), 3)
 
@@ -214,19 +222,26 @@ def test_in_four_bits_gptq_keeps_outputs_better_than_the_nearest_numbers_and_our
     assert states[2] < 0.9 * min(states[:2])
 
 
-def test_pca_leaves_the_least_output_error_of_its_ranks_and_less_than_svd(build):
+def test_pca_leaves_less_output_error_than_svd(build):
     dense = dense_whisper()
     models = {method: build(method, 0.5, dense) for method in ("pca", "svd")}
     calibration = models["pca"][1]
     errors = {method: output_errors(model, dense, calibration) for method, (model, _) in models.items()}
     assert sum(errors["pca"].values()) < sum(errors["svd"].values())
-    low_rank = {key: m for key, m in modules(models["pca"][0]).items() if isinstance(m, ResidualLinear)}
+
+
+@pytest.mark.parametrize(("method", "damping"), [("pca", 1e-8), ("pca-damped", DAMPING)])
+def test_pca_keeps_the_first_components_of_the_outputs_of_damped_inputs(method, damping, build):
+    dense = dense_whisper()
+    model, calibration = build(method, 0.5, dense)
+    low_rank = {key: m for key, m in modules(model).items() if isinstance(m, ResidualLinear)}
     assert low_rank
     for key, linear in low_rank.items():
         weight, entry = weight_of(modules(dense)[key]), calibration.moments[key]
-        energies = torch.linalg.eigvalsh(weight @ entry.covariance() @ weight.T).flip(0)
-        assert errors["pca"][key] == pytest.approx(
-            (energies[linear.rank :].sum() / energies.sum()).item(), rel=1e-3
+        covariance, error = damp(entry.covariance(), damping), weight - weight_of(linear)
+        energies = torch.linalg.eigvalsh(weight @ covariance @ weight.T).flip(0)
+        assert torch.trace(error @ covariance @ error.T).item() == pytest.approx(
+            energies[linear.rank :].sum().item(), rel=1e-3
         )
         if linear.bias is not None:
             means = [weight_of(m) @ entry.mean + m.bias for m in (linear, modules(dense)[key])]
@@ -238,7 +253,7 @@ def test_a_basis_of_one_layer_is_the_low_rank_that_knows_the_inputs(scripts):
     calibration = scripts.baseline_parts.Calibration(dense, [{"input_features": features()}])
     model = scripts.baselines.basis_sharing(dense, calibration, 0.5, group_size=1)
     for key, linear in modules(model).items():
-        moments = damp(calibration.moments[key].products, scripts.baselines.DAMPING)
+        moments = damp(calibration.moments[key].products, scripts.baselines.LEAST_DAMPING)
         (fit,) = fit_group([weight_of(modules(dense)[key])], [moments], [linear.rank], shared=False)
         torch.testing.assert_close(weight_of(linear), fit.weight(), rtol=1e-3, atol=1e-4)
 
