@@ -217,7 +217,7 @@ METHODS = {
     ),
     "pca-damped": Method(
         partial(pca, damping=DAMPING),
-        "as pca, but for inputs' covariances that are damped as ours are, which is not LiteASR's",
+        "as pca, with the inputs' covariances damped as ours are, which LiteASR does not do",
         statistics=True,
     ),
     "tied-average": Method(partial(tied, start="average"), _TIED.format("the mean of adjacent layers")),
