@@ -20,9 +20,7 @@ from .families import Family, groups_of
 from .modeling import forward_as
 
 INPUT_NAMES = ("input_features", "input_values")
-DAMPING = (
-    3e-2  # of the mean variance of the inputs; less is nearer on speakers who were heard, more on others
-)
+DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
 HELD_BYTES = 1e9  # of statistics at a time; more layers than have room take another pass over the calibration
 GRAM_BLOCK = 256
