@@ -15,8 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # So that glibc keeps large blocks instead of returning them after each use, which would cost a fifth of the time.
 demo: export MALLOC_MMAP_MAX_ := 0
 demo: export MALLOC_TRIM_THRESHOLD_ := 8000000000
-demo: $(VENV)/.installed  ## compress a real Whisper on real speech; see `scripts/demo.py --help`
-	$(BIN)/python scripts/demo.py $(ARGS)
+demo: $(VENV)/.installed  ## compress a real Whisper on real speech; see `research/demo.py --help`
+	$(BIN)/python research/demo.py $(ARGS)
 
 test: $(VENV)/.installed  ## unit tests, without network
 	$(BIN)/python -m pytest $(ARGS)

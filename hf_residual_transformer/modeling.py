@@ -128,7 +128,7 @@ class ResidualMixin(DenseModel):
         **options: Any,
     ) -> Any:
         """A residual model from a trained dense one; see `conversion.convert`, whose options it takes."""
-        from .conversion import convert
+        from .compression.conversion import convert
 
         return convert(cls, dense, residual_config, calibration, **options)
 

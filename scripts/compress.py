@@ -24,17 +24,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from common import DataArguments, model_bytes, parse_args, prepare_output_dir, require_space
-from pretrained import resolve_pretrained
-from training import read_json, save_processor
 from transformers import AutoConfig, AutoProcessor
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.conversion import BUDGETS
-from hf_residual_transformer.data import calibration_batches
-from hf_residual_transformer.evaluation import portable, provenance
-from hf_residual_transformer.fitting import ITERATIONS
+from hf_residual_transformer.compression.conversion import BUDGETS
+from hf_residual_transformer.compression.fitting import ITERATIONS
+from hf_residual_transformer.folders import model_bytes, prepare_output_dir, require_space, save_processor
+from hf_residual_transformer.provenance import portable, provenance
 from hf_residual_transformer.quantization import BITS
+from hf_residual_transformer.speech.windows import calibration_batches
+from hf_residual_transformer.training.arguments import DataArguments, parse_args, read_json
 
 CLASSES: dict[str, Any] = {
     "whisper": hrt.ResidualWhisperForConditionalGeneration,
@@ -163,7 +162,7 @@ def main() -> None:
     args, data_args = parse_args(CompressionArguments, DataArguments)
     residual_config, bits = args.residual_config(), args.bits
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
-    model_id = resolve_pretrained(args.model)
+    model_id = args.model
     # The class's, since a residual model's config calls itself dense.
     model_type = type(AutoConfig.from_pretrained(model_id)).model_type
     if model_type not in CLASSES:

@@ -29,10 +29,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from common import parse_args, prepare_output_dir
-from pretrained import resolve_pretrained
-from recipe import WINDOW_SECONDS, RecipeArguments, learning_rate_for, mean_bits, relative_size
-from training import TrainingDataArguments, train_and_save
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
@@ -41,10 +37,24 @@ from transformers import (
     set_seed,
 )
 
-from hf_residual_transformer.data import WindowCollator, collator_for
-from hf_residual_transformer.distillation import (
-    CTCDistillationTrainer,
+from hf_residual_transformer.folders import prepare_output_dir
+from hf_residual_transformer.speech.collators import collator_for
+from hf_residual_transformer.speech.windows import WindowCollator
+from hf_residual_transformer.training.arguments import (
     DistillationArguments,
+    RecipeArguments,
+    TrainingDataArguments,
+    parse_args,
+)
+from hf_residual_transformer.training.recipe import (
+    WINDOW_SECONDS,
+    learning_rate_for,
+    mean_bits,
+    relative_size,
+)
+from hf_residual_transformer.training.running import train_and_save
+from hf_residual_transformer.training.trainers import (
+    CTCDistillationTrainer,
     DistillationTrainer,
     Seq2SeqDistillationTrainer,
 )
@@ -93,7 +103,7 @@ def main() -> None:
         training_args.output_dir, args.overwrite, resume=training_args.resume_from_checkpoint is not None
     )
     set_seed(training_args.seed)
-    student_id, teacher_id = resolve_pretrained(args.student), resolve_pretrained(args.teacher)
+    student_id, teacher_id = args.student, args.teacher
     auto_class: Any = AutoModelForCTC
     trainer_class: type[DistillationTrainer] = CTCDistillationTrainer
     overrides = WITHOUT_NOISE

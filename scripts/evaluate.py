@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
-from common import DataArguments, parse_args, prepare_output_dir
-from pretrained import resolve_pretrained
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
@@ -30,7 +28,10 @@ from transformers import (
 )
 
 import hf_residual_transformer  # noqa: F401 (registers the residual classes)
-from hf_residual_transformer.evaluation import evaluate_asr, portable
+from hf_residual_transformer.folders import prepare_output_dir
+from hf_residual_transformer.provenance import portable
+from hf_residual_transformer.speech.metrics import evaluate_asr
+from hf_residual_transformer.training.arguments import DataArguments, parse_args
 
 
 @dataclass
@@ -81,7 +82,7 @@ def main() -> None:
     args, data_args = parse_args(EvaluationArguments, DataArguments)
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
     set_seed(args.seed)
-    model_id = resolve_pretrained(args.model)
+    model_id = args.model
     processor = AutoProcessor.from_pretrained(model_id)
     model = load_model(model_id, args.dtype).to(args.device)
     dataset = data_args.load(args.split, processor.feature_extractor.sampling_rate)

@@ -28,14 +28,19 @@ from functools import partial
 from typing import Literal
 
 import torch
-from common import parse_args, prepare_output_dir
-from pretrained import resolve_pretrained
-from training import TrainingDataArguments, read_json, train_and_save
 from transformers import AutoModelForCTC, AutoProcessor, TrainingArguments, set_seed
 
 import hf_residual_transformer  # noqa: F401 (registers the residual classes)
-from hf_residual_transformer.data import CTCCollator
-from hf_residual_transformer.distillation import CTCDistillationTrainer, DistillationArguments
+from hf_residual_transformer.folders import prepare_output_dir
+from hf_residual_transformer.speech.collators import CTCCollator
+from hf_residual_transformer.training.arguments import (
+    DistillationArguments,
+    TrainingDataArguments,
+    parse_args,
+    read_json,
+)
+from hf_residual_transformer.training.running import train_and_save
+from hf_residual_transformer.training.trainers import CTCDistillationTrainer
 
 CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
 
@@ -90,7 +95,7 @@ def main() -> None:
         training_args.output_dir, args.overwrite, resume=training_args.resume_from_checkpoint is not None
     )
     set_seed(training_args.seed)
-    model_id = resolve_pretrained(args.model)
+    model_id = args.model
     model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
     processor = AutoProcessor.from_pretrained(model_id)
     if args.freeze_feature_encoder:

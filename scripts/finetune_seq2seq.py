@@ -25,14 +25,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from common import parse_args, prepare_output_dir
-from pretrained import resolve_pretrained
-from training import TrainingDataArguments, train_and_save
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Seq2SeqTrainingArguments, set_seed
 
 import hf_residual_transformer  # noqa: F401 (registers the residual classes)
-from hf_residual_transformer.data import collator_for
-from hf_residual_transformer.distillation import DistillationArguments, Seq2SeqDistillationTrainer
+from hf_residual_transformer.folders import prepare_output_dir
+from hf_residual_transformer.speech.collators import collator_for
+from hf_residual_transformer.training.arguments import (
+    DistillationArguments,
+    TrainingDataArguments,
+    parse_args,
+)
+from hf_residual_transformer.training.running import train_and_save
+from hf_residual_transformer.training.trainers import Seq2SeqDistillationTrainer
 
 
 @dataclass
@@ -67,7 +71,7 @@ def main() -> None:
         training_args.output_dir, args.overwrite, resume=training_args.resume_from_checkpoint is not None
     )
     set_seed(training_args.seed)
-    model_id = resolve_pretrained(args.model)
+    model_id = args.model
     model = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(model_id)
     if args.freeze != "none":

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.calibration import Sweep
+from hf_residual_transformer.compression.statistics import Sweep
 from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
 from hf_residual_transformer.quantization import BLOCK, FEWEST, MOST, dequantize, quantize
 

@@ -1,0 +1,185 @@
+"""The closed forms of the conversion: `U`, `B A` and `D` of a group of layers from their weights and two metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..layers import ResidualLinear
+from ..quantization import dequantize, quantize
+from .statistics import damp, parallel_sum
+
+ITERATIONS = 30
+ROUNDING_DAMPING = 1e-2  # of the mean variance of the inputs
+
+
+@dataclass
+class Components:
+    """What one layer gets: `U` is the group's, (out, in) or None; `low_rank` is `B A` as its factors
+    (out, rank) and (rank, in); the diagonal has min(out, in) entries or is None. `packed` and `scale` hold a quantised
+    `U`, see `quantization.py`.
+    """
+
+    shared: Tensor | None
+    lora_B: Tensor
+    lora_A: Tensor
+    diagonal: Tensor | None
+    packed: Tensor | None = None
+    scale: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """`U + B A + D`, (out, in)."""
+        weight = self.lora_B @ self.lora_A
+        if self.shared is not None:
+            weight = weight + self.shared
+        if self.diagonal is not None:
+            weight.diagonal().add_(self.diagonal)
+        return weight
+
+    def write(self, linear: ResidualLinear) -> None:
+        """Puts what `linear` has a parameter for into it; `U`, where there is one, into its group's."""
+        for owner, name, value in (
+            (linear.shared, "weight", self.shared if self.packed is None else None),
+            (linear.shared, "weight_packed", self.packed),
+            (linear.shared, "weight_scale", self.scale),
+            (linear, "lora_A", self.lora_A),
+            (linear, "lora_B", self.lora_B),
+            (linear, "diagonal", self.diagonal),
+        ):
+            parameter = getattr(owner, name, None)
+            if parameter is not None and value is not None:
+                parameter.copy_(value)
+
+    def balance(self) -> None:
+        """Gives both factors of each component the same norm, so that one learning rate suits both."""
+        tiny = torch.finfo(self.lora_A.dtype).tiny
+        scale = (self.lora_A.norm(dim=1).clamp_min(tiny) / self.lora_B.norm(dim=0).clamp_min(tiny)).sqrt()
+        scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
+        self.lora_B, self.lora_A = self.lora_B * scale, self.lora_A / scale[:, None]
+
+
+def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (out, rank), (rank, in) of the nearest matrix of that rank, by the eigenvectors of the smaller
+    Gram matrix, which is many times faster than an SVD.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, left = truncate(matrix.T, rank)
+        return left.T, right.T
+    vectors = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
+    return matrix @ vectors, vectors.T
+
+
+def fit_group(
+    weights: list[Tensor],
+    covariances: list[Tensor] | None,
+    ranks: list[int],
+    *,
+    importance: Tensor | None = None,
+    diagonal: bool = False,
+    shared: bool = True,
+    bits: int | None = None,
+    iterations: int = ITERATIONS,
+) -> list[Components]:
+    """Minimises `sum_l tr(G E_l C_l E_lᵀ)`, `E_l = W_l - U - B_l A_l - D_l`, by alternating closed forms.
+
+    With `C_l = S_l S_lᵀ` and `G = Rᵀ R`: the best `B_l A_l` is the truncated SVD of `R (W_l - U - D_l) S_l`, with
+    `R⁻¹` from the left and `S_l⁻¹` from the right; the best `U` solves `U ΣC_l = Σ(W_l - B_l A_l - D_l) C_l`; the
+    diagonal `d` of the best `D_l` solves `(G ∘ C_l) d = diag(G E C_l)`, `E` being what the others leave. Two layers
+    start from the minimum that `_fit_pair` knows.
+
+    Args:
+        weights: `W_l`, each (out, in), float64 for full precision.
+        covariances: `C_l`, each (in, in) and positive definite; None for identities, for which the first
+            round is the mean and the truncated SVD.
+        ranks: R of each layer.
+        importance: `G`, (out, out), positive definite, the group's; None for the identity.
+        diagonal: whether there are `D_l`.
+        shared: whether there is a `U`; without one, every layer is fitted on its own.
+        bits: that `U` is rounded to, after which what layers have of their own is fitted again; None to leave it.
+        iterations: rounds after the first.
+    """
+    out_features, in_features = weights[0].shape
+    size = min(out_features, in_features)
+    identity = torch.eye(in_features, dtype=weights[0].dtype, device=weights[0].device)
+    C = covariances or [identity] * len(weights)
+    roots = [torch.linalg.cholesky(c) for c in C] if covariances else C
+    total = torch.linalg.cholesky(torch.stack(C).sum(0))
+    G = torch.eye(out_features, dtype=weights[0].dtype, device=weights[0].device)
+    G = G if importance is None else importance
+    R = torch.linalg.cholesky(G).T
+    shape = (out_features - size, in_features - size)
+
+    def embed(values: Tensor | None) -> Tensor | float:
+        return 0.0 if values is None else functional.pad(torch.diag(values), (0, shape[1], 0, shape[0]))
+
+    fits = [
+        Components(None, w.new_zeros(out_features, r), w.new_zeros(r, in_features), None)
+        for w, r in zip(weights, ranks)
+    ]
+    if shared and covariances and len(weights) == 2:
+        for fit, factors in zip(fits, _fit_pair(weights, C, ranks, R)):
+            fit.lora_B, fit.lora_A = factors
+    if (shared and len(weights) == 1) or (not diagonal and (not shared or len(weights) == 2)):
+        iterations = 0  # the first round is the minimum
+    rounding = bits is not None and shared
+    for round_idx in range(iterations + 1 + rounding):
+        packed, scale = None, None
+        if shared and round_idx <= iterations:
+            rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
+            U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
+        elif bits is not None:
+            packed, scale = quantize_for(U, total @ total.T, bits)
+            U = dequantize(packed, scale)
+        for w, fit, c, root in zip(weights, fits, C, roots):
+            fit.shared, fit.packed, fit.scale = U if shared else None, packed, scale
+            own = w - U if shared else w
+            fit.lora_B, fit.lora_A = _truncate_between(R, own - embed(fit.diagonal), root, len(fit.lora_A))
+            if diagonal:
+                wanted = (G @ (own - fit.lora_B @ fit.lora_A) @ c).diagonal()[:size]
+                fit.diagonal = torch.linalg.solve((G[:size, :size] * c[:size, :size]), wanted)
+    for fit in fits:
+        fit.balance()
+    return fits
+
+
+def rounded(shared: Tensor, covariance: Tensor, bits: int) -> Tensor:
+    """`U` as so many bits hold it, for inputs of that covariance."""
+    return dequantize(*quantize_for(shared, covariance, bits))
+
+
+def quantize_for(shared: Tensor, covariance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`packed` and `scale` of a `U` for inputs of that covariance, which need not be damped."""
+    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits)
+
+
+def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the `X` of that rank for which `left X right` is nearest to `left matrix right`; `left` is
+    upper triangular, `right` lower.
+    """
+    lora_B, lora_A = truncate(left @ matrix @ right, rank)
+    return (
+        torch.linalg.solve_triangular(left, lora_B, upper=True),
+        torch.linalg.solve_triangular(right, lora_A, upper=False, left=False),
+    )
+
+
+def _fit_pair(
+    weights: list[Tensor], covariances: list[Tensor], ranks: list[int], R: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The best `B_l A_l` of a group of two layers without diagonals, in one step.
+
+    With the best `U` put in, what is left depends on `L = B_1 A_1 - B_2 A_2` alone, of rank R_1 + R_2, and is
+    `tr(G (W_1 - W_2 - L) P (W_1 - W_2 - L)ᵀ)` with the parallel sum `P = (C_1⁻¹ + C_2⁻¹)⁻¹`.
+    """
+    root = torch.linalg.cholesky(parallel_sum(*covariances))
+    rank = min(sum(ranks), *weights[0].shape)
+    lora_B, lora_A = _truncate_between(R, weights[0] - weights[1], root, rank)
+    factors = []
+    for sign, start, r in ((1, 0, ranks[0]), (-1, ranks[0], ranks[1])):
+        B, A = sign * lora_B[:, start : start + r], lora_A[start : start + r]
+        missing = r - len(A)
+        factors.append((functional.pad(B, (0, missing)), functional.pad(A, (0, 0, 0, missing))))
+    return factors

@@ -1,0 +1,62 @@
+"""Output folders: never overwritten unasked, on a disk with room, and with all that a pipeline needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """With Whisper's table of English spellings, which transformers reads, but does not save."""
+    processor.save_pretrained(folder)
+    spellings = getattr(getattr(processor, "tokenizer", None), "english_spelling_normalizer", None)
+    if spellings:
+        (folder / "normalizer.json").write_text(json.dumps(spellings, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) -> Path:
+    """Makes the folder `path`; one that holds files is refused unless `overwrite` or `resume` is true.
+
+    Nothing is ever deleted: under `overwrite`, files of the same name are replaced, and others stay.
+
+    Raises:
+        FileExistsError: the folder holds files and neither flag is set, or `path` is a file.
+        FileNotFoundError: `resume` is set, and there is no such folder.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"the output folder {folder} is a file; name another")
+    if resume and not folder.is_dir():
+        raise FileNotFoundError(f"there is nothing to resume from: the output folder {folder} does not exist")
+    if folder.is_dir() and next(folder.iterdir(), None) is not None and not (overwrite or resume):
+        raise FileExistsError(
+            f"the output folder {folder} already holds files; name another, or pass --overwrite"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Finds a full disk before hours of work do.
+
+    Raises:
+        OSError: `folder` is on a disk with less than `num_bytes` free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"there are {free / 1e6:,.0f} MB free for the output folder {folder}, and up to "
+            f"{num_bytes / 1e6:,.0f} MB will be written; make room, or name a folder on another disk"
+        )
+
+
+def file_bytes(folder: Path) -> int:
+    """Of the weights in a model's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def model_bytes(model: Any) -> int:
+    """Of its weights in a file."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())

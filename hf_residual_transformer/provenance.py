@@ -1,0 +1,68 @@
+"""Where a figure comes from: command, versions and hardware, for the JSON beside it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+
+LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "jiwer", "soundfile", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """The command line, versions and hardware of this process, and the time, for the JSON beside a figure."""
+    versions = {name: _version(name) for name in LIBRARIES}
+    return {
+        "command": " ".join(shlex.quote(portable(word)) for word in sys.argv),
+        "versions": {
+            "python": platform.python_version(),
+            "hf_residual_transformer": __version__,
+            **{name: version for name, version in versions.items() if version is not None},
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def portable(word: str) -> str:
+    """A word of a command line without this machine's folders: an absolute path, also after `--option=`,
+    becomes relative to the working directory, or its last part where it lies outside.
+    """
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    relative = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
+    return f"{option}{equals}{relative}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    """Linux tells it in a file, other systems to `platform`."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()

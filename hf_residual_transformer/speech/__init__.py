@@ -1,0 +1,1 @@
+"""Speech in, figures out: audio, data sets, windows and collators, transcripts, metrics."""

@@ -1,0 +1,246 @@
+"""Word and character error rates of a speech recogniser, kept with all that is needed to trace the figures.
+
+Errors are counted by jiwer after Whisper's text normalisers, which transformers carries: the English one for
+English, the basic one for every other language (Radford et al. 2022, appendix C, https://arxiv.org/abs/2212.04356).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from ..provenance import portable, provenance
+from .collators import SpeechCollator, batched, is_multilingual
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was said in one clip and what was recognised, as written and as compared."""
+
+    id: str
+    language: str | None
+    reference: str
+    prediction: str
+    normalized_reference: str
+    normalized_prediction: str
+    word_errors: int
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Errors over what was said, as fractions, summed over clips.
+
+    Clips whose reference is empty after normalisation (`empty_references`) count with what is inserted.
+    """
+
+    wer: float
+    cer: float
+    clips: int
+    words: int
+    characters: int
+    empty_references: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate_asr` found.
+
+    Args:
+        rates: over all clips.
+        by_language: over the clips of each language, where rows name theirs.
+        normalizers: which one was used, by language.
+        audio_seconds: length of the clips.
+        seconds: time for features, model and decoding, without reading the clips.
+        predictions: one a clip, in the order of the data.
+    """
+
+    rates: ErrorRates
+    by_language: dict[str, ErrorRates]
+    normalizers: dict[str, str]
+    audio_seconds: float
+    seconds: float
+    predictions: list[Prediction]
+
+    @property
+    def wer(self) -> float:
+        """Word error rate, a fraction."""
+        return self.rates.wer
+
+    @property
+    def cer(self) -> float:
+        """Character error rate, a fraction."""
+        return self.rates.cer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the predictions, as plain values for JSON."""
+        values = asdict(self)
+        del values["predictions"]
+        return {**values.pop("rates"), **values}
+
+    def save(self, output_dir: str | Path, **details: Any) -> Path:
+        """Writes `evaluation.json`, whose path is returned, and `predictions.jsonl` into `output_dir`.
+
+        Args:
+            details: what else a reader needs to repeat it, such as `model`, `dataset`, `split` and `seed`.
+        """
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            for prediction in self.predictions:
+                file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        path = folder / "evaluation.json"
+        contents = {**self.to_dict(), **details, **provenance()}
+        path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+
+def evaluate_asr(
+    model: PreTrainedModel,
+    processor: Any,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    language: str | None = None,
+    task: str = "transcribe",
+    max_new_tokens: int | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Transcribes every row of `dataset` and counts the errors.
+
+    Args:
+        model: a sequence-to-sequence model (greedy or as its generation config says) or a CTC one (the most
+            probable token of each frame). It runs where it is and in its dtype, without dropout.
+        processor: the model's.
+        dataset: rows as from `load_speech_dataset`, with text.
+        language: of all rows, for Whisper and for the choice of the normaliser; by default each row's
+            `language`. Without either a multilingual Whisper detects it, and the basic normaliser is used;
+            an English-only one is taken to hear English.
+        task: of a multilingual Whisper, "transcribe", or "translate" for references in English.
+        max_new_tokens: limit of a transcript's length in tokens; by default the generation config's.
+        progress: shows a progress bar.
+
+    Raises:
+        ValueError: for rows without text, no rows, or references without a single word.
+    """
+    normalize = _normalizers(processor)
+    default = "en" if model.can_generate() and not is_multilingual(model) else None
+    was_training = model.training
+    model.eval()
+    predictions: list[Prediction] = []
+    seconds = audio_seconds = 0.0
+    try:
+        with tqdm(total=_length(dataset), desc="evaluate", unit="clip", disable=not progress) as bar:
+            for rows in batched(dataset, batch_size):
+                if any("text" not in row for row in rows):
+                    raise ValueError("the data must have texts to compare with; name their `text_column`")
+                languages = [language or row.get("language") or default for row in rows]
+                start = time.perf_counter()
+                texts = _transcribe(
+                    model, processor, rows, languages, task=task, max_new_tokens=max_new_tokens
+                )
+                seconds += time.perf_counter() - start
+                for row, spoken, text in zip(rows, languages, texts, strict=True):
+                    name = portable(row["audio"].get("path") or str(len(predictions)))
+                    written = normalize[_is_english(spoken, task)]
+                    predictions.append(_compare(name, spoken, row["text"], text, written))
+                    audio_seconds += len(row["audio"]["array"]) / row["audio"]["sampling_rate"]
+                bar.update(len(rows))
+    finally:
+        model.train(was_training)
+    if not predictions:
+        raise ValueError("the data set to evaluate on has no rows")
+    found = sorted({prediction.language for prediction in predictions if prediction.language is not None})
+    groups = {name: [p for p in predictions if p.language == name] for name in found}
+    by_language = {
+        name: _rates(group) for name, group in groups.items() if any(p.normalized_reference for p in group)
+    }
+    names = {str(p.language): type(normalize[_is_english(p.language, task)]).__name__ for p in predictions}
+    return EvaluationResult(_rates(predictions), by_language, names, audio_seconds, seconds, predictions)
+
+
+@torch.inference_mode()
+def _transcribe(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    languages: Sequence[str | None],
+    *,
+    task: str,
+    max_new_tokens: int | None,
+) -> list[str]:
+    """The recognised texts of a batch of rows."""
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in SpeechCollator(processor)(rows).items()
+    }
+    if not model.can_generate():
+        tokens = model(**inputs).logits.argmax(dim=-1)
+        samples = torch.tensor([len(row["audio"]["array"]) for row in rows])
+        # What a model says of padding is not part of a clip, and would make results depend on the batch.
+        for clip, num_frames in zip(tokens, model._get_feat_extract_output_lengths(samples), strict=True):
+            clip[num_frames:] = processor.tokenizer.pad_token_id
+        return processor.batch_decode(tokens)
+    options: dict[str, Any] = {}
+    if is_multilingual(model):
+        options = {"task": task, "language": list(languages) if None not in languages else None}
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    return processor.batch_decode(model.generate(**inputs, **options), skip_special_tokens=True)
+
+
+def error_rates(references: Sequence[str], predictions: Sequence[str]) -> ErrorRates:
+    """Of texts that are already normalised: (substituted + deleted + inserted) / said, by word and character.
+
+    Raises:
+        ValueError: when the references hold no word at all, so that there is nothing to divide by.
+    """
+    words = jiwer.process_words(list(references), list(predictions))
+    characters = jiwer.process_characters(list(references), list(predictions))
+    said = [output.hits + output.substitutions + output.deletions for output in (words, characters)]
+    wrong = [output.substitutions + output.deletions + output.insertions for output in (words, characters)]
+    if said[0] == 0:
+        raise ValueError(
+            f"the {len(references)} references hold no word after normalisation, so there is no error rate"
+        )
+    empty = sum(not reference.strip() for reference in references)
+    return ErrorRates(wrong[0] / said[0], wrong[1] / said[1], len(references), said[0], said[1], empty)
+
+
+def _rates(predictions: Sequence[Prediction]) -> ErrorRates:
+    return error_rates(
+        [prediction.normalized_reference for prediction in predictions],
+        [prediction.normalized_prediction for prediction in predictions],
+    )
+
+
+def _normalizers(processor: Any) -> dict[bool, Any]:
+    """Whisper's normalisers, for English and for the rest. The table that makes spellings American comes with
+    Whisper's tokenizer alone; for other models the English one does without it.
+    """
+    spellings = getattr(processor.tokenizer, "english_spelling_normalizer", None)
+    return {True: EnglishTextNormalizer(spellings or {}), False: BasicTextNormalizer()}
+
+
+def _is_english(language: str | None, task: str) -> bool:
+    return task == "translate" or (language or "").lower() in ("en", "english")
+
+
+def _compare(name: str, language: str | None, reference: str, prediction: str, normalize: Any) -> Prediction:
+    said, heard = normalize(reference).strip(), normalize(prediction).strip()
+    words = jiwer.process_words(said, heard)
+    errors = words.substitutions + words.deletions + words.insertions
+    return Prediction(name, language, reference, prediction.strip(), said, heard, errors)
+
+
+def _length(dataset: Iterable[Any]) -> int | None:
+    return len(dataset) if isinstance(dataset, Sized) else None

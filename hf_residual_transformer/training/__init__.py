@@ -1,0 +1,1 @@
+"""Distillation and fine-tuning on the Trainer: losses, trainers, options, recipe."""

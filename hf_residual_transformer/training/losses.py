@@ -1,0 +1,117 @@
+"""Losses of distillation as plain modules: hidden states, and probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+class HiddenStateLoss(nn.Module):
+    r"""Squared error of hidden states, layer by layer, relative to the variance of the teacher's.
+
+    A clip's error in a layer is `sum_t |s_t - h_t|^2 / sum_t |h_t - mean(h)|^2` over its frames `t`, for the
+    student's states `s` and the teacher's `h`: 0 is equal, and 1 no better than the teacher's mean state. So
+    layers weigh equally whatever their scale, and clips whatever their length, and the loss of a batch is
+    the mean over its parts. The variance counts as at least a thousandth of the states' energy, lest a silent
+    clip, whose frames are all alike, outweigh all others.
+
+    Args:
+        layer_weights: one number a layer, not all 0; they are scaled to the sum 1. By default all are equal.
+    """
+
+    ENERGY_FLOOR = 1e-3
+
+    def __init__(self, layer_weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if layer_weights is not None and not (all(map(is_number, layer_weights)) and sum(layer_weights) > 0):
+            raise ValueError(
+                f"`layer_weights` must be numbers of at least 0, and not all 0, got {list(layer_weights)!r}"
+            )
+        self.layer_weights = layer_weights
+
+    def forward(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar: weighted mean over layers, mean over clips.
+
+        Args:
+            student: each layer's states, (batch_size, seq_len, hidden_size).
+            teacher: the same of the teacher.
+            mask: (batch_size, seq_len), true for the frames that count. By default all do.
+
+        Raises:
+            ValueError: when the layers or their shapes differ.
+        """
+        shapes, expected = ([tuple(states.shape) for states in layers] for layers in (student, teacher))
+        if shapes != expected:
+            raise ValueError(f"the student's states must have the teacher's shapes, {expected}, got {shapes}")
+        weights = [1.0] * len(student) if self.layer_weights is None else self.layer_weights
+        if len(weights) != len(student):
+            raise ValueError(
+                f"`layer_weights` must be one number for each of {len(student)} layers, got {weights}"
+            )
+        pairs = zip(student, teacher, strict=True)
+        errors = torch.stack([self._relative_error(*pair, mask) for pair in pairs])
+        scale = errors.new_tensor(weights) / sum(weights)
+        return (scale @ errors).mean()
+
+    def _relative_error(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """(batch_size,), one number a clip."""
+        student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+        if mask is None:
+            mask = student.new_ones(student.shape[:2])
+        padding = ~mask.bool().unsqueeze(-1)
+        student, teacher = student.masked_fill(padding, 0), teacher.masked_fill(padding, 0)
+        num_frames = (~padding).sum(1, keepdim=True).clamp(min=1)
+        mean = teacher.sum(1, keepdim=True) / num_frames
+        variance = (teacher - mean).masked_fill(padding, 0).square().sum((1, 2))
+        floor = self.ENERGY_FLOOR * teacher.square().sum((1, 2))
+        return (student - teacher).square().sum((1, 2)) / variance.maximum(floor).clamp(min=1e-12)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class LogitsLoss(nn.Module):
+    r"""`T^2 KL(teacher || student)` of the probabilities `softmax(logits / T)` (Hinton et al., 1503.02531).
+
+    Args:
+        temperature: `T`. The factor `T^2` keeps the size of the gradient about independent of it.
+    """
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss, a scalar: mean over positions.
+
+        Args:
+            student: logits, (batch_size, seq_len, vocab_size).
+            teacher: the same of the teacher.
+            mask: (batch_size, seq_len), true for the positions that count, such as `labels != -100`.
+
+        Raises:
+            ValueError: when the shapes differ.
+        """
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"the student's logits must have the teacher's shape, {tuple(teacher.shape)}, got "
+                f"{tuple(student.shape)}"
+            )
+        if mask is not None:
+            student, teacher = student[mask.bool()], teacher[mask.bool()]
+        log_q = F.log_softmax(_at_least_float32(student) / self.temperature, dim=-1)
+        log_p = F.log_softmax(_at_least_float32(teacher) / self.temperature, dim=-1)
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        return self.temperature**2 * divergence.sum() / max(divergence.numel(), 1)

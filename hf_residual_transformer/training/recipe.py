@@ -1,0 +1,96 @@
+"""The recipe of a short distillation: the default of `distill.py`, in the demo, and given to all methods that are
+compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..layers import quantized_weights
+from ..speech.transcription import transcribe
+from ..speech.windows import WindowCollator
+from .arguments import RecipeArguments
+from .trainers import Seq2SeqDistillationTrainer
+
+WINDOW_SECONDS = 10.0
+
+
+def learning_rate_for(size: float, bits: float | None) -> float:
+    """The peak learning rate that a few hundred steps bear, which is lower the nearer a start is to dense (measured in
+    docs/LOG.md).
+
+    Args:
+        size: parameters of the encoder relative to dense, quantised weights among them.
+        bits: mean of the quantised ones, or None. Each bit more leaves a third of the rate, but not less than
+            that by size.
+    """
+    by_size = 1e-5 * 10 ** ((0.7 - size) / 0.36)
+    return by_size if bits is None else max(by_size, 1e-5 * 3 ** (3 - bits))
+
+
+def mean_bits(model: Any) -> float | None:
+    """Of the weights that are quantised, or None where none is."""
+    weights = quantized_weights(model)
+    return sum(bits * number for bits, number in weights.items()) / weights.total() if weights else None
+
+
+def relative_size(student: Any, teacher: Any) -> float:
+    """Of two encoders, as `learning_rate_for` takes it."""
+    sizes = [
+        quantized_weights(encoder).total() + sum(parameter.numel() for parameter in encoder.parameters())
+        for encoder in (student, teacher)
+    ]
+    return sizes[0] / sizes[1]
+
+
+class TranscribingCollator:
+    """A collator for batches with the teacher's transcriptions, each made once: for several students that see the same
+    batches.
+    """
+
+    def __init__(self, teacher: Any, collator: WindowCollator) -> None:
+        self.teacher, self.collator = teacher, collator
+        self.labels: dict[bytes, Tensor] = {}
+
+    def __call__(self, rows: Any) -> dict[str, Tensor]:
+        batch = self.collator(rows)
+        features = batch["input_features"]
+        key = hashlib.sha256(features.numpy().tobytes()).digest()
+        if key not in self.labels:
+            self.labels[key] = transcribe(self.teacher, features.to(self.teacher.device)).cpu()
+        return {**batch, "labels": self.labels[key]}
+
+
+def short_distillation(
+    student: Any,
+    teacher: Any,
+    rows: Any,
+    folder: Path,
+    *,
+    collator: Any,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Distils a Whisper without labels.
+
+    Args:
+        rows: a list or data set of clips.
+        folder: for what the Trainer leaves.
+        collator: makes batches of them.
+        options: of `RecipeArguments`.
+
+    Returns:
+        The Trainer's log.
+    """
+    trainer = Seq2SeqDistillationTrainer(
+        model=student,
+        teacher=teacher,
+        args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
+        train_dataset=rows,
+        data_collator=collator,
+    )
+    trainer.train()
+    return trainer.state.log_history

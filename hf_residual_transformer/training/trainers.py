@@ -1,0 +1,337 @@
+"""Distils a dense teacher into a compressed student: losses as plain modules, and Trainers that add them up.
+
+Unless labels have a weight, training is label-free and moves the encoder alone: a batch is audio. As long as only
+encoder states are compared, no decoder runs; for its probabilities, the teacher transcribes the audio first, as in
+Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher the same Trainers fine-tune on labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+
+from ..families import WAV2VEC2, WHISPER, Family
+from ..layers import SHARED, ResidualLinear
+from ..modeling import forward_as
+from ..speech.transcription import encoder_window, transcribe
+from .arguments import LEARNING_RATES, DistillationArguments
+from .losses import HiddenStateLoss, LogitsLoss
+from .states import record_states
+
+
+class DistillationTrainer(Trainer):
+    """What the two Trainers below have in common.
+
+    Every loss is a mean over all the clips, tokens or frames of an optimizer step, so that accumulated
+    gradients are those of one large batch, whatever the lengths. The logs have each, unweighted, as
+    `loss_<name>`.
+
+    Args:
+        teacher: the dense model, of the student's family and shape; the number of layers may differ where their
+            states are not compared. It is frozen, put into eval mode and moved to the training device, and never
+            saved. Not needed where only labels have a weight.
+        distillation: the losses.
+        kwargs: as in `Trainer`: `model`, `args`, `train_dataset`, `data_collator`, ...
+
+    Raises:
+        ValueError: when the teacher is missing or does not fit the student, or for an argument of `Trainer`
+            that would put another loss in the place of these.
+    """
+
+    family: ClassVar[Family]
+    losses_on_labels: ClassVar[set[str]]
+    model: Any
+
+    def __init__(
+        self,
+        *,
+        teacher: PreTrainedModel | None = None,
+        distillation: DistillationArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.distillation = DistillationArguments() if distillation is None else distillation
+        self.weights = self.distillation.weights
+        self.label_free = "labels" not in self.weights
+        self.states_alone = self.weights.keys() <= {"hidden", "final"}
+        self.loss_is_scaled_for_ga = True
+        self.hidden_state_loss = HiddenStateLoss()
+        self.logits_loss = LogitsLoss(self.distillation.temperature)
+        self.teacher = teacher
+        self._check()
+        if teacher is not None:
+            teacher.requires_grad_(False).eval().to(self.args.device)
+        self._logged: dict[str, Tensor] = {}
+        self._logged_steps = 0
+
+    def _check(self) -> None:
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError("`label_smoothing_factor` must be 0 and `compute_loss_func` None")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process drives {self.args.n_gpu} GPUs, which needs one process each: start with "
+                "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        if self.teacher is None:
+            if self.weights.keys() != {"labels"}:
+                raise ValueError(f"`teacher` must be a model for these losses: {', '.join(self.weights)}")
+            return
+        student: Any = self.encoder
+        teacher: Any = self.family.find_encoder(self.teacher)
+        names = ["hidden_size", *(["num_hidden_layers"] if "hidden" in self.weights else [])]
+        for name in names:
+            if getattr(student.config, name) != getattr(teacher.config, name):
+                raise ValueError(
+                    f"`teacher` must have the student's {name}, {getattr(student.config, name)}, got "
+                    f"{getattr(teacher.config, name)}"
+                )
+        layerdrop = getattr(student, "layerdrop", getattr(student.config, "layerdrop", 0.0))
+        if "hidden" in self.weights and layerdrop > 0:
+            raise ValueError(
+                "the student's `layerdrop` must be 0 to compare each layer with the teacher's, got "
+                f"{layerdrop}: pass it to from_pretrained"
+            )
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module of the student that has the `layers`."""
+        return self.family.find_encoder(self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; label-free, all but the encoder is frozen meanwhile."""
+        with _frozen_but(self.encoder, self.model) if self.label_free else nullcontext():
+            return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with the groups split by component where `learning_rates` says so."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rates = self.distillation.learning_rates
+        if created and isinstance(rates, dict) and rates:
+            component_of = _components(self.model if model is None else model)
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            missing = rates.keys() - {component_of.get(id(p), "rest") for p in trained}
+            if missing:
+                raise ValueError(
+                    f"`learning_rates` must name what is trained, got {', '.join(sorted(missing))}"
+                )
+            groups = []
+            for group in optimizer.param_groups:
+                for name in LEARNING_RATES:
+                    params = [p for p in group["params"] if component_of.get(id(p), "rest") == name]
+                    groups.append({**group, "params": params, "lr": rates.get(name, group["lr"])})
+            optimizer.param_groups = [group for group in groups if group["params"]]
+        return optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
+        """The batches of one optimizer step, and their total of `_count`, mean over processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches = [self._with_labels(batch) for batch in batches]
+        self._logged_steps += 1
+        counts = sum((self._count(batch) for batch in batches), torch.zeros(2))
+        return batches, self.accelerator.reduce(counts.to(self.args.device), "mean")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of the losses; of one part of a step, its share in the step's mean.
+
+        Args:
+            num_items_in_batch: from `get_batch_samples`. None is a batch on its own, as in evaluation.
+
+        Raises:
+            ValueError: when the batch lacks the `labels` that a loss needs.
+        """
+        inputs = dict(inputs)
+        missing = self.losses_on_labels & self.weights.keys()
+        if missing and inputs.get("labels") is None:
+            raise ValueError(f"a batch must have `labels` for these losses: {', '.join(sorted(missing))}")
+        shares = torch.ones(2)
+        if model.training and num_items_in_batch is not None:
+            shares = self._count(inputs) / num_items_in_batch.cpu().clamp(min=1)
+        losses, outputs = self._losses(model, inputs)
+        total: Any = 0.0
+        for name, loss in losses.items():
+            loss = loss * self._share(name, shares)
+            total = total + self.weights[name] * loss
+            if model.training:
+                self._logged[name] = self._logged.get(name, 0.0) + loss.detach()
+        return (total, outputs) if return_outputs else total
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """Each loss by name, and the student's output."""
+        student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.states_alone}
+        with record_states(self.encoder) as student:
+            outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.states_alone)
+        losses = {}
+        if self.teacher is not None:
+            encoder = self.family.find_encoder(self.teacher)
+            with torch.no_grad(), self.accelerator.autocast(), record_states(encoder) as teacher:
+                expected = self._run(self.teacher, encoder, inputs, encoder_only="logits" not in self.weights)
+            mask = self._frame_mask(inputs, student.last[0].shape[1])
+            if "hidden" in self.weights:
+                losses["hidden"] = self.hidden_state_loss(student.layers, teacher.layers, mask)
+            if "final" in self.weights:
+                losses["final"] = self.hidden_state_loss(student.last, teacher.last, mask)
+            if "logits" in self.weights:
+                mask = self._logits_mask(inputs, outputs.logits.shape[1])
+                losses["logits"] = self.logits_loss(outputs.logits, expected.logits, mask)
+        if "labels" in self.weights:
+            losses["labels"] = outputs.loss
+        return losses, outputs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """As in `Trainer`; where states alone are compared, the loss alone."""
+        if not self.states_alone:
+            inputs = {**self._with_labels(self._prepare_inputs(inputs))}
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, with the mean of each loss since the last time."""
+        if "loss" in logs and self._logged_steps:
+            for name, total in self._logged.items():
+                logs[f"loss_{name}"] = self.accelerator.reduce(total, "mean").item() / self._logged_steps
+            self._logged, self._logged_steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch with the labels that a loss needs, where they can be made."""
+        return inputs
+
+    def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
+        """The model's output, or where `encoder_only` is true, at least the encoder's."""
+        raise NotImplementedError
+
+    def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
+        """(batch_size, num_frames), true for encoder frames that count."""
+        raise NotImplementedError
+
+    def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
+        """(batch_size, num_positions), true for logits that count."""
+        raise NotImplementedError
+
+    def _count(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Numbers of clips and of positions, the tokens or frames that have logits, (2,) on the CPU."""
+        raise NotImplementedError
+
+    def _share(self, name: str, shares: Tensor) -> Tensor | float:
+        """What a loss is multiplied by; `shares` are those of clips and positions."""
+        return shares[1] if name == "logits" else shares[0]
+
+
+class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
+    """For Whisper, on `input_features` and, where a loss needs them, `labels` (padded with -100).
+
+    Features may have fewer than 3000 frames (see `encoder_window`), for teacher and student alike. All frames
+    count, the padding to a fixed length too, since the decoder attends to it.
+    """
+
+    family = WHISPER
+    losses_on_labels: ClassVar[set[str]] = {"logits", "labels"}
+
+    def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.label_free or "logits" not in self.weights or inputs.get("labels") is not None:
+            return inputs
+        with self.accelerator.autocast():
+            labels = transcribe(self.teacher, inputs["input_features"].to(self.args.device))
+        return {**inputs, "labels": labels}
+
+    def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
+        features = inputs["input_features"]
+        with encoder_window(encoder, features.shape[-1]):
+            if not encoder_only:
+                return model(**inputs)
+            # Not `encoder(features)`: a wrapper that synchronises gradients must see the call.
+            inner = self.accelerator.unwrap_model(model)
+            with self.accelerator.autocast(), forward_as(inner, encoder.__call__):
+                return model(features)
+
+    def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
+        return None
+
+    def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
+        return inputs["labels"] != -100
+
+    def _count(self, inputs: Mapping[str, Any]) -> Tensor:
+        labels = inputs.get("labels")
+        num_tokens = 0 if labels is None else (labels != -100).sum().item()
+        return torch.tensor([float(len(inputs["input_features"])), float(num_tokens)])
+
+    def _share(self, name: str, shares: Tensor) -> Tensor | float:
+        return shares[1] if name in self.losses_on_labels else shares[0]
+
+
+class CTCDistillationTrainer(DistillationTrainer):
+    """For wav2vec 2.0 with a CTC head, on `input_values`, `attention_mask` and, for the loss on labels, them.
+
+    Padded frames do not count. Models that take no attention mask have none in a batch, and all frames count.
+    """
+
+    family = WAV2VEC2
+    losses_on_labels: ClassVar[set[str]] = {"labels"}
+
+    def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
+        needs_labels = model is not self.teacher and "labels" in self.weights
+        return model(**{key: value for key, value in inputs.items() if key != "labels" or needs_labels})
+
+    def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return None
+        return self.model._get_feature_vector_attention_mask(num_frames, mask, add_adapter=False)
+
+    def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        return None if mask is None else self.model._get_feature_vector_attention_mask(num_positions, mask)
+
+    def _count(self, inputs: Mapping[str, Any]) -> Tensor:
+        values, mask = inputs["input_values"], inputs.get("attention_mask")
+        lengths = torch.full((len(values),), values.shape[1]) if mask is None else mask.sum(-1)
+        num_frames = self.model._get_feat_extract_output_lengths(lengths).sum().item()
+        return torch.tensor([float(len(values)), float(num_frames)])
+
+    def _share(self, name: str, shares: Tensor) -> Tensor | float:
+        if name == "labels" and self.model.config.ctc_loss_reduction == "sum":
+            return 1.0
+        return super()._share(name, shares)
+
+
+@contextmanager
+def _frozen_but(part: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Inside, only parameters of `part` have gradients."""
+    kept = {id(parameter) for parameter in part.parameters()}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    try:
+        _set_requires_grad(frozen, False)
+        yield
+    finally:
+        _set_requires_grad(frozen, True)
+
+
+def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+
+
+def _components(model: nn.Module) -> dict[int, str]:
+    """The key in `learning_rates` of every parameter of a shared matrix, by the parameter's id."""
+    names = {}
+    for module in model.modules():
+        if isinstance(module, (ResidualLinear, *SHARED)):
+            for name, parameter in module.named_parameters(recurse=False):
+                kinds = {"weight": "shared", "weight_scale": "shared", "lora_A": "lora", "lora_B": "lora"}
+                names[id(parameter)] = kinds.get(name, "diagonal")
+    return names

