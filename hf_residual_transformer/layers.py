@@ -255,7 +255,25 @@ class ResidualLinear(nn.Module):
         self.lora_A = parameter(rank, rank, in_features)
         self.lora_B = parameter(rank, out_features, rank)
         self.diagonal = parameter(diagonal, min(out_features, in_features))
-        self.bias = parameter(bias, out_features)
+        self._parameters["bias"] = parameter(bias, out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """`U + B A + D` as one matrix, (out_features, in_features), computed at each access. Gradients reach the
+        components. Some attentions, such as WavLM's, read it instead of calling the layer.
+        """
+        return compose(self.shared.weight, self.lora_A, self.lora_B, self.diagonal)
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """The bias that belongs to this layer alone, (out_features,)."""
+        return self._parameters["bias"]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that is added, (out_features,): the layer's own, or the group's."""
+        own = self.own_bias
+        return self.shared.bias if own is None and self.shared is not None else own
 
     @property
     def shared(self) -> SharedLinear | QuantizedSharedLinear:
@@ -267,7 +285,7 @@ class ResidualLinear(nn.Module):
         own initialisation. `B`, `D` and biases are zero and `A` is uniform, as in LoRA (arXiv 2106.09685,
         section 4.1) and PEFT, so that gradients reach `B` at once. Loaded weights are left alone.
         """
-        for zero in (self.lora_B, self.diagonal, self.bias):
+        for zero in (self.lora_B, self.diagonal, self.own_bias):
             if zero is not None:
                 init.zeros_(zero)
         if self.lora_A is not None:
@@ -275,15 +293,7 @@ class ResidualLinear(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.shared(hidden_states, self.lora_A, self.lora_B, self.diagonal, self.bias)
-
-    def merged_weight(self) -> Tensor:
-        """`U + B A + D` as one matrix, (out_features, in_features)."""
-        return compose(self.shared.weight, self.lora_A, self.lora_B, self.diagonal)
-
-    def merged_bias(self) -> Tensor | None:
-        """The bias that is added, (out_features,), the layer's own or the group's."""
-        return self.shared.bias if self.bias is None else self.bias
+        return self.shared(hidden_states, self.lora_A, self.lora_B, self.diagonal, self.own_bias)
 
     def extra_repr(self) -> str:
         """Shape and group for `print(model)`."""
@@ -317,6 +327,11 @@ class LowRankLinear(ResidualLinear):
         """There is no `U`."""
         return None
 
+    @property
+    def weight(self) -> Tensor:
+        """`B A + D` as one matrix, (out_features, in_features)."""
+        return compose(self.lora_B @ self.lora_A, diagonal=self.diagonal)
+
     def reset_parameters(self) -> None:
         """From scratch, `B A` has the variance of LeCun's initialisation, 1 / in_features."""
         super().reset_parameters()
@@ -326,15 +341,7 @@ class LowRankLinear(ResidualLinear):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), by two thin products."""
         rows = hidden_states.flatten(0, -2)
-        output = F.linear(F.linear(rows, self.lora_A), self.lora_B, self.bias)
+        output = F.linear(F.linear(rows, self.lora_A), self.lora_B, self.own_bias)
         if self.diagonal is not None:
             _add_diagonal(output, rows, self.diagonal)
         return output.unflatten(0, hidden_states.shape[:-1])
-
-    def merged_weight(self) -> Tensor:
-        """`B A + D` as one matrix, (out_features, in_features)."""
-        return compose(self.lora_B @ self.lora_A, diagonal=self.diagonal)
-
-    def merged_bias(self) -> Tensor | None:
-        """The bias that is added, (out_features,)."""
-        return self.bias

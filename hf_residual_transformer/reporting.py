@@ -97,7 +97,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
                 dense[component] += parameter.numel()
         if isinstance(module, ResidualLinear):
             dense["shared"] += module.out_features * module.in_features
-            dense["biases"] += 0 if module.merged_bias() is None else module.out_features
+            dense["biases"] += 0 if module.bias is None else module.out_features
     unique["shared"] += quantized.total()
     layers = Count(sum(unique.values()), sum(dense.values()))
     in_floats = layers.unique - quantized.total() + quantized_size(quantized)

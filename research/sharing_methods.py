@@ -24,7 +24,7 @@ from baseline_parts import (
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.conversion import residual_like
 from hf_residual_transformer.compression.fitting import Components, quantize_for, truncate
-from hf_residual_transformer.families import WHISPER, groups_of, role_of
+from hf_residual_transformer.families import WHISPER, groups_of
 from hf_residual_transformer.quantization import BITS
 
 
@@ -145,7 +145,9 @@ def sharing(dense: Any, calibration: Calibration, budget: float, *, calibrated: 
     of equally near ones the most alike.
     """
     matrices = {
-        role_of(path): linear.weight.numel() for (i, path), linear in linears_of(dense).items() if i == 0
+        WHISPER.encoder.role_of(path): linear.weight.numel()
+        for (i, path), linear in linears_of(dense).items()
+        if i == 0
     }
     sizes, fixed = _group_sizes(len(dense.get_encoder().layers)), fixed_parameters(dense)
 

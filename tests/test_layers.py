@@ -90,13 +90,13 @@ def test_low_rank_alone_equals_the_explicit_matrix(shape, rank, diagonal, bias):
     weight = layer.lora_B.detach() @ layer.lora_A.detach()
     for i in range(min(shape) if diagonal else 0):
         weight[i, i] += layer.diagonal.detach()[i]
-    torch.testing.assert_close(layer.merged_weight().detach(), weight)
+    torch.testing.assert_close(layer.weight.detach(), weight)
     weight.requires_grad_()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 5, shape[1], generator=generator, requires_grad=True)
     x_dense = x.detach().clone().requires_grad_()
     cotangent = torch.randn(2, 5, shape[0], generator=generator)
-    y = F.linear(x_dense, weight, layer.merged_bias())
+    y = F.linear(x_dense, weight, layer.bias)
     torch.testing.assert_close(layer(x), y)
     (d_weight, d_x) = torch.autograd.grad(y, (weight, x_dense), cotangent)
     layer(x).backward(cotangent)
@@ -122,7 +122,7 @@ def naive(layer: ResidualLinear, x: torch.Tensor) -> torch.Tensor:
     if layer.diagonal is not None:
         size = len(layer.diagonal)
         y = y + F.pad(layer.diagonal * x[..., :size], (0, layer.out_features - size))
-    bias = layer.merged_bias()
+    bias = layer.bias
     return y if bias is None else y + bias
 
 
@@ -211,8 +211,8 @@ def test_the_merged_weight_is_the_explicit_one_and_leaves_the_components_as_they
     before = copy.deepcopy(module.state_dict())
     for layer in module["layers"]:
         weight, bias = explicit(module, layer)
-        torch.testing.assert_close(layer.merged_weight().detach(), weight)
-        torch.testing.assert_close(layer.merged_bias().detach(), bias)
+        torch.testing.assert_close(layer.weight.detach(), weight)
+        torch.testing.assert_close(layer.bias.detach(), bias)
         layer(torch.ones(1, 12))
     torch.testing.assert_close(dict(module.state_dict()), dict(before), rtol=0, atol=0)
 

@@ -198,8 +198,8 @@ def test_outputs_and_gradients_equal_those_of_the_explicit_dense_model(
                     assert layer.lora_A is None and layer.lora_B is None
                 if layer.diagonal is not None:
                     close(layer.diagonal.grad, twin.weight.grad.diagonal())
-                if layer.bias is not None:
-                    close(layer.bias.grad, twin.bias.grad)
+                if layer.own_bias is not None:
+                    close(layer.own_bias.grad, twin.bias.grad)
     for mine, theirs in ((encoder.layers[i], dense_layers[i]) for i in range(DEPTH)):
         close(mine.final_layer_norm.weight.grad, theirs.final_layer_norm.weight.grad)
     if family == "whisper":
@@ -303,10 +303,10 @@ def test_sharing_shows_in_identity_count_and_effect(family):
         assert [linear.shared is bank[0] for linear in linears] == [True, True, True, False]
         assert linears[3].shared is bank[1]
         assert linears[0].lora_B is not linears[1].lora_B
-        before = [linear.merged_weight().detach() for linear in linears]
+        before = [linear.weight.detach() for linear in linears]
         with torch.no_grad():
             bank[0].weight.add_(1.0)
-        after = [linear.merged_weight().detach() for linear in linears]
+        after = [linear.weight.detach() for linear in linears]
         moved = [float((b - a).mean()) for a, b in zip(before, after, strict=True)]
         assert moved == pytest.approx([1, 1, 1, 0], abs=1e-5)
         assert sum(p.numel() for p in bank.parameters()) == 2 * out_features * in_features
@@ -671,7 +671,7 @@ def test_scratch_layers_of_a_group_start_as_their_u_with_the_dense_classs_spread
     model_class = ResidualWhisperForConditionalGeneration if family == "whisper" else ResidualWav2Vec2ForCTC
     model = model_class(config(residual_config=ResidualConfig(group_size=2, rank=4, diagonal="all"))).eval()
     for path, linear in residual_linears(model):
-        assert torch.equal(linear.merged_weight(), linear.shared.weight), path
+        assert torch.equal(linear.weight, linear.shared.weight), path
         assert float(linear.shared.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
         assert 0 < linear.lora_A.std() < linear.in_features**-0.5
         assert linear.bias is None or not linear.bias.any()
@@ -693,7 +693,7 @@ def test_scratch_layers_without_sharing_start_at_the_scale_of_lecuns_initialisat
         tiny_wav2vec2_config(residual_config=ResidualConfig(None, 16, diagonal="all"))
     )
     for path, linear in residual_linears(model):
-        std = float(linear.merged_weight().detach().std())
+        std = float(linear.weight.detach().std())
         assert std == pytest.approx(linear.in_features**-0.5, rel=0.25), path
         assert not linear.diagonal.any()
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.compression.statistics import Sweep
+from hf_residual_transformer.compression import conversion
 from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
 from hf_residual_transformer.quantization import BLOCK, FEWEST, MOST, dequantize, quantize
 
@@ -256,8 +256,10 @@ def test_a_budget_chooses_bits_by_what_they_leave():
 
 
 def test_statistics_that_fit_into_memory_are_collected_once(monkeypatch):
-    passes, collect = [], Sweep._collect
-    monkeypatch.setattr(Sweep, "_collect", lambda *given: passes.append(given) or collect(*given))
+    passes, collect = [], conversion.collect
+    monkeypatch.setattr(
+        conversion, "collect", lambda *given, **more: passes.append(given) or collect(*given, **more)
+    )
     hrt.ResidualWhisperForConditionalGeneration.from_dense(
         dense_whisper(), calibration=whisper_inputs(), budget=0.29, progress=False
     )

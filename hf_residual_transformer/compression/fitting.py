@@ -1,4 +1,4 @@
-"""The closed forms of the conversion: `U`, `B A` and `D` of a group of layers from their weights and two metrics."""
+"""Step 4: the closed forms that give `U`, `B A` and `D` of a group of layers from their weights and two metrics."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from ..families import WAV2VEC2, WHISPER, Family
+from ..families import WAV2VEC2, WHISPER, Family, frame_mask
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
 from ..speech.transcription import encoder_window, transcribe
@@ -291,11 +291,11 @@ class CTCDistillationTrainer(DistillationTrainer):
         mask = inputs.get("attention_mask")
         if mask is None:
             return None
-        return self.model._get_feature_vector_attention_mask(num_frames, mask, add_adapter=False)
+        return frame_mask(self.model, num_frames, mask)
 
     def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
         mask = inputs.get("attention_mask")
-        return None if mask is None else self.model._get_feature_vector_attention_mask(num_positions, mask)
+        return None if mask is None else frame_mask(self.model, num_positions, mask, adapter=True)
 
     def _count(self, inputs: Mapping[str, Any]) -> Tensor:
         values, mask = inputs["input_values"], inputs.get("attention_mask")

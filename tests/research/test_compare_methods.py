@@ -100,7 +100,7 @@ def modules(model):
 
 
 def weight_of(module):
-    return (module.merged_weight() if isinstance(module, ResidualLinear) else module.weight).detach().double()
+    return module.weight.detach().double()
 
 
 def output_errors(model, dense, calibration, damping=0.0):
