@@ -9,6 +9,7 @@ import torch
 from conftest import Alone, randomize_
 from torch import nn
 from torch.nn import functional as F
+from transformers import WavLMConfig, WavLMModel
 
 from hf_residual_transformer.layers import LowRankLinear, ResidualLinear, SharedLinear, compose
 
@@ -298,3 +299,41 @@ def test_a_compiled_layer_takes_few_and_many_frames():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         gradients = [torch.autograd.grad(y.sum(), (x, layer.lora_A))[0] for y in (expected, found)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_bias", [False, True])
+def test_an_attention_that_reads_weights_instead_of_calling_its_layers_gets_the_right_ones(share_bias):
+    """WavLM's passes `q_proj.weight`, `q_proj.bias`, ... to a function of torch."""
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+        conv_kernel=(10,), conv_stride=(5,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    dense = randomize_(WavLMModel(config))
+    model = copy.deepcopy(dense)
+    paths = ("q_proj", "k_proj", "v_proj", "out_proj")
+    banks = {}
+    for path in paths:
+        bank = nn.ModuleList([SharedLinear(16, 16, bias=share_bias)])
+        banks[path] = randomize_(bank)
+        for index, layer in enumerate(model.encoder.layers):
+            linear = ResidualLinear(bank, 0, rank=2, diagonal=True, bias=not share_bias)
+            for parameter in linear.parameters():
+                nn.init.normal_(parameter)
+            setattr(layer.attention, path, linear)
+            twin = getattr(dense.encoder.layers[index].attention, path)
+            twin.weight.data.copy_(linear.weight)
+            twin.bias.data.copy_(linear.bias)
+    values = torch.randn(2, 100)
+    found, expected = model(values).last_hidden_state, dense(values).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for path in paths:
+        twins = [getattr(layer.attention, path) for layer in dense.encoder.layers]
+        torch.testing.assert_close(banks[path][0].weight.grad, sum(twin.weight.grad for twin in twins))
+        for layer, twin in zip(model.encoder.layers, twins, strict=True):
+            torch.testing.assert_close(
+                getattr(layer.attention, path).diagonal.grad, twin.weight.grad.diagonal()
+            )
