@@ -1,8 +1,7 @@
 """The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
 
-`SharedLinear` holds what a group of layers has in common, `QuantizedSharedLinear` the same in few bits,
-`ResidualLinear` what is one layer's own.
-Where they are put into a model is the business of `modeling.py`.
+`SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
+`ResidualLinear` holds the components that belong to one layer. `modeling.py` puts them into a model.
 """
 
 from __future__ import annotations
@@ -54,22 +53,23 @@ class SharedLinear(nn.Linear):
         return output
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
-        """What holds `U`: the weight, or where it is quantised, `packed` and `scale`."""
+        """The tensors that hold `U`: the weight and None, or where it is quantised, `packed` and `scale`."""
         return self.weight, None
 
 
 class QuantizedSharedLinear(nn.Module):
-    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`). Of it, training moves the scales, as in PEQA
-    (https://arxiv.org/abs/2305.14152, section 3), and the whole numbers stay. It is no `nn.Linear`, so that adapters
-    which would be merged into its weight are refused.
+    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`).
+
+    Training moves the scales and leaves the whole numbers, as in PEQA (https://arxiv.org/abs/2305.14152, section 3).
+    It is not an `nn.Linear`, so that adapters which would be merged into its weight are refused.
 
     Args:
         in_features: a multiple of 32.
         out_features: any number.
         bias: whether the group shares one.
         device: of its tensors.
-        dtype: of scales and bias, and so of the weight that is computed with; float16 loses nothing of the scales that
-            `quantize` finds.
+        dtype: of scales and bias, and so of the dequantised weight. float16 holds the scales that `quantize` finds
+            exactly.
         bits: of each weight, from 2 to 8.
     """
 
@@ -122,8 +122,8 @@ SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
 def quantized_weights(module: nn.Module) -> Counter[int]:
-    """How many weights every `QuantizedSharedLinear` in `module` holds, by bits. To torch, their scales alone are
-    parameters.
+    """Number of weights that the `QuantizedSharedLinear`s in `module` hold, by their bits. For torch, only the scales
+    are parameters.
     """
     found: Counter[int] = Counter()
     for part in module.modules():
@@ -157,9 +157,10 @@ def _add_diagonal(output: Tensor, rows: Tensor, diagonal: Tensor) -> None:
 
 
 class _ComposedLinear(torch.autograd.Function):
-    """`F.linear` with `U + B A + D`, which backward composes anew: kept for every layer, it would take the memory of
-    a dense model's weights. What is kept is what a dense layer keeps, the inputs and parameters. `stored` and `scale`
-    are what holds `U`, `components` what `compose` adds to it.
+    """`F.linear` with `U + B A + D`, which the backward pass composes again.
+
+    Kept for every layer, the composed matrices would take the memory of a dense model's weights. Only the inputs and
+    the parameters are kept, as in a dense layer. `stored` and `scale` hold `U`, and `compose` adds the `components`.
     """
 
     @staticmethod
@@ -171,7 +172,7 @@ class _ComposedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         hidden_states, _, *components = inputs
-        # Under autocast, what a dense layer keeps has the dtype that it computes in.
+        # Under autocast, a dense layer too keeps its inputs in the dtype that it computes in.
         ctx.save_for_backward(hidden_states.to(output.dtype), *components)
 
     @staticmethod
@@ -198,7 +199,7 @@ class _ComposedLinear(torch.autograd.Function):
 
 
 def _full(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """`U` from what holds it."""
+    """`U` from the tensors that hold it, see `SharedLinear.stored`."""
     return stored if scale is None else dequantize(stored, scale)
 
 
@@ -277,7 +278,7 @@ class ResidualLinear(nn.Module):
 
     @property
     def shared(self) -> SharedLinear | QuantizedSharedLinear:
-        """What the group has in common."""
+        """The module with the `U` of the group."""
         return self.__dict__["_shared"][self.group_idx]
 
     def reset_parameters(self) -> None:

@@ -33,7 +33,7 @@ else:
 
 
 class ResidualMixin(DenseModel):
-    """What the residual classes add to their dense ones; to be placed before the dense class in the bases.
+    """Makes a residual class of a dense one; it stands before the dense class in the bases.
 
     `U` of every group is registered on the encoder, as `encoder.shared.<module>.<group>`, and everything
     else keeps the name that it has in the dense model.
@@ -41,7 +41,7 @@ class ResidualMixin(DenseModel):
 
     family: ClassVar[Family]
     config_class: Any
-    processor: Any = None  # what `hrt.compress` leaves here, `save_pretrained` saves
+    processor: Any = None  # set by `hrt.compress`, and saved by `save_pretrained`
     # These classes average their losses themselves, whatever `**kwargs` their forward takes: Trainer must
     # divide by the number of accumulated steps.
     accepts_loss_kwargs = False
@@ -68,7 +68,7 @@ class ResidualMixin(DenseModel):
         return False
 
     def initialize_weights(self) -> None:
-        """The residual components' initialisation, wherever they are nested, and the dense class's."""
+        """Initialises the residual components, wherever they are, and all else as the dense class does."""
         for module in self.modules():
             is_new = not getattr(module, "_is_hf_initialized", False)
             if is_new and isinstance(module, (ResidualLinear, QuantizedSharedLinear)):
@@ -121,7 +121,7 @@ class ResidualMixin(DenseModel):
                 )
         for module in model.modules():
             if isinstance(module, QuantizedSharedLinear) and not module.weight_packed.is_meta:
-                # Not cast as all else may be, it would be what keeps the whole file mapped.
+                # It is not cast to another dtype, so that without a copy it would keep the whole file mapped.
                 module.weight_packed = module.weight_packed.clone()
         return loaded if wants_info else model
 
