@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from .version import __version__
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "jiwer", "soundfile", "numpy")
 
