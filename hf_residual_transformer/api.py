@@ -135,7 +135,8 @@ def distill(
     Args:
         student: a residual model, or the id or folder of one.
         audio: as in `compress`.
-        teacher: the dense model that it was compressed from, or the id or folder of it.
+        teacher: the dense model that it was compressed from, or the id or folder of it. It is frozen, and put into
+            eval mode.
         steps: of the optimizer.
         processor: the student's; by default the one that it has, or that is saved with it.
         split: of the data to train on.
@@ -155,7 +156,7 @@ def distill(
 
     if teacher is None:
         raise ValueError("`teacher` must be the dense model that the student was compressed from, got None")
-    student, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
+    model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
     longest = getattr(processor.feature_extractor, "chunk_length", WINDOW_SECONDS)
@@ -163,22 +164,22 @@ def distill(
     rows = rows_of(audio, processor, split, language=language, text_column=None, options=data_options)
     settings = {
         "max_steps": steps,
-        "learning_rate": default_learning_rate(student, teacher),
+        "learning_rate": default_learning_rate(model, teacher),
         "report_to": "none",
         **training,
     }
-    device, was_training = student.device, student.training
+    device, was_training = model.device, model.training
     with tempfile.TemporaryDirectory() as folder:
         short_distillation(
-            student,
+            model,
             teacher,
-            _as_dataset(rows),
+            list(rows) if isinstance(rows, Iterator) else rows,
             Path(settings.pop("output_dir", folder)),
             collator=WindowCollator(processor, seconds),
             **settings,
         )
-    student.processor = processor
-    return student.to(device).train(was_training)
+    model.processor = processor
+    return model.to(device).train(was_training)
 
 
 def evaluate(
@@ -221,10 +222,10 @@ def evaluate(
     require_extra("speech")
     from .speech.metrics import evaluate_asr
 
-    model, processor = _load_recognizer(model, processor, device=device, dtype=dtype)
+    recognizer, processor = _load_recognizer(model, processor, device=device, dtype=dtype)
     rows = rows_of(data, processor, split, language=language, text_column=text_column, options=data_options)
     return evaluate_asr(
-        model,
+        recognizer,
         processor,
         rows,
         batch_size=batch_size,
@@ -265,7 +266,8 @@ def residual_class_of(dense: PreTrainedModel) -> Any:
         if cls.dense_class() is type(dense):
             return cls
     raise ValueError(
-        f"`model` must be one of {_supported()}, got {type(dense).__name__}, a {dense.config.model_type}"
+        f"`model` must be a dense {' or '.join(_supported())} model, got {type(dense).__name__}, a "
+        f"{dense.config.model_type}"
     )
 
 
@@ -362,11 +364,6 @@ def _shuffled(rows: Any, seed: int) -> Any:
     return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows
 
 
-def _as_dataset(rows: Any) -> Any:
-    """Rows as the Trainer takes them: with a length, or as an `IterableDataset`."""
-    return list(rows) if isinstance(rows, Iterator) else rows
-
-
 def _load_recognizer(
     model: Any, processor: Any, *, device: Any = None, dtype: str = "float32", overrides: Any = None
 ) -> tuple[Any, Any]:
@@ -397,19 +394,22 @@ def _dense_class_for(config: Any, name: str) -> Any:
     known = {cls.dense_class().__name__: cls.dense_class() for cls in residual_classes()}
     # The class's, since a residual model's config calls itself dense.
     model_type = type(config).model_type
-    if not model_type.startswith("residual_"):
-        for architecture in config.architectures or ():
-            if architecture in known:
-                return known[architecture]
-        for auto_class in (AutoModelForSpeechSeq2Seq, AutoModelForCTC):
-            found = auto_class._model_mapping.get(type(config), None)
-            if found is not None and found.__name__ in known and not config.architectures:
-                return found
-    raise ValueError(f"`model` must be one of {_supported()}, got {name!r}, a {model_type}")
+    names = list(config.architectures or ())
+    if not names:
+        mappings: list[Any] = [auto._model_mapping for auto in (AutoModelForSpeechSeq2Seq, AutoModelForCTC)]
+        names = [found.__name__ for mapping in mappings if (found := mapping.get(type(config), None))]
+    for architecture in names if model_type in _supported() else ():
+        if architecture in known:
+            return known[architecture]
+    raise ValueError(
+        f"`model` must be a dense {' or '.join(_supported())} model, got {name!r}, a {model_type} "
+        f"({', '.join(names) or 'of no known class'})"
+    )
 
 
-def _supported() -> str:
-    return ", ".join(sorted(cls.dense_class().__name__ for cls in residual_classes()))
+def _supported() -> list[str]:
+    """Model types that have a residual form."""
+    return sorted({cls.config_class.model_type.removeprefix("residual_") for cls in residual_classes()})
 
 
 def _best_device() -> str:
