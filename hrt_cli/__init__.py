@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 from . import compress, distill, evaluate, finetune, report
@@ -68,7 +69,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         prog=f"hrt {name}",
         usage=module.USAGE,
         description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
         allow_abbrev=False,
     )
     module.add_arguments(parser)

@@ -23,14 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("model", metavar="MODEL", help="a dense model's id on the Hub, or its folder")
     add_output_arguments(what, "folder for the compact model; it must be empty or new")
-    add_data_arguments(parser, split="train")
+    add_data_arguments(parser, split="train", required=False)
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--size", type=float, help="bytes of the encoder's layers, relative to 16 bits (default: 0.34)"
+        "--size", type=float, help="of the encoder's layers in bytes, relative to dense (default: 0.34)"
     )
-    how.add_argument(
-        "--bits", help="most bits of a full matrix, 2 to 8, or none (default: 4, size 0.7 if none)"
-    )
+    how.add_argument("--bits", help="most bits of a full matrix, 2 to 8 or none (default: 4)")
     how.add_argument("--num-windows", type=int, default=16, metavar="N", help="inputs of 30 s (default: 16)")
     how.add_argument("--pack", type=float, default=0.75, help="part of them that joins clips (default: 0.75)")
     how.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)")
@@ -52,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--start", choices=("calibrated", "svd"), default="calibrated", help="svd needs no audio"
     )
-    form.add_argument("--iterations", type=int, metavar="N", help="for groups without a closed form")
+    form.add_argument("--iterations", type=int, metavar="N", help="rounds for groups without a closed form")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import TRAINER_OPTIONS, add_data_arguments, add_output_arguments, require, training_data
+from .options import TRAINER_OPTIONS, add_data_arguments, add_output_arguments, training_data
 
 HELP = "train a compact model towards the dense one"
 USAGE = "hrt distill STUDENT --teacher MODEL --audio DATA --out DIR [options]"
@@ -23,7 +23,7 @@ LOSSES = ("hidden_weight", "final_weight", "logits_weight", "labels_weight", "te
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("student", metavar="STUDENT", help="folder or id of a model as from `hrt compress`")
-    what.add_argument("--teacher", metavar="MODEL", help="folder or id of the model that it was made from")
+    what.add_argument("--teacher", required=True, metavar="MODEL", help="folder or id of its dense model")
     add_output_arguments(what, "folder for the trained model; it must be empty or new")
     data = add_data_arguments(parser, split="train", texts="transcripts, for --labels-weight (default: text)")
     add_training_data_arguments(data)
@@ -54,9 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_residual_transformer.training.arguments import DistillationArguments
     from hf_residual_transformer.training.running import run_distillation
 
-    require(args, "teacher", "audio")
     losses = {name: value for name in LOSSES if (value := getattr(args, name)) is not None}
-    args.training_args.output_dir = args.training_args.output_dir or args.output_dir
     run_distillation(
         args.student,
         args.teacher,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_data_arguments, add_output_arguments, data_options, described_data, require
+from .options import add_data_arguments, add_output_arguments, data_options, described_data
 
 HELP = "measure word error rates"
 USAGE = "hrt evaluate MODEL --audio DATA [options]"
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hf_residual_transformer.api import evaluate, require_extra
 
-    require(args, "audio")
     require_extra("speech")
     from transformers import set_seed
 

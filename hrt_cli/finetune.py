@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from .distill import add_training_data_arguments
-from .options import TRAINER_OPTIONS, add_data_arguments, add_output_arguments, require, training_data
+from .options import TRAINER_OPTIONS, add_data_arguments, add_output_arguments, training_data
 
 HELP = "train a model on transcripts"
 USAGE = "hrt finetune MODEL --audio DATA --out DIR [options]"
@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> None:
     from hf_residual_transformer.folders import prepare_output_dir
     from hf_residual_transformer.training.running import run_ctc_finetuning, run_seq2seq_finetuning
 
-    require(args, "audio")
     resume = args.training_args.resume_from_checkpoint is not None
     prepare_output_dir(args.training_args.output_dir, args.overwrite, resume=resume)
     is_whisper = AutoConfig.from_pretrained(args.model).is_encoder_decoder

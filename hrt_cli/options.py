@@ -12,7 +12,10 @@ from typing import Any
 OPTION_FILES = (".json", ".yaml", ".yml")
 # The models that research/pretrained.py makes from pinned packages.
 PACKAGED_MODELS = ("openai/whisper-base", "openai/whisper-tiny.en")
-TRAINER_OPTIONS = "Trainer options: any option of transformers TrainingArguments may follow, e.g. --bf16; `--help-trainer` lists them"
+TRAINER_OPTIONS = (
+    "Trainer options: any option of transformers TrainingArguments may follow, e.g. --bf16; "
+    "`--help-trainer` lists them"
+)
 # Options of `load_speech_dataset` by the names that they have on the command line.
 DATA_OPTIONS = {
     "config": "config_name",
@@ -26,14 +29,16 @@ DATA_OPTIONS = {
 }
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, split: str, texts: str | None = None) -> Any:
+def add_data_arguments(
+    parser: argparse.ArgumentParser, *, split: str, texts: str | None = None, required: bool = True
+) -> Any:
     """The group of options that say which recordings are read; `texts` says what transcripts are for."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--audio", metavar="DATA", help="folder or table of recordings, or a data set's id on the Hub"
+        "--audio", required=required, metavar="DATA", help="folder or table of recordings, or data set id"
     )
     group.add_argument("--split", default=split, help=f"split of the data (default: {split})")
-    group.add_argument("--language", help="such as en: keeps its clips, or says what all clips are in")
+    group.add_argument("--language", help="such as en; keeps its clips alone")
     if texts is not None:
         group.add_argument("--text-column", default="text", metavar="NAME", help=texts)
     group.add_argument("--config", metavar="NAME", help="configuration of a data set on the Hub")
@@ -90,13 +95,6 @@ def training_data(args: argparse.Namespace) -> Any:
         text_column=args.text_column,
         **options,
     )
-
-
-def require(args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for options that this run needs and lacks."""
-    for name in names:
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is needed; --help tells what it takes")
 
 
 def expand(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
@@ -165,7 +163,7 @@ def explain(error: Exception, words: Sequence[str]) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and "huggingface.co" in text:
         for name in PACKAGED_MODELS:
-            if name in words:
+            if any(name in word for word in words):
                 return (
                     f"{name} cannot be loaded from the Hub. Without a hub, `python research/pretrained.py {name}` in "
                     "a clone of the repository prints a folder with the same weights from pinned packages; name that "
