@@ -4,4 +4,5 @@ import sys
 
 from . import main
 
+sys.argv[0] = "hrt"  # for the command that is written beside a figure
 sys.exit(main())

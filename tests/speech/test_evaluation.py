@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import (
     randomize_,
@@ -23,7 +20,7 @@ from conftest import (
     whisper_processor,
 )
 from torch import nn
-from transformers import Wav2Vec2ForCTC, WhisperForConditionalGeneration
+from transformers import Wav2Vec2ForCTC
 
 from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
 from hf_residual_transformer.folders import prepare_output_dir
@@ -31,7 +28,6 @@ from hf_residual_transformer.provenance import portable, provenance
 from hf_residual_transformer.speech.metrics import error_rates, evaluate_asr
 from hf_residual_transformer.training.arguments import DataArguments, parse_args
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 RATE = 16_000
 
 
@@ -245,16 +241,6 @@ class TestTracing:
         assert json.loads(json.dumps(found)) == found
 
 
-def load_script(name: str, monkeypatch):
-    """A script as a module that does not run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @dataclass
 class Options:
     """Options of every kind."""
@@ -330,29 +316,3 @@ class TestCommandLine:
         assert len(rows) == 2
         assert rows[0]["audio"]["sampling_rate"] == 8000
         assert "text" not in DataArguments(max_samples=1).load("train", RATE, with_text=False)[0]
-
-    @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
-    def test_the_evaluate_script_writes_its_results_and_overwrites_nothing(
-        self, tmp_path, monkeypatch, family
-    ):
-        torch.manual_seed(0)
-        if family == "whisper":
-            model, processor = WhisperForConditionalGeneration(tiny_whisper_config()), whisper_processor()
-            model.generation_config = whisper_generation_config()
-        else:
-            model, processor = Wav2Vec2ForCTC(tiny_wav2vec2_config()), wav2vec2_processor(tmp_path)
-        model.save_pretrained(tmp_path / "model")
-        processor.save_pretrained(tmp_path / "model")
-        soundfile.write(tmp_path / "one.wav", row("a")["audio"]["array"], RATE)
-        (tmp_path / "data.csv").write_text("file_name,text\none.wav,a bad cab\none.wav,bed\n")
-        words = ["--model", tmp_path / "model", "--dataset", tmp_path / "data.csv", "--split", "all"]
-        words += ["--language", "en", "--output_dir", tmp_path / "out", "--max_new_tokens", "4"]
-        monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", *map(str, words)])
-        script = load_script("evaluate", monkeypatch)
-        script.main()
-        saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-        assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
-        assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
-        assert saved["command"].startswith("scripts/evaluate.py --model model --dataset data.csv")
-        with pytest.raises(FileExistsError, match="already holds files"):
-            script.main()
