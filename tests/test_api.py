@@ -154,7 +154,7 @@ class TestCompress:
 
     def test_what_it_cannot_take_is_named(self, compact, compressed, tmp_path):
         processor = whisper_processor()
-        with pytest.raises(ValueError, match="`processor` must be the model's where a model is given"):
+        with pytest.raises(ValueError, match=r"`processor` must be the model's where a model is given"):
             hrt.compress(whisper(), rows())
         with pytest.raises(ValueError, match="dense model, got ResidualWhisper.*merge"):
             hrt.compress(compact, rows(), processor=processor)

@@ -135,7 +135,8 @@ class TestHelp:
         stated = {}
         for name in ("compress", "distill"):
             text = " ".join(hrt_cli.command_parser(name).format_help().split())
-            stated |= dict(re.findall(r"--([\w-]+) \w+ [^(]*?\(default: ([\d.]+)", text))
+            for option in text.split(" --"):
+                stated |= dict(re.findall(r"^([\w-]+) .*\(default: ([\d.]+)\)", option))
         losses = DistillationArguments()
         assert float(stated["size"]) == BUDGETS[BITS]
         assert int(stated["bits"]) == BITS
