@@ -7,14 +7,14 @@ import platform
 import re
 import shlex
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
+from .version import __version__
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "jiwer", "soundfile", "numpy")
 
@@ -36,7 +36,7 @@ def provenance() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

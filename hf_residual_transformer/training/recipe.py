@@ -14,9 +14,31 @@ from ..layers import quantized_weights
 from ..speech.transcription import transcribe
 from ..speech.windows import WindowCollator
 from .arguments import RecipeArguments
-from .trainers import Seq2SeqDistillationTrainer
+from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 WINDOW_SECONDS = 10.0
+# Values of wav2vec2's config with which a student runs as its teacher does.
+WITHOUT_NOISE: dict[str, Any] = {
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+}
+
+
+def trainer_class_for(model: Any) -> type[DistillationTrainer]:
+    """The Trainer that distils `model`, a sequence-to-sequence model or one with CTC."""
+    return Seq2SeqDistillationTrainer if model.config.is_encoder_decoder else CTCDistillationTrainer
+
+
+def default_learning_rate(student: Any, teacher: Any) -> float:
+    """`learning_rate_for` the encoders of `student` and `teacher`."""
+    family = trainer_class_for(student).family
+    encoders = [family.find_encoder(model) for model in (student, teacher)]
+    return learning_rate_for(relative_size(*encoders), mean_bits(student))
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:
@@ -74,7 +96,7 @@ def short_distillation(
     collator: Any,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Distils a Whisper without labels.
+    """Distils a model without labels.
 
     Args:
         rows: a list or data set of clips.
@@ -85,7 +107,7 @@ def short_distillation(
     Returns:
         The Trainer's log.
     """
-    trainer = Seq2SeqDistillationTrainer(
+    trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,
         args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
