@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .configuration import ResidualConfig
-from .reporting import parameter_report
+from .reporting import size_report
 from .wav2vec2 import (
     ResidualWav2Vec2Config,
     ResidualWav2Vec2ForAudioFrameClassification,
@@ -57,7 +57,7 @@ __all__ = [
     "ResidualWhisperForConditionalGeneration",
     "ResidualWhisperModel",
     "__version__",
-    "parameter_report",
+    "size_report",
 ]
 
 for _config, _auto_classes in (

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..configuration import ResidualConfig
 from ..families import Family, role_of
 from ..quantization import BLOCK, FEWEST
-from ..reporting import parameter_report, quantized_size
+from ..reporting import quantized_size, size_report
 from .fitting import rounded
 from .statistics import TINY, Group, Statistics, Sweep, metric_of, parallel_sum
 
@@ -105,13 +105,13 @@ def spend(
         model: a residual model of `residual_config`, for the parameters that do not depend on either.
         options: group sizes and bits to choose from, by module path.
         sweep: the calibration, over all groups that they make.
-        budget: unique / dense parameters of the encoder's layers, as `parameter_report` counts; with a quantised `U`,
+        budget: unique / dense parameters of the encoder's layers, as `size_report` counts; with a quantised `U`,
             their bytes.
 
     Raises:
         ValueError: when the parameters that do not depend on ranks alone are more.
     """
-    report = parameter_report(model)
+    report = size_report(model)
     by_rank = sum(report.components[name].unique for name in ("lora", "shared"))
     left = budget * report.encoder.dense - (report.encoder.unique - by_rank)
     layers = family.find_encoder(dense).layers

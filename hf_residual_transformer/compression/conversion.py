@@ -26,7 +26,7 @@ from ..configuration import ResidualConfig
 from ..families import Family, role_of
 from ..modeling import ResidualMixin
 from ..quantization import BITS
-from ..reporting import ConversionReport, ModuleError, parameter_report
+from ..reporting import ConversionReport, ModuleError, size_report
 from .alignment import aligned_neurons
 from .allocation import Options, open_options, spend
 from .fitting import ITERATIONS, fit_group
@@ -195,7 +195,7 @@ def _within_budget(
     with torch.device("meta"):
         model = residual_class(cls.config_class.from_dense_config(dense.config, unranked))
     if residual_config is None:
-        scarce = parameter_report(model).encoder_bytes.ratio > budget
+        scarce = size_report(model).encoder_bytes.ratio > budget
         options = dict.fromkeys(cls.family.modules, open_options(shared_bits, scarce))
     else:
         options = _options(cls.family, residual_config)

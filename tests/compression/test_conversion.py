@@ -429,9 +429,9 @@ def test_a_budget_is_met_and_spent_better_than_equal_ranks_spend_it(group_size):
     config = hrt.ResidualConfig(group_size=group_size, rank=7, diagonal="none")
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     equal = from_dense(dense, config, calibration=inputs, progress=False)
-    budget = hrt.parameter_report(equal).encoder.ratio
+    budget = hrt.size_report(equal).encoder.ratio
     chosen = from_dense(dense, config, calibration=inputs, budget=budget, progress=False)
-    ratio = hrt.parameter_report(chosen).encoder.ratio
+    ratio = hrt.size_report(chosen).encoder.ratio
     assert budget - 0.02 < ratio <= budget
     with torch.no_grad():
         states = [model.get_encoder()(inputs).last_hidden_state for model in (dense, equal, chosen)]
@@ -444,7 +444,7 @@ def test_without_settings_a_budget_chooses_them(bits, budget):
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     options = {"calibration": whisper_inputs(), "progress": False, "shared_bits": bits}
     model = from_dense(dense_whisper(), **options)
-    assert budget - 0.03 < hrt.parameter_report(model).encoder_bytes.ratio <= budget
+    assert budget - 0.03 < hrt.size_report(model).encoder_bytes.ratio <= budget
     assert_same_function(model, from_dense(dense_whisper(), budget=budget, **options))
     options["start"] = "svd"
     assert from_dense(dense_whisper(), **options).config.residual_config == hrt.ResidualConfig()
@@ -521,7 +521,7 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
     assert chosen.group_size["fc1"] == 2
     assert chosen.group_size["fc2"] is None
     assert chosen.diagonal == "none"
-    assert 0.58 < hrt.parameter_report(model).encoder.ratio <= 0.6
+    assert 0.58 < hrt.size_report(model).encoder.ratio <= 0.6
     ranks = {linear.rank for layer in model.model.encoder.layers for linear in (layer.fc1, layer.fc2)}
     assert ranks == {0, 1}  # nothing is spent where nothing is lacking
 
