@@ -138,7 +138,7 @@ def write_model_card(
         chosen=chosen,
         wer=evaluations[chosen],
         measured="\n".join(table),
-        conditions=f"All were measured on {dataset} with greedy decoding and Whisper's normaliser, on "
+        conditions=f"All figures were measured on {dataset} with greedy decoding and Whisper's normaliser, on "
         f"{hardware['cpu']} with {hardware['threads']} threads, transformers {details['versions']['transformers']} and "
         f"torch {details['versions']['torch']}.",
         made_by=f"`python {details['command']}` of hf-residual-transformer "
