@@ -26,7 +26,7 @@ from transformers import (
 
 from .api import compress, distill, evaluate
 from .configuration import ResidualConfig
-from .reporting import parameter_report
+from .reporting import size_report
 from .version import __version__
 from .wav2vec2 import (
     ResidualWav2Vec2Config,
@@ -61,7 +61,7 @@ __all__ = [
     "compress",
     "distill",
     "evaluate",
-    "parameter_report",
+    "size_report",
 ]
 
 for _config, _auto_classes in (

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     require_extra("speech")
     import torch
 
-    from hf_residual_transformer import parameter_report
+    from hf_residual_transformer import size_report
     from hf_residual_transformer.folders import (
         model_bytes,
         prepare_output_dir,
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         iterations=args.iterations,
         **options,
     )
-    parameters = parameter_report(model)
+    parameters = size_report(model)
     print(model.conversion_report, parameters, sep="\n\n")
     model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
     save_processor(processor, output_dir)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hf_residual_transformer import parameter_report
+    from hf_residual_transformer import size_report
     from hf_residual_transformer.api import load_model
 
-    print(parameter_report(load_model(args.model)))
+    print(size_report(load_model(args.model)))

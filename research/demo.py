@@ -192,7 +192,7 @@ def main() -> None:
             budget=args.budget or None,
             shared_bits=None if args.shared_bits == "none" else BITS,
         )
-        report, parameters = model.conversion_report, hrt.parameter_report(model)
+        report, parameters = model.conversion_report, hrt.size_report(model)
         report.plot(output / "conversion.png")
         print(report, parameters, sep="\n\n")
     evaluations["converted"] = evaluate("converted", model)
@@ -243,7 +243,8 @@ def main() -> None:
         data=CALIBRATED_ON,
         dataset=TESTED_ON,
         rows=rows,
-        wer=evaluations["distilled"].wer,
+        evaluations={name: evaluation.wer for name, evaluation in evaluations.items()},
+        chosen="distilled",
         details=details,
         distilled=True,
         language=["en"],

@@ -65,7 +65,7 @@ from transformers import AutoModelForSpeechSeq2Seq
 model = AutoModelForSpeechSeq2Seq.from_pretrained(sys.argv[1])
 assert isinstance(model, hrt.ResidualWhisperForConditionalGeneration)
 model(torch.zeros(1, 16, 100, dtype=model.dtype), decoder_input_ids=torch.tensor([[1]]))
-print(hrt.parameter_report(model))
+print(hrt.size_report(model))
 for verb in (hrt.compress, hrt.evaluate, hrt.distill):
     try:
         verb(model, [])
@@ -99,7 +99,7 @@ def test_missing_packages_are_named():
 class TestCompress:
     def test_a_model_with_its_processor_becomes_the_residual_class_of_its_own(self, compact):
         assert type(compact) is hrt.ResidualWhisperForConditionalGeneration
-        assert hrt.parameter_report(compact).encoder_bytes.ratio <= 0.5
+        assert hrt.size_report(compact).encoder_bytes.ratio <= 0.5
         assert compact.config.residual_config.shared_bits == 4
         assert compact.processor.tokenizer
         assert not compact.training
@@ -129,7 +129,7 @@ class TestCompress:
         model = hrt.compress(dense_wav2vec2, str(SAMPLE), bits=None, device="cpu", **options)
         assert type(model) is hrt.ResidualWav2Vec2ForCTC
         assert model.config.residual_config.shared_bits is None
-        assert 0.5 < hrt.parameter_report(model).encoder.ratio <= 0.7
+        assert 0.5 < hrt.size_report(model).encoder.ratio <= 0.7
 
     def test_a_data_set_is_taken_as_it_is_loaded_or_with_its_audio_undecoded(self):
         loaded = load_speech_dataset(SAMPLE, text_column=None, language="en", max_seconds=1.0, max_samples=6)

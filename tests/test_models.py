@@ -41,10 +41,11 @@ from hf_residual_transformer import (
     ResidualWhisperForAudioClassification,
     ResidualWhisperForConditionalGeneration,
     ResidualWhisperModel,
-    parameter_report,
+    size_report,
 )
 from hf_residual_transformer.layers import ResidualLinear, SharedLinear
 from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.reporting import format_bytes
 
 FAMILIES = ["whisper", "wav2vec2"]
 DEPTH = 4
@@ -231,7 +232,7 @@ def test_low_rank_without_sharing_equals_the_explicit_dense_model(
             torch.testing.assert_close(parameter.grad, grads[name])
         assert (linear.bias is None) == (twin.bias is None)
     assert not any("shared" in key for key in model.state_dict())
-    assert parameter_report(model).components["shared"].unique == 0
+    assert size_report(model).components["shared"].unique == 0
     model.float()
     assert_same_outputs(model, model.merge(), family)
     model.save_pretrained(tmp_path)
@@ -270,7 +271,7 @@ def test_a_dict_of_group_sizes_shares_only_what_it_names():
     assert type(encoder.layers[0].self_attn.q_proj) is nn.Linear
     assert encoder.layers[2].fc2.shared is encoder.layers[0].fc2.shared is not encoder.layers[3].fc2.shared
     assert_same_outputs(model, model.merge(), "whisper")
-    count = parameter_report(model).components
+    count = size_report(model).components
     assert count["shared"].unique == 3 * 32 * 64 and count["shared"].dense == 8 * 32 * 64
     assert count["other"].unique == count["other"].dense == 16 * 32 * 32
 
@@ -313,7 +314,7 @@ def test_sharing_shows_in_identity_count_and_effect(family):
     biases = 3 if family == "whisper" else 4  # Whisper's keys have none
     matrices = 4 * 32 * 32 + 2 * 32 * 64
     per_layer = 4 * 2 * (32 + 32) + 2 * 2 * (32 + 64) + 4 * 32 + (biases * 32 + 64 + 32) + 2 * 2 * 32
-    report = parameter_report(model)
+    report = size_report(model)
     assert report.encoder.unique == 2 * matrices + 4 * per_layer
     assert report.encoder.dense == 4 * (matrices + biases * 32 + 64 + 32 + 2 * 2 * 32)
     dense = model.merge()
@@ -322,12 +323,45 @@ def test_sharing_shows_in_identity_count_and_effect(family):
 
 
 def test_the_report_prints_counts_and_refuses_models_without_residual_layers():
-    report = parameter_report(build("whisper"))
+    report = size_report(build("whisper"))
     assert json.loads(json.dumps(report.to_dict()))["encoder"]["ratio"] == report.encoder.ratio
     assert sum(count.unique for count in report.components.values()) == report.encoder.unique
     assert f"{report.encoder.unique:,}" in str(report) and f"{report.encoder.ratio:.1%}" in str(report)
+    assert list(report.to_dict()) == ["model_bytes", "encoder_bytes", "model", "encoder"]
+    for name in ("model_bytes", "encoder_bytes"):
+        assert report.to_dict()[name] == getattr(report, name).to_dict()
     with pytest.raises(ValueError, match="`model` must have residual layers, got WhisperModel"):
-        parameter_report(WhisperModel(tiny_whisper_config()))
+        size_report(WhisperModel(tiny_whisper_config()))
+
+
+def test_the_report_leads_with_the_bytes_of_the_whole_model():
+    report = size_report(build("whisper"))
+    header, whole, layers, _, parameters, *_ = str(report).splitlines()
+    assert header.split() == ["bytes", "when", "saved", "compressed", "dense", "ratio"]
+    assert whole.startswith("whole model") and whole.endswith(f"{report.model_bytes.ratio:.1%}")
+    assert f"{report.model_bytes.unique / 1e3:,.1f} kB" in whole
+    assert f"{report.encoder_bytes.dense / 1e3:,.1f} kB" in layers
+    assert parameters.split() == ["parameters", "compressed", "dense", "ratio"]
+    assert [format_bytes(number) for number in (999_949, 1e6, 105_260_000)] == [
+        "999.9 kB",
+        "1.0 MB",
+        "105.3 MB",
+    ]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reported_bytes_of_the_model_are_those_of_the_saved_tensors(family, bits, tmp_path):
+    model = build(family, ResidualConfig(group_size=2, rank=3, shared_bits=bits))
+    report = size_report(model)
+    model.half().save_pretrained(tmp_path / "residual")
+    model.merge().save_pretrained(tmp_path / "dense")
+    assert report.model_bytes.unique == tensor_bytes(tmp_path / "residual" / "model.safetensors")
+    assert report.model_bytes.dense == tensor_bytes(tmp_path / "dense" / "model.safetensors")
+
+
+def tensor_bytes(path):
+    return sum(tensor.nbytes for tensor in load_file(path).values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

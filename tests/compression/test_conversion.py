@@ -455,9 +455,9 @@ def test_a_budget_is_met_and_spent_better_than_equal_ranks_spend_it(group_size):
     config = hrt.ResidualConfig(group_size=group_size, rank=7, diagonal="none")
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     equal = from_dense(dense, config, calibration=inputs, progress=False)
-    budget = hrt.parameter_report(equal).encoder.ratio
+    budget = hrt.size_report(equal).encoder.ratio
     chosen = from_dense(dense, config, calibration=inputs, budget=budget, progress=False)
-    ratio = hrt.parameter_report(chosen).encoder.ratio
+    ratio = hrt.size_report(chosen).encoder.ratio
     assert budget - 0.02 < ratio <= budget
     with torch.no_grad():
         states = [model.get_encoder()(inputs).last_hidden_state for model in (dense, equal, chosen)]
@@ -470,7 +470,7 @@ def test_without_settings_a_budget_chooses_them(bits, budget):
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     options = {"calibration": whisper_inputs(), "progress": False, "shared_bits": bits}
     model = from_dense(dense_whisper(), **options)
-    assert budget - 0.03 < hrt.parameter_report(model).encoder_bytes.ratio <= budget
+    assert budget - 0.03 < hrt.size_report(model).encoder_bytes.ratio <= budget
     assert_same_function(model, from_dense(dense_whisper(), budget=budget, **options))
     options["start"] = "svd"
     assert from_dense(dense_whisper(), **options).config.residual_config == hrt.ResidualConfig()
@@ -550,7 +550,7 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
     assert chosen.group_size["fc1"] == 2
     assert chosen.group_size["fc2"] is None
     assert chosen.diagonal == "none"
-    assert 0.58 < hrt.parameter_report(model).encoder.ratio <= 0.6
+    assert 0.58 < hrt.size_report(model).encoder.ratio <= 0.6
     ranks = {linear.rank for layer in model.model.encoder.layers for linear in (layer.fc1, layer.fc2)}
     assert ranks == {0, 1}  # nothing is spent where nothing is lacking
 
@@ -755,7 +755,7 @@ def test_parameters_without_ranks_are_counted_as_the_report_counts_them(diagonal
     dense = dense_whisper()
     config = hrt.ResidualConfig(group_size=3, rank=2, diagonal=diagonal, share_biases=share_biases)
     source = LayerStack(WHISPER.encoder, dense)
-    report = hrt.parameter_report(residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, config))
+    report = hrt.size_report(residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, config))
     ranked = sum(report.components[name].unique for name in ("lora", "shared"))
     options = options_of(source, config)
     assert unranked_parameters(source, config, options) == report.encoder.unique - ranked
