@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from .modeling import ResidualMixin
 from .quantization import BITS
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from .configuration import ResidualConfig
     from .speech.metrics import EvaluationResult
 
+logger = logging.get_logger(__name__)
 SHUFFLE_BUFFER = 200  # clips of a stream
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
@@ -122,6 +126,7 @@ def distill(
     steps: int = 60,
     processor: Any = None,
     split: str = "train",
+    validation: Any = None,
     language: str | None = None,
     data_options: Mapping[str, Any] | None = None,
     window_seconds: float | None = None,
@@ -140,6 +145,8 @@ def distill(
         steps: of the optimizer.
         processor: the student's; by default the one that it has, or that is saved with it.
         split: of the data to train on.
+        validation: recordings that are not trained on, such as the name of another split of `audio`, or rows. The
+            student keeps its weights where the loss on them does not fall, and a warning says so.
         language: as in `compress`.
         data_options: as in `compress`.
         window_seconds: length of the windows that whole clips are packed into, by default 10 seconds.
@@ -161,7 +168,12 @@ def distill(
         teacher = load_model(teacher)
     longest = getattr(processor.feature_extractor, "chunk_length", WINDOW_SECONDS)
     seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
-    rows = rows_of(audio, processor, split, language=language, text_column=None, options=data_options)
+    read = partial(rows_of, processor=processor, language=language, text_column=None, options=data_options)
+    rows = read(audio, split=split)
+    if isinstance(validation, str) and isinstance(audio, str | Path):
+        validation = read(audio, split=validation)
+    elif validation is not None:
+        validation = read(validation, split="validation")
     settings = {
         "max_steps": steps,
         "learning_rate": default_learning_rate(model, teacher),
@@ -170,13 +182,19 @@ def distill(
     }
     device, was_training = model.device, model.training
     with tempfile.TemporaryDirectory() as folder:
-        short_distillation(
+        outcome = short_distillation(
             model,
             teacher,
             list(rows) if isinstance(rows, Iterator) else rows,
             Path(settings.pop("output_dir", folder)),
             collator=WindowCollator(processor, seconds),
+            validation=list(validation) if isinstance(validation, Iterator) else validation,
             **settings,
+        )
+    if not outcome.is_kept:
+        logger.warning(
+            f"the student keeps its weights: the loss on the validation clips did not fall in {steps} steps "
+            f"({outcome.loss_before:.4f} before, {outcome.loss_after:.4f} after)"
         )
     model.processor = processor
     return model.to(device).train(was_training)

@@ -5,6 +5,7 @@ compared.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,26 @@ class TranscribingCollator:
         return {**batch, "labels": self.labels[key]}
 
 
+@dataclass(frozen=True)
+class DistillationOutcome:
+    """The result of a short distillation.
+
+    Args:
+        log: the Trainer's log.
+        loss_before: the loss on the validation clips before the first step; None without such clips.
+        loss_after: the same after the last step.
+    """
+
+    log: list[dict[str, Any]]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the student has the trained weights: the loss on the validation clips fell, or there are none."""
+        return self.loss_before is None or self.loss_after is None or self.loss_after < self.loss_before
+
+
 def short_distillation(
     student: Any,
     teacher: Any,
@@ -94,25 +115,35 @@ def short_distillation(
     folder: Path,
     *,
     collator: Any,
+    validation: Any = None,
     **options: Any,
-) -> list[dict[str, Any]]:
-    """Distils a model without labels.
+) -> DistillationOutcome:
+    """Distils a model without labels. Where the loss on `validation` does not fall, the student stays as it was.
 
     Args:
+        student: the model that learns.
+        teacher: the dense model.
         rows: a list or data set of clips.
-        folder: for what the Trainer leaves.
-        collator: makes batches of them.
+        folder: the folder for the Trainer's files.
+        collator: makes batches of the clips.
+        validation: clips that are not trained on, to decide whether the result is kept; None keeps it in any case.
         options: of `RecipeArguments`.
-
-    Returns:
-        The Trainer's log.
     """
     trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,
         args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
         train_dataset=rows,
+        eval_dataset=validation,
         data_collator=collator,
     )
+    if validation is None:
+        trainer.train()
+        return DistillationOutcome(trainer.state.log_history)
+    start = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    return trainer.state.log_history
+    outcome = DistillationOutcome(trainer.state.log_history, before, trainer.evaluate()["eval_loss"])
+    if not outcome.is_kept:
+        student.load_state_dict(start)
+    return outcome
