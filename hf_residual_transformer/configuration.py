@@ -1,4 +1,4 @@
-"""`ResidualConfig`: which weights encoder layers share and which they keep. A model's config has it as `residual_config`.
+"""`ResidualConfig` says which weights encoder layers share; the config of a model has it as `residual_config`.
 
 Equation and published settings: Wang & Li, ICASSP 2024, section 2 (https://arxiv.org/abs/2310.02489).
 `families.py` lists the modules of each family. Shapes are checked when the model is built.
