@@ -1,4 +1,4 @@
-"""`ResidualConfig`: the weights that encoder layers share, and those that each keeps. It is part of a model's config.
+"""`ResidualConfig` says which weights encoder layers share; the config of a model has it as `residual_config`.
 
 Equation and published settings: Wang & Li, ICASSP 2024, section 2 (https://arxiv.org/abs/2310.02489).
 `families.py` lists the modules of each family. Shapes are checked when the model is built.

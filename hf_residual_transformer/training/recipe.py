@@ -1,6 +1,4 @@
-"""The recipe of a short distillation: the default of `distill.py`, in the demo, and given to all methods that are
-compared.
-"""
+"""The recipe of a short distillation, which `distill.py`, the demo and the comparison of methods use."""
 
 from __future__ import annotations
 
@@ -43,26 +41,27 @@ def default_learning_rate(student: Any, teacher: Any) -> float:
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:
-    """The peak learning rate that a few hundred steps bear, which is lower the nearer a start is to dense (measured in
-    docs/LOG.md).
+    """The peak learning rate for a distillation of a few hundred steps.
+
+    The nearer the student starts to the dense model, the lower the best rate is (measured in docs/LOG.md).
 
     Args:
-        size: parameters of the encoder relative to dense, quantised weights among them.
-        bits: mean of the quantised ones, or None. Each bit more leaves a third of the rate, but not less than
-            that by size.
+        size: the number of the encoder's parameters, quantised weights included, divided by the dense number.
+        bits: the mean number of bits of the quantised weights; None if no weight is quantised. Each further bit divides
+            the rate by three, down to the rate that follows from `size`.
     """
     by_size = 1e-5 * 10 ** ((0.7 - size) / 0.36)
     return by_size if bits is None else max(by_size, 1e-5 * 3 ** (3 - bits))
 
 
 def mean_bits(model: Any) -> float | None:
-    """Of the weights that are quantised, or None where none is."""
+    """The mean number of bits of the quantised weights in `model`; None if no weight is quantised."""
     weights = quantized_weights(model)
     return sum(bits * number for bits, number in weights.items()) / weights.total() if weights else None
 
 
 def relative_size(student: Any, teacher: Any) -> float:
-    """Of two encoders, as `learning_rate_for` takes it."""
+    """The number of parameters of a student's encoder divided by that of its teacher, for `learning_rate_for`."""
     sizes = [
         quantized_weights(encoder).total() + sum(parameter.numel() for parameter in encoder.parameters())
         for encoder in (student, teacher)
@@ -71,8 +70,13 @@ def relative_size(student: Any, teacher: Any) -> float:
 
 
 class TranscribingCollator:
-    """A collator for batches with the teacher's transcriptions, each made once: for several students that see the same
-    batches.
+    """Makes batches whose labels are the teacher's transcripts.
+
+    Each batch is transcribed once, which saves time if several students see the same batches.
+
+    Args:
+        teacher: a Whisper for generation.
+        collator: makes the batches without labels.
     """
 
     def __init__(self, teacher: Any, collator: WindowCollator) -> None:
