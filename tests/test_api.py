@@ -180,7 +180,6 @@ class TestCompress:
             data = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"audio": ["a.wav"]})})
             hrt.compress(whisper(), data, processor=processor)
 
-    @pytest.mark.xfail(strict=False, reason="save_pretrained does not write the processor yet")
     def test_the_processor_is_saved_with_the_model(self, compact, tmp_path):
         compact.save_pretrained(tmp_path)
         assert AutoProcessor.from_pretrained(tmp_path).feature_extractor.chunk_length == 1

@@ -207,12 +207,14 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        """Evaluates as `Trainer` does, but returns only the loss if only encoder states are compared."""
+        """Evaluates as `Trainer` does, but gives only the loss where a batch has no labels or states are compared."""
+        inputs = dict(self._prepare_inputs(inputs))
         if not self.states_alone:
-            inputs = {**self._with_labels(self._prepare_inputs(inputs))}
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            inputs = dict(self._with_labels(inputs))
+            if inputs.get("labels") is not None:
+                return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs as `Trainer` does, and adds the mean of each loss since the last log."""

@@ -1,4 +1,4 @@
-"""Whole tiny models against dense ones with explicit matrices; saving, loading, what dense classes do."""
+"""The contract that every family keeps: tiny models against dense ones with explicit matrices; saving and loading."""
 
 from __future__ import annotations
 
