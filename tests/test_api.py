@@ -156,7 +156,7 @@ class TestCompress:
         processor = whisper_processor()
         with pytest.raises(ValueError, match=r"`processor` must be the model's where a model is given"):
             hrt.compress(whisper(), rows())
-        with pytest.raises(ValueError, match="dense model, got ResidualWhisper.*merge"):
+        with pytest.raises(ValueError, match=r"dense model, got ResidualWhisper.*merge"):
             hrt.compress(compact, rows(), processor=processor)
         bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
         with pytest.raises(ValueError, match=r"dense wav2vec2 or whisper model, got BertModel, a bert"):
