@@ -64,7 +64,7 @@ class BenchmarkArguments:
     layers: int | None = field(default=None, metadata={"help": "Other number of layers than the size has."})
     width: int | None = field(default=None, metadata={"help": "Other width than the size has."})
     group_size: str = field(
-        default="3", metadata={"help": "As in compress.py: layers a group (K), 'null', or JSON by module."}
+        default="3", metadata={"help": "As in `hrt compress`: layers a group (K), 'null', or JSON by module."}
     )
     rank: int = field(default=16, metadata={"help": "Rank of what each layer adds (R)."})
     diagonal: Literal["none", "square", "all"] = field(

@@ -50,7 +50,7 @@ class ConversionArguments:
     windows: list[int] = field(
         default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of windows of 30 seconds to measure."}
     )
-    budget: float = field(default=BUDGETS[BITS], metadata={"help": "As in compress.py."})
+    budget: float = field(default=BUDGETS[BITS], metadata={"help": "As --size of `hrt compress`."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch's choice."})
     output: str = field(
         default="results/conversion-memory.json",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 
 import datasets
 import pytest
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.api import require_extra
+from hf_residual_transformer.api import EXTRAS, require_extra
 from hf_residual_transformer.speech.datasets import load_speech_dataset
 
 OPTIONAL = ["datasets", "jiwer", "soundfile", "accelerate", "matplotlib", "scipy", "psutil", "peft"]
@@ -94,6 +96,15 @@ def test_missing_packages_are_named():
             ImportError, match=r"^this needs jiwer: pip install \"hf-residual-tr.*\[speech\]\"$"
         ):
             require_extra("speech")
+
+
+def test_the_packages_that_a_verb_asks_for_are_those_of_its_extra():
+    project = tomllib.loads((SAMPLE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", line)[0] for line in lines} for extra, lines in extras.items()}
+    names["train"] = names["train"] - {"hf-residual-transformer"} | names["speech"]
+    for extra, modules in EXTRAS.items():
+        assert {{"yaml": "pyyaml"}.get(module, module) for module in modules} == names[extra]
 
 
 class TestCompress:
