@@ -52,8 +52,8 @@ class ResidualConfig:
         share_biases: whether the layers of a group share one bias, rather than having one each.
         shared_bits: the number of bits, from 2 to 8, of each weight of `U`; None keeps `U` in the model's dtype.
             Training moves only the scales of a quantised `U`, and `B_l A_l + D_l` compensates for a part of the
-            rounding. A dict gives a number by module name; modules that it does not name keep `U` in the model's
-            dtype.
+            rounding, which is its only use with a `group_size` of 1. A dict gives a number by module name; modules
+            that it does not name keep `U` in the model's dtype.
         target_modules: names of the modules that are shared; the others stay dense. By default, these are the modules
             that `group_size` names, or else all linear modules of an encoder layer.
 

