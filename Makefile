@@ -29,5 +29,14 @@ lint: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
+.PHONY: docs
+docs: .venv-docs/.installed  ## the site in site/; docstrings are read from the source, so that torch is not needed
+	PYTHONPATH=. .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
