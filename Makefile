@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint floor latest wheel docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,13 +25,23 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+floor: pyproject.toml constraints-floor.txt  ## the tests with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable ".[dev]"
+	.venv-floor/bin/python -m pytest $(ARGS)
+
+latest: pyproject.toml  ## the tests with the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	.venv-latest/bin/python -m pytest $(ARGS)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
-.PHONY: docs
 docs: .venv-docs/.installed  ## the site in site/; docstrings are read from the source, so that torch is not needed
-	PYTHONPATH=. .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv-docs/bin/mkdocs build --strict
 
 .venv-docs/.installed: docs/requirements.txt
 	$(PYTHON) -m venv .venv-docs
@@ -39,4 +49,4 @@ docs: .venv-docs/.installed  ## the site in site/; docstrings are read from the 
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-docs .venv-floor .venv-latest build dist site *.egg-info

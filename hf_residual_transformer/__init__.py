@@ -1,6 +1,7 @@
 """Hugging Face speech encoders whose layers share weights: `W_l = U_g + B_l A_l + D_l` (arXiv 2310.02489).
 
-Importing this package registers its classes with the Auto classes of transformers, and does nothing else.
+Importing this package registers its classes with the Auto classes of transformers, and does nothing else. What
+`compress`, `distill` and `evaluate` need beyond transformers is imported when they are called.
 """
 
 from transformers import (
@@ -23,8 +24,10 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from .api import compress, distill, evaluate
 from .configuration import ResidualConfig
-from .reporting import parameter_report
+from .reporting import size_report
+from .version import __version__
 from .wav2vec2 import (
     ResidualWav2Vec2Config,
     ResidualWav2Vec2ForAudioFrameClassification,
@@ -41,8 +44,6 @@ from .whisper import (
     ResidualWhisperModel,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ResidualConfig",
     "ResidualWav2Vec2Config",
@@ -57,7 +58,10 @@ __all__ = [
     "ResidualWhisperForConditionalGeneration",
     "ResidualWhisperModel",
     "__version__",
-    "parameter_report",
+    "compress",
+    "distill",
+    "evaluate",
+    "size_report",
 ]
 
 for _config, _auto_classes in (

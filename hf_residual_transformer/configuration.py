@@ -1,7 +1,7 @@
-"""What is shared and what each layer keeps: `ResidualConfig`, in a model's config as `residual_config`.
+"""`ResidualConfig` says which weights encoder layers share; the config of a model has it as `residual_config`.
 
 Equation and published settings: Wang & Li, ICASSP 2024, section 2 (https://arxiv.org/abs/2310.02489).
-Which modules a family has is in `families.py`; shapes are checked against them when the model is built.
+`families.py` lists the modules of each family. Shapes are checked when the model is built.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _is_int(value: Any, minimum: int, maximum: float = math.inf) -> bool:
 
 
 def values_of(setting: Any) -> list[Any]:
-    """Of a setting that is one for all modules, or a dict by module name."""
+    """The values of a setting, which is one value for all modules or a dict by module name."""
     return list(setting.values()) if isinstance(setting, dict) else [setting]
 
 
@@ -35,30 +35,30 @@ def values_of(setting: Any) -> list[Any]:
 class ResidualConfig:
     r"""How the encoder layers share weights: `W_l = U_g + B_l A_l + D_l`.
 
-    Immutable, so a value that exists is a valid one; `dataclasses.replace` makes a changed copy.
+    A config is validated when it is made and cannot change afterwards; `dataclasses.replace` makes a changed copy.
 
     Args:
-        group_size: the paper's K, how many adjacent layers share one full-rank `U`. A last group may be
-            shorter. A dict gives a size per module name, and modules that it does not name stay dense: with
-            `{"fc1": 3, "fc2": 3}` only the feed-forward weights are shared. None, for all modules or one of
-            a dict, leaves out `U`: each layer has its own `B_l A_l + D_l` alone.
-        rank: the paper's R, rank of `B_l A_l`. 0 leaves it out. Above the smaller side of a matrix is an
-            error when the model is built.
-        rank_pattern: ranks that differ from `rank`, PEFT's form: the key is a module name or the end of a
-            module path, as a regular expression, `{"fc2": 64, r"layers\.0\.fc1": 128}`. When several keys
-            match, the first counts; a key that never counts is an error when the model is built.
-        diagonal: `D_l` on no matrix ("none"), on "square" ones, or on "all", where a rectangular matrix
-            has one entry for each position of its main diagonal.
-        share_biases: one bias a group, beside `U`, rather than one a layer.
-        shared_bits: 4 keeps every `U` in four bits, or another number from 2 to 8, of which training moves the scales;
-            what layers have of their own makes up for a part of the rounding. With a group size of 1, that is all that
-            there is to make up for. A dict gives a number per module name; modules that it does not name, and all with
-            None, keep `U` in the model's dtype.
-        target_modules: names of the modules to share; by default those that `group_size` names, or all
-            linear modules of an encoder layer. The others stay dense.
+        group_size: the number of adjacent layers that share one full-rank `U` (the paper's K). The last group may be
+            shorter. A dict gives a size by module name, and modules that it does not name stay dense: with
+            `{"fc1": 3, "fc2": 3}` only the feed-forward weights are shared. None, for all modules or as a value of
+            the dict, leaves out `U`, so that each layer has only its own `B_l A_l + D_l`.
+        rank: the rank of `B_l A_l` (the paper's R). 0 leaves `B_l A_l` out. A rank above the smaller side of a matrix
+            is an error when the model is built.
+        rank_pattern: ranks that differ from `rank`, in PEFT's form. A key is a regular expression for a module name
+            or the end of a module path: `{"fc2": 64, r"layers\.0\.fc1": 128}`. The first key that matches
+            counts; a key that never counts is an error when the model is built.
+        diagonal: the matrices that have a `D_l`: "none", "square" or "all". In a rectangular matrix, `D_l` has
+            one entry for each position of the main diagonal.
+        share_biases: whether the layers of a group share one bias, rather than having one each.
+        shared_bits: the number of bits, from 2 to 8, of each weight of `U`; None keeps `U` in the model's dtype.
+            Training moves only the scales of a quantised `U`, and `B_l A_l + D_l` compensates for a part of the
+            rounding, which is its only use with a `group_size` of 1. A dict gives a number by module name; modules
+            that it does not name keep `U` in the model's dtype.
+        target_modules: names of the modules that are shared; the others stay dense. By default, these are the modules
+            that `group_size` names, or else all linear modules of an encoder layer.
 
     Raises:
-        ValueError: naming the field, what it must be, and what it was.
+        ValueError: if a field is invalid; the message names the field, what it must be, and what it was.
     """
 
     group_size: int | dict[str, int | None] | None = 2
@@ -128,18 +128,20 @@ class ResidualConfig:
 
     @classmethod
     def paper(cls, group_size: int = 3, rank: int = 2) -> ResidualConfig:
-        """The reading of the paper that reproduces its four published sizes (34.0, 38.1, 21.5 and 15.9 % of
-        an 18-layer, 512/2048 encoder for (K, R) = (3, 2), (3, 16), (6, 16) and (9, 16)): biases shared in the
-        group, LayerNorms per layer, diagonals on square matrices. The paper itself does not say.
+        """The form of sharing in the paper: shared biases, and diagonals on square matrices.
+
+        The paper does not state which biases and LayerNorms it shares. With biases shared in the group and a LayerNorm
+        per layer, the sizes of an encoder with 18 layers, hidden size 512 and inner size 2048 match the four that it
+        publishes: 34.0, 38.1, 21.5 and 15.9 % for (K, R) = (3, 2), (3, 16), (6, 16) and (9, 16).
         """
         return cls(group_size=group_size, rank=rank, diagonal="square", share_biases=True)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ResidualConfig:
-        """The inverse of `to_dict`.
+        """Makes a config from plain values; the inverse of `to_dict`.
 
         Raises:
-            ValueError: for a field that does not exist, or a value that the field cannot have.
+            ValueError: if a field does not exist or a value is invalid.
         """
         if not isinstance(values, dict):
             raise ValueError(f"`residual_config` must be a ResidualConfig or a dict, got {values!r}")
@@ -159,47 +161,47 @@ class ResidualConfig:
         return values
 
     def names(self) -> dict[str, Iterable[str]]:
-        """Module names by the field that gives them."""
+        """The module names in each field that can hold module names."""
         sizes, bits = (
             value if isinstance(value, dict) else () for value in (self.group_size, self.shared_bits)
         )
         return {"group_size": sizes, "target_modules": self.target_modules or (), "shared_bits": bits}
 
     def is_target(self, role: str) -> bool:
-        """Whether the modules called `role` are shared; the others stay dense."""
+        """Whether the modules called `role` are replaced; all others stay dense."""
         names = self.names()
         chosen = [*names["group_size"], *names["target_modules"]]
         return not chosen or role in chosen
 
     def group_size_of(self, role: str) -> int | None:
-        """How many adjacent layers share the `U` of the module called `role`; None where there is no `U`."""
+        """The number of adjacent layers that share a `U` of the modules called `role`; None if they have no `U`."""
         return self.group_size[role] if isinstance(self.group_size, dict) else self.group_size
 
     def bits_of(self, role: str) -> int | None:
-        """In how many bits the `U` of the module called `role` is kept; None where it has floats, or there is none."""
+        """The bits of each weight of `U` in the modules called `role`; None if `U` has floats or there is no `U`."""
         if self.group_size_of(role) is None:
             return None
         return self.shared_bits.get(role) if isinstance(self.shared_bits, dict) else self.shared_bits
 
     def pattern_of(self, path: str) -> str | None:
-        """The key of `rank_pattern` that speaks of the matrix at `path`, if one does."""
+        """The first key of `rank_pattern` that matches the matrix at `path`; None if no key matches."""
         return next((key for key in self.rank_pattern if re.fullmatch(rf"(.*\.)?({key})", path)), None)
 
     def rank_of(self, path: str) -> int:
-        """Rank of the matrix at `path`, such as `layers.3.self_attn.q_proj`."""
+        """The rank of the matrix at `path`, such as `layers.3.self_attn.q_proj`."""
         key = self.pattern_of(path)
         return self.rank if key is None else self.rank_pattern[key]
 
     def has_diagonal(self, out_features: int, in_features: int) -> bool:
-        """Whether a matrix of this shape gets a `D_l`."""
+        """Whether a matrix of this shape has a `D_l`."""
         return self.diagonal == "all" or (self.diagonal == "square" and out_features == in_features)
 
 
 class ResidualConfigMixin(DenseConfig):
-    """Adds `residual_config` to a dense config class; to be placed before it in the bases.
+    """Adds `residual_config` to a dense config class. It comes before the dense class in the bases.
 
-    Classes have a `model_type` of their own, which is what is saved and what the Auto classes look up. Their
-    instances have the dense one: by it, transformers' generation and ASR pipeline know a Whisper.
+    Each class has a `model_type` of its own, which is saved and by which the Auto classes find it. Instances have the
+    dense `model_type`, by which the generation and the ASR pipeline of transformers recognise a Whisper.
     """
 
     residual_config: Any
@@ -209,7 +211,8 @@ class ResidualConfigMixin(DenseConfig):
         model_type = kwargs.pop("model_type", known[0])
         if model_type not in known:
             raise ValueError(
-                f"`model_type` must be {known[0]!r}, got {model_type!r}: another family's checkpoint?"
+                f"`model_type` must be {known[0]!r}, got {model_type!r}; load the checkpoint with "
+                "the class of its own family"
             )
         super().__post_init__(**kwargs)
         self.model_type = known[1]  # type: ignore[misc]
@@ -220,28 +223,28 @@ class ResidualConfigMixin(DenseConfig):
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in the dense config, with `residual_config` as a dict."""
+        """The plain values of the dense config, and `residual_config` as a dict."""
         return super().to_dict() | {"residual_config": self.residual_config.to_dict()}
 
     @classmethod
     def dense_class(cls) -> type[DenseConfig]:
-        """The config class of transformers that this one extends."""
+        """The config class of transformers that this class extends."""
         return next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
 
     @classmethod
     def from_dense_config(cls, config: DenseConfig, residual: ResidualConfig) -> Any:
-        """The residual config with every value of a dense model's config."""
+        """Makes a residual config that has every value of a dense model's config."""
         return cls(**_portable(config), residual_config=residual)
 
     def to_dense_config(self) -> DenseConfig:
-        """The dense config with every value of this one."""
+        """Makes a dense config that has every value of this one."""
         values = _portable(self)
         del values["residual_config"]
         return self.dense_class()(**values)
 
 
 def _portable(config: DenseConfig) -> dict[str, Any]:
-    """The values that mean the same for another class of model."""
+    """The values that can be copied to the config of another class of model."""
     values = config.to_dict() | {"attn_implementation": config._attn_implementation}
     for key in ("model_type", "architectures", "transformers_version"):
         values.pop(key, None)

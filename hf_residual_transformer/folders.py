@@ -1,4 +1,4 @@
-"""Output folders: never overwritten unasked, on a disk with room, and with all that a pipeline needs."""
+"""Prepares output folders, saves processors into them, and counts the bytes of weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def save_processor(processor: Any, folder: Path) -> None:
-    """With Whisper's table of English spellings, which transformers reads, but does not save."""
+    """Saves the processor, and Whisper's table of English spellings, which transformers reads but does not save."""
     processor.save_pretrained(folder)
     spellings = getattr(getattr(processor, "tokenizer", None), "english_spelling_normalizer", None)
     if spellings:
@@ -17,13 +17,13 @@ def save_processor(processor: Any, folder: Path) -> None:
 
 
 def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) -> Path:
-    """Makes the folder `path`; one that holds files is refused unless `overwrite` or `resume` is true.
+    """Makes the folder `path`, and refuses one that holds files unless `overwrite` or `resume` is true.
 
-    Nothing is ever deleted: under `overwrite`, files of the same name are replaced, and others stay.
+    It deletes nothing. Files that are saved later replace files of the same name, and all others stay.
 
     Raises:
-        FileExistsError: the folder holds files and neither flag is set, or `path` is a file.
-        FileNotFoundError: `resume` is set, and there is no such folder.
+        FileExistsError: if the folder holds files and neither flag is set, or if `path` is a file.
+        FileNotFoundError: if `resume` is set and the folder does not exist.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -39,10 +39,10 @@ def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) 
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Finds a full disk before hours of work do.
+    """Checks before hours of work that the disk has room for the result.
 
     Raises:
-        OSError: `folder` is on a disk with less than `num_bytes` free.
+        OSError: if the disk of `folder` has fewer than `num_bytes` free.
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
@@ -53,10 +53,10 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def file_bytes(folder: Path) -> int:
-    """Of the weights in a model's folder."""
+    """Bytes of the safetensors files in a model's folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def model_bytes(model: Any) -> int:
-    """Of its weights in a file."""
+    """Bytes of a model's weights in their present dtype, where tied weights count once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())

@@ -1,4 +1,4 @@
-"""The model card of a compressed model: what it is, how it was made, and only figures that were measured."""
+"""Writes the model card of a compressed model: its sizes, how it was made, and measured figures only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration import ResidualConfig, values_of
-from .reporting import parameter_report
+from .reporting import Count, format_bytes, size_report
 
 BODY = """---
 {metadata}
@@ -19,8 +19,8 @@ BODY = """---
 
 {base_model} with a smaller encoder: {form}, as in
 `W_l = U_g + B_l A_l + D_l` (ResidualTransformer, [arXiv 2310.02489](https://arxiv.org/abs/2310.02489)).
-The encoder's layers have {unique:,} bytes, {ratio:.1%} of the dense {dense:,}, with 16 bits for every parameter that is
-not quantised; the decoder and the convolutions are unchanged.
+The whole model takes {model}. The encoder's layers take {encoder}. Each number that is not
+quantised takes 16 bits; the decoder and the convolutions are unchanged.
 
 ## Use
 
@@ -38,7 +38,7 @@ print(transcriber("speech.wav")["text"])
 
 {measured}
 
-{conditions}
+The weights in this repository are those of the row "{chosen}": their word error rate is {wer:.2%}. {conditions}
 
 ## Made by
 
@@ -50,9 +50,9 @@ print(transcriber("speech.wav")["text"])
 
 ## Limits
 
-It was calibrated{distilled} on {data}: expect more errors than measured here on other speakers, languages and noise,
-and measure on your own recordings before you rely on it. What {base_model} does
-wrong, this model does too.
+The model was calibrated{distilled} on {data}. Expect more errors than measured here on other speakers, languages and
+noise, and measure on your own recordings before you rely on it. It also makes the errors that
+{base_model} makes.
 
 ## Citation
 
@@ -69,33 +69,44 @@ def write_model_card(
     data: str,
     dataset: str,
     rows: dict[str, dict[str, Any]],
-    wer: float,
+    evaluations: dict[str, float],
+    chosen: str,
     details: dict[str, Any],
     distilled: bool,
     license: str = "mit",
     language: list[str] | None = None,
 ) -> Path:
-    """Writes `README.md` with the metadata that the Hub reads into `folder`, and returns its path.
+    """Writes the model card, `README.md` with the metadata that the Hub reads, and returns its path.
 
     Args:
-        model: the residual model, for its sizes and settings.
+        folder: the folder of the saved model.
+        model: the residual model, from which the card takes sizes and settings.
         base_model: id of the dense model.
-        data: the recordings it was calibrated and distilled on, in words.
-        dataset: what the error rate was measured on, in words.
-        rows: the table of measurements: column values by row name.
-        wer: word error rate of this model, a fraction.
-        details: what `provenance()` gave when it was measured.
-        distilled: whether it was trained after the conversion.
-        license: of the base model's weights.
-        language: codes of the languages that it was measured on.
+        data: the recordings that the model was calibrated and distilled on, in words.
+        dataset: the recordings that the error rates were measured on, in words.
+        rows: the table of measurements: for each row name, values by column.
+        evaluations: word error rates by row name, as fractions.
+        chosen: name of the row that was measured with the saved weights. The metadata report its error rate.
+        details: the value of `provenance()` at the time of the measurement.
+        distilled: whether the saved model was trained after the conversion.
+        license: license of the base model's weights.
+        language: codes of the languages that error rates were measured on.
+
+    Raises:
+        ValueError: if `chosen` is not the name of a row with an error rate.
     """
-    encoder = parameter_report(model).encoder_bytes
+    if chosen not in rows or chosen not in evaluations:
+        known = ", ".join(repr(name) for name in rows if name in evaluations)
+        raise ValueError(f"`chosen` must name a row with an error rate ({known}), got {chosen!r}")
+    sizes = size_report(model)
     folder = Path(folder)
-    name = f"{base_model.rpartition('/')[2]}-residual-{encoder.ratio:.0%}".rstrip("%")
+    file_size = format_bytes(sizes.model_bytes.unique, decimals=0).replace(" ", "")
+    name = f"{base_model.rpartition('/')[2]}-residual-{file_size}"
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     table += [
-        f"| {name} | {' | '.join(str(row.get(c, '')) for c in columns)} |" for name, row in rows.items()
+        f"| {row_name} | {' | '.join(str(row.get(c, '')) for c in columns)} |"
+        for row_name, row in rows.items()
     ]
     metadata = ModelCardData(
         base_model=base_model,
@@ -111,7 +122,7 @@ def write_model_card(
                 dataset_type="audiofolder",
                 dataset_name=dataset,
                 metric_type="wer",
-                metric_value=round(100 * wer, 2),
+                metric_value=round(100 * evaluations[chosen], 2),
                 metric_name="WER (%)",
             )
         ],
@@ -122,12 +133,13 @@ def write_model_card(
         name=name,
         base_model=base_model,
         form=_form(model.config.residual_config),
-        unique=encoder.unique,
-        dense=encoder.dense,
-        ratio=encoder.ratio,
+        model=_size(sizes.model_bytes),
+        encoder=_size(sizes.encoder_bytes),
+        chosen=chosen,
+        wer=evaluations[chosen],
         measured="\n".join(table),
-        conditions=f"Word error rates on {dataset}, greedy decoding, Whisper's normaliser. {hardware['cpu']}, "
-        f"{hardware['threads']} threads; transformers {details['versions']['transformers']}, "
+        conditions=f"All figures were measured on {dataset} with greedy decoding and Whisper's normaliser, on "
+        f"{hardware['cpu']} with {hardware['threads']} threads, transformers {details['versions']['transformers']} and "
         f"torch {details['versions']['torch']}.",
         made_by=f"`python {details['command']}` of hf-residual-transformer "
         f"{details['versions']['hf_residual_transformer']}, with this `residual_config`:",
@@ -140,8 +152,12 @@ def write_model_card(
     return path
 
 
+def _size(count: Count) -> str:
+    return f"{format_bytes(count.unique)}, {count.ratio:.1%} of the dense {format_bytes(count.dense)}"
+
+
 def _form(config: ResidualConfig) -> str:
-    """What layers have of the equation, in words."""
+    """Says in words which terms of the equation the layers have."""
     most = max((size for size in values_of(config.group_size) if size is not None), default=0)
     if not most:
         return "each layer has matrices of low rank"

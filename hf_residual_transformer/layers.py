@@ -1,8 +1,7 @@
 """The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
 
-`SharedLinear` holds what a group of layers has in common, `QuantizedSharedLinear` the same in few bits,
-`ResidualLinear` what is one layer's own.
-Where they are put into a model is the business of `modeling.py`.
+`SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
+`ResidualLinear` holds the components that belong to one layer. `modeling.py` puts them into a model.
 """
 
 from __future__ import annotations
@@ -54,22 +53,23 @@ class SharedLinear(nn.Linear):
         return output
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
-        """What holds `U`: the weight, or where it is quantised, `packed` and `scale`."""
+        """The tensors that hold `U`: the weight and None, or where it is quantised, `packed` and `scale`."""
         return self.weight, None
 
 
 class QuantizedSharedLinear(nn.Module):
-    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`). Of it, training moves the scales, as in PEQA
-    (https://arxiv.org/abs/2305.14152, section 3), and the whole numbers stay. It is no `nn.Linear`, so that adapters
-    which would be merged into its weight are refused.
+    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`).
+
+    Training moves the scales and leaves the whole numbers, as in PEQA (https://arxiv.org/abs/2305.14152, section 3).
+    It is not an `nn.Linear`, so that adapters which would be merged into its weight are refused.
 
     Args:
         in_features: a multiple of 32.
         out_features: any number.
         bias: whether the group shares one.
         device: of its tensors.
-        dtype: of scales and bias, and so of the weight that is computed with; float16 loses nothing of the scales that
-            `quantize` finds.
+        dtype: of scales and bias, and so of the dequantised weight. float16 holds the scales that `quantize` finds
+            exactly.
         bits: of each weight, from 2 to 8.
     """
 
@@ -122,8 +122,8 @@ SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
 def quantized_weights(module: nn.Module) -> Counter[int]:
-    """How many weights every `QuantizedSharedLinear` in `module` holds, by bits. To torch, their scales alone are
-    parameters.
+    """Number of weights that the `QuantizedSharedLinear`s in `module` hold, by their bits. For torch, only the scales
+    are parameters.
     """
     found: Counter[int] = Counter()
     for part in module.modules():
@@ -157,9 +157,10 @@ def _add_diagonal(output: Tensor, rows: Tensor, diagonal: Tensor) -> None:
 
 
 class _ComposedLinear(torch.autograd.Function):
-    """`F.linear` with `U + B A + D`, which backward composes anew: kept for every layer, it would take the memory of
-    a dense model's weights. What is kept is what a dense layer keeps, the inputs and parameters. `stored` and `scale`
-    are what holds `U`, `components` what `compose` adds to it.
+    """`F.linear` with `U + B A + D`, which the backward pass composes again.
+
+    Kept for every layer, the composed matrices would take the memory of a dense model's weights. Only the inputs and
+    the parameters are kept, as in a dense layer. `stored` and `scale` hold `U`, and `compose` adds the `components`.
     """
 
     @staticmethod
@@ -171,7 +172,7 @@ class _ComposedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         hidden_states, _, *components = inputs
-        # Under autocast, what a dense layer keeps has the dtype that it computes in.
+        # Under autocast, a dense layer too keeps its inputs in the dtype that it computes in.
         ctx.save_for_backward(hidden_states.to(output.dtype), *components)
 
     @staticmethod
@@ -198,7 +199,7 @@ class _ComposedLinear(torch.autograd.Function):
 
 
 def _full(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """`U` from what holds it."""
+    """`U` from the tensors that hold it, see `SharedLinear.stored`."""
     return stored if scale is None else dequantize(stored, scale)
 
 
@@ -255,11 +256,29 @@ class ResidualLinear(nn.Module):
         self.lora_A = parameter(rank, rank, in_features)
         self.lora_B = parameter(rank, out_features, rank)
         self.diagonal = parameter(diagonal, min(out_features, in_features))
-        self.bias = parameter(bias, out_features)
+        self._parameters["bias"] = parameter(bias, out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """`U + B A + D` as one matrix, (out_features, in_features), computed at each access. Gradients reach the
+        components. Some attentions, such as WavLM's, read it instead of calling the layer.
+        """
+        return compose(self.shared.weight, self.lora_A, self.lora_B, self.diagonal)
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """The bias that belongs to this layer alone, (out_features,)."""
+        return self._parameters["bias"]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that is added, (out_features,): the layer's own, or the group's."""
+        own = self.own_bias
+        return self.shared.bias if own is None and self.shared is not None else own
 
     @property
     def shared(self) -> SharedLinear | QuantizedSharedLinear:
-        """What the group has in common."""
+        """The module with the `U` of the group."""
         return self.__dict__["_shared"][self.group_idx]
 
     def reset_parameters(self) -> None:
@@ -267,7 +286,7 @@ class ResidualLinear(nn.Module):
         own initialisation. `B`, `D` and biases are zero and `A` is uniform, as in LoRA (arXiv 2106.09685,
         section 4.1) and PEFT, so that gradients reach `B` at once. Loaded weights are left alone.
         """
-        for zero in (self.lora_B, self.diagonal, self.bias):
+        for zero in (self.lora_B, self.diagonal, self.own_bias):
             if zero is not None:
                 init.zeros_(zero)
         if self.lora_A is not None:
@@ -275,15 +294,7 @@ class ResidualLinear(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.shared(hidden_states, self.lora_A, self.lora_B, self.diagonal, self.bias)
-
-    def merged_weight(self) -> Tensor:
-        """`U + B A + D` as one matrix, (out_features, in_features)."""
-        return compose(self.shared.weight, self.lora_A, self.lora_B, self.diagonal)
-
-    def merged_bias(self) -> Tensor | None:
-        """The bias that is added, (out_features,), the layer's own or the group's."""
-        return self.shared.bias if self.bias is None else self.bias
+        return self.shared(hidden_states, self.lora_A, self.lora_B, self.diagonal, self.own_bias)
 
     def extra_repr(self) -> str:
         """Shape and group for `print(model)`."""
@@ -317,6 +328,11 @@ class LowRankLinear(ResidualLinear):
         """There is no `U`."""
         return None
 
+    @property
+    def weight(self) -> Tensor:
+        """`B A + D` as one matrix, (out_features, in_features)."""
+        return compose(self.lora_B @ self.lora_A, diagonal=self.diagonal)
+
     def reset_parameters(self) -> None:
         """From scratch, `B A` has the variance of LeCun's initialisation, 1 / in_features."""
         super().reset_parameters()
@@ -326,15 +342,7 @@ class LowRankLinear(ResidualLinear):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), by two thin products."""
         rows = hidden_states.flatten(0, -2)
-        output = F.linear(F.linear(rows, self.lora_A), self.lora_B, self.bias)
+        output = F.linear(F.linear(rows, self.lora_A), self.lora_B, self.own_bias)
         if self.diagonal is not None:
             _add_diagonal(output, rows, self.diagonal)
         return output.unflatten(0, hidden_states.shape[:-1])
-
-    def merged_weight(self) -> Tensor:
-        """`B A + D` as one matrix, (out_features, in_features)."""
-        return compose(self.lora_B @ self.lora_A, diagonal=self.diagonal)
-
-    def merged_bias(self) -> Tensor | None:
-        """The bias that is added, (out_features,)."""
-        return self.bias

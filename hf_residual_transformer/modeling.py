@@ -7,9 +7,11 @@ The layer is in `layers.py`, the way from trained dense weights in `conversion.p
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration import ResidualConfig
-from .families import Family, groups_of, role_of
+from .families import Family, groups_of
+from .folders import save_processor
 from .layers import SHARED, LowRankLinear, QuantizedSharedLinear, ResidualLinear, SharedLinear
 from .quantization import BLOCK
 
@@ -30,7 +33,7 @@ else:
 
 
 class ResidualMixin(DenseModel):
-    """What the residual classes add to their dense ones; to be placed before the dense class in the bases.
+    """Makes a residual class of a dense one; it stands before the dense class in the bases.
 
     `U` of every group is registered on the encoder, as `encoder.shared.<module>.<group>`, and everything
     else keeps the name that it has in the dense model.
@@ -38,6 +41,7 @@ class ResidualMixin(DenseModel):
 
     family: ClassVar[Family]
     config_class: Any
+    processor: Any = None  # set by `hrt.compress`, and saved by `save_pretrained`
     # These classes average their losses themselves, whatever `**kwargs` their forward takes: Trainer must
     # divide by the number of accumulated steps.
     accepts_loss_kwargs = False
@@ -64,7 +68,7 @@ class ResidualMixin(DenseModel):
         return False
 
     def initialize_weights(self) -> None:
-        """The residual components' initialisation, wherever they are nested, and the dense class's."""
+        """Initialises the residual components, wherever they are, and all else as the dense class does."""
         for module in self.modules():
             is_new = not getattr(module, "_is_hf_initialized", False)
             if is_new and isinstance(module, (ResidualLinear, QuantizedSharedLinear)):
@@ -100,7 +104,9 @@ class ResidualMixin(DenseModel):
             ) from error
         model, info = loaded
         encoder = cls.family.find_encoder(model)
-        encoder_name = next(role_of(path) for path, module in model.named_modules() if module is encoder)
+        encoder_name = next(
+            path.rpartition(".")[2] for path, module in model.named_modules() if module is encoder
+        )
         for problem, keys in (
             ("lacks", info["missing_keys"]),
             ("has the wrong shape for", {key for key, *_ in info["mismatched_keys"]}),
@@ -115,7 +121,7 @@ class ResidualMixin(DenseModel):
                 )
         for module in model.modules():
             if isinstance(module, QuantizedSharedLinear) and not module.weight_packed.is_meta:
-                # Not cast as all else may be, it would be what keeps the whole file mapped.
+                # It is not cast to another dtype, so that without a copy it would keep the whole file mapped.
                 module.weight_packed = module.weight_packed.clone()
         return loaded if wants_info else model
 
@@ -127,10 +133,16 @@ class ResidualMixin(DenseModel):
         calibration: Iterable[Any] | None = None,
         **options: Any,
     ) -> Any:
-        """A residual model from a trained dense one; see `conversion.convert`, whose options it takes."""
-        from .compression.conversion import convert
+        """A residual model from a trained dense one; see `compression.conversion.convert`, whose options it takes."""
+        # The model's own files may travel with a checkpoint without the rest of the package.
+        compression = importlib.import_module(f"{__package__}.compression.conversion")
+        return compression.convert(cls, dense, residual_config, calibration, **options)
 
-        return convert(cls, dense, residual_config, calibration, **options)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a `processor` that the model carries is saved with it, so that `pipeline` can open it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.processor is not None:
+            save_processor(self.processor, Path(save_directory))
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
@@ -146,8 +158,8 @@ class ResidualMixin(DenseModel):
         }
         weights = {key: value.clone() for key, value in self.state_dict().items() if key not in own}
         for path, linear in residual_linears(self):
-            weights[f"{path}.weight"] = linear.merged_weight().clone()
-            bias = linear.merged_bias()
+            weights[f"{path}.weight"] = linear.weight.clone()
+            bias = linear.bias
             if bias is not None:
                 weights[f"{path}.bias"] = bias.clone()
         with init.no_init_weights():
@@ -168,7 +180,7 @@ def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:
 
 def _share_layers(encoder: Any, family: Family, config: ResidualConfig) -> None:
     """Replaces the targeted `nn.Linear`s of every layer, and registers their shared weights on `encoder`."""
-    roles = {role_of(path): path for path in family.modules}
+    roles = family.encoder.roles
     for field, names in config.names().items():
         for name in names:
             if name not in roles:

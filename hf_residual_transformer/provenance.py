@@ -1,4 +1,4 @@
-"""Where a figure comes from: command, versions and hardware, for the JSON beside it."""
+"""Records where a figure comes from: the command, versions and hardware, for the JSON file that holds it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import platform
 import re
 import shlex
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
+from .version import __version__
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "jiwer", "soundfile", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """The command line, versions and hardware of this process, and the time, for the JSON beside a figure."""
+    """The command line of this process, versions of Python and libraries, the hardware and the present time (UTC)."""
     versions = {name: _version(name) for name in LIBRARIES}
     return {
         "command": " ".join(shlex.quote(portable(word)) for word in sys.argv),
@@ -36,13 +36,15 @@ def provenance() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def portable(word: str) -> str:
-    """A word of a command line without this machine's folders: an absolute path, also after `--option=`,
-    becomes relative to the working directory, or its last part where it lies outside.
+    """Removes this machine's folders from a word of a command line.
+
+    An absolute path, also one after `--option=`, becomes relative to the working directory. A path outside of the
+    working directory becomes its last part.
     """
     option, equals, value = word.rpartition("=")
     path = Path(value)
@@ -60,7 +62,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    """Linux tells it in a file, other systems to `platform`."""
+    """The name of the CPU, from /proc/cpuinfo on Linux and from `platform` on other systems."""
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

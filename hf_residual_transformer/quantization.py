@@ -1,8 +1,9 @@
-"""`U` in few bits: whole numbers, with four bits from -8 to 7, and a scale for each block of 32 weights of a row.
+"""Quantises `U`: each weight becomes an integer of a few bits, and each block of 32 weights in a row has one scale.
 
-With four bits, blocks hold the numbers of Q4_0 in GGUF. Neighbours of a row follow each other without gaps, from
-the lowest bits of the first byte on. What the rounding of a column does to the outputs is made up for by the
-columns after it, as in GPTQ (https://arxiv.org/abs/2210.17323, section 3).
+Integers of four bits range from -8 to 7, and blocks then hold the same numbers as Q4_0 in GGUF. The integers of a row
+are packed without gaps, from the lowest bits of the first byte on. Columns are rounded one after another, and later
+columns compensate for the error that rounding a column makes in the outputs, as in GPTQ
+(https://arxiv.org/abs/2210.17323, section 3).
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import math
 import torch
 from torch import Tensor
 
-BITS = 4  # where nothing else is asked for
+BITS = 4  # by default
 FEWEST, MOST = 2, 8
-BLOCK = 32  # weights with one scale
-# Of the scale that takes the largest weight of a block to the lowest number. Smaller ones cut it off and make finer
-# steps, and negative ones take it towards the highest.
+BLOCK = 32  # the number of weights that have one scale
+# Candidate scales, relative to the scale that maps the weight of the largest magnitude to the lowest integer. Smaller
+# scales clip that weight and make finer steps; negative scales map it to the highest integer.
 CANDIDATES = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, -1.0, -0.9, -0.8)
 
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
-    """(out_features, in_features), in the dtype of `scale`.
+    """The weight, of shape (out_features, in_features), in the dtype of `scale`.
 
     Args:
-        packed: (out_features, in_features * bits / 8), uint8.
-        scale: (out_features, in_features / BLOCK).
+        packed: the packed integers as uint8, of shape (out_features, in_features * bits / 8).
+        scale: the scale of each block, of shape (out_features, in_features / BLOCK).
     """
     bits = packed.shape[1] * 8 // (scale.shape[1] * BLOCK)
     places = _places(bits)
@@ -44,22 +45,22 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def lowest(bits: int) -> int:
-    """Of the numbers that so many bits hold; the highest is one less from zero."""
+    """The lowest signed integer of `bits` bits; the highest is `-lowest(bits) - 1`."""
     return -(2 ** (bits - 1))
 
 
 def quantize(weight: Tensor, covariance: Tensor | None = None, bits: int = BITS) -> tuple[Tensor, Tensor]:
-    """`packed` and `scale` as `dequantize` takes them. Scales are such that float16 holds them exactly.
+    """Quantises a matrix, and returns `packed` and `scale` for `dequantize`. float16 holds the scales exactly.
 
     Args:
-        weight: (out_features, in_features), the latter a multiple of BLOCK.
-        covariance: of the inputs, (in_features, in_features) and positive definite, so that outputs are kept; without
-            it, weights are rounded one by one.
-        bits: from FEWEST to MOST.
+        weight: a matrix of shape (out_features, in_features); `in_features` must be a multiple of BLOCK.
+        covariance: the covariance of the inputs, positive definite, of shape (in_features, in_features). With it, the
+            error of the outputs is kept small; without it, each weight is rounded on its own.
+        bits: the bits of each weight, from FEWEST to MOST.
     """
     weight = weight.double().clone()
     matter = torch.ones_like(weight[0]) if covariance is None else covariance.diagonal()
-    onward = None  # column j: how later columns make up for what j lacks
+    onward = None  # row j: how later columns compensate for the error of column j
     if covariance is not None:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
         onward = torch.linalg.cholesky(inverse, upper=True)
@@ -82,12 +83,12 @@ def quantize(weight: Tensor, covariance: Tensor | None = None, bits: int = BITS)
 
 
 def _places(bits: int) -> list[tuple[int, int]]:
-    """Byte and shift of each number, as many as end with a byte; what is beyond a byte begins the next."""
+    """Byte and shift of each integer in the shortest run that ends with a byte; one may continue in the next byte."""
     return [divmod(bits * index, 8) for index in range(8 // math.gcd(bits, 8))]
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(out_features, in_features) to (out_features, in_features * bits / 8)."""
+    """Packs codes of shape (out_features, in_features) into bytes, (out_features, in_features * bits / 8)."""
     places = _places(bits)
     numbers = codes.unflatten(1, (-1, len(places)))
     packed = numbers.new_zeros(*numbers.shape[:2], len(places) * bits // 8)
@@ -103,8 +104,12 @@ def _round(values: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _scale(block: Tensor, matter: Tensor, bits: int) -> Tensor:
-    """Of `CANDIDATES`, for each row of (out_features, BLOCK), the one that leaves the least squares, weighted by how
-    much columns `matter`, (BLOCK,).
+    """The candidate scale with the smallest squared error for each row, of shape (out_features,).
+
+    Args:
+        block: the weights of one block, of shape (out_features, BLOCK).
+        matter: the weight of each column in the error, of shape (BLOCK,).
+        bits: the bits of each weight.
     """
     largest = block.gather(1, block.abs().argmax(1, keepdim=True))
     scales = largest / lowest(bits) * block.new_tensor(CANDIDATES)  # (out_features, candidates)

@@ -1,14 +1,14 @@
-"""What a residual model costs: `parameter_report`, parameters of the encoder's layers by component."""
+"""Reports of a residual model: its size (`size_report`) and the error of its matrices (`ConversionReport`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import SHARED, ResidualLinear, quantized_weights
 
@@ -18,38 +18,49 @@ COMPONENTS = ("shared", "lora", "diagonal", "biases", "layer_norms", "other")
 
 @dataclass(frozen=True)
 class Count:
-    """Of parameters, or of their bytes: `unique` in the residual model, `dense` in the dense one of the same shapes."""
+    """A number of parameters or bytes in two models.
+
+    Args:
+        unique: the number in the residual model, where each shared tensor counts once.
+        dense: the number in the dense model of the same shapes.
+    """
 
     unique: int
     dense: int
 
     @property
     def ratio(self) -> float:
-        """Unique / dense."""
+        """`unique / dense`."""
         return self.unique / self.dense
 
     def to_dict(self) -> dict[str, float]:
-        """Both counts and their ratio."""
+        """Both numbers and their ratio."""
         return {"unique": self.unique, "dense": self.dense, "ratio": self.ratio}
 
 
 @dataclass(frozen=True)
-class ParameterReport:
-    """Unique and dense parameters. `print` shows a table.
+class SizeReport:
+    """The size of a residual model beside that of its dense form. `print` shows two tables, bytes first.
+
+    Bytes are those of the tensors in a saved file: 16 bits for each number that is not quantised, and the packed bytes
+    of the quantised weights. Parameters include the quantised weights, each of which counts as one.
 
     Args:
-        components: of the encoder's layers, what they share included, by component: "shared" (every `U`,
-            with its scales where it is quantised; in the dense model, the matrices that they stand for), "lora",
-            "diagonal", "biases", "layer_norms" and "other" (such as matrices that stay dense).
-        encoder: their sum. Embeddings, convolutions and the norm after the last layer do not count.
-        model: the whole model.
-        encoder_bytes: of the encoder's layers, with 16 bits for each parameter that is not quantised.
+        model_bytes: bytes of the whole saved model.
+        encoder_bytes: bytes of the encoder's layers and of the matrices that they share. Embeddings, convolutions and
+            the norm after the last layer do not count.
+        model: parameters of the whole model.
+        encoder: parameters of the encoder's layers, the sum of `components`.
+        components: parameters of the encoder's layers by component: "shared" (every `U`, with its scales where it is
+            quantised; its dense number is that of the matrices it replaces), "lora", "diagonal", "biases",
+            "layer_norms" and "other" (such as matrices that stay dense).
     """
 
-    components: dict[str, Count]
-    encoder: Count
-    model: Count
+    model_bytes: Count
     encoder_bytes: Count
+    model: Count
+    encoder: Count
+    components: dict[str, Count]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -57,26 +68,45 @@ class ParameterReport:
             name: {"unique": count.unique, "dense": count.dense} for name, count in self.components.items()
         }
         return {
-            "encoder": {**self.encoder.to_dict(), "components": components},
+            "model_bytes": self.model_bytes.to_dict(),
             "encoder_bytes": self.encoder_bytes.to_dict(),
             "model": self.model.to_dict(),
+            "encoder": {**self.encoder.to_dict(), "components": components},
         }
 
     def __str__(self) -> str:
-        rows = {**self.components, "encoder layers": self.encoder, "whole model": self.model}
-        rows["bytes of layers"] = self.encoder_bytes
-        lines = [f"{'parameters':<16}{'unique':>14}{'dense':>14}{'ratio':>9}"]
-        for name, count in rows.items():
-            ratio = f"{count.ratio:.1%}" if count.dense else "-"
-            lines.append(f"{name.replace('_', ' '):<16}{count.unique:>14,}{count.dense:>14,}{ratio:>9}")
-        return "\n".join(lines)
+        in_bytes = {"whole model": self.model_bytes, "encoder layers": self.encoder_bytes}
+        parameters = {"whole model": self.model, "encoder layers": self.encoder}
+        parameters |= {f"  {name.replace('_', ' ')}": count for name, count in self.components.items()}
+        return "\n\n".join(
+            (
+                _table("bytes when saved", in_bytes, format_bytes),
+                _table("parameters", parameters, "{:,}".format),
+            )
+        )
 
 
-def parameter_report(model: nn.Module) -> ParameterReport:
-    """Counts the parameters of a residual model and of its dense form, from the shapes of its matrices.
+def format_bytes(number: float, decimals: int = 1) -> str:
+    """Bytes in MB (10^6), or below 1 MB in kB (10^3)."""
+    value, unit = (number / 1e6, "MB") if number >= 1e6 else (number / 1e3, "kB")
+    return f"{value:,.{decimals}f} {unit}"
+
+
+def _table(title: str, counts: Mapping[str, Count], written: Callable[[int], str]) -> str:
+    lines = [f"{title:<18}{'compressed':>14}{'dense':>14}{'ratio':>9}"]
+    for name, count in counts.items():
+        ratio = f"{count.ratio:.1%}" if count.dense else "-"
+        lines.append(f"{name:<18}{written(count.unique):>14}{written(count.dense):>14}{ratio:>9}")
+    return "\n".join(lines)
+
+
+def size_report(model: nn.Module) -> SizeReport:
+    """Counts the bytes and parameters of a residual model and of its dense form, from the shapes of its tensors.
+
+    The dtype of `model` does not matter, and it may be on the meta device.
 
     Raises:
-        ValueError: when `model` has no residual layers.
+        ValueError: if `model` has no residual layers.
     """
     encoder: Any = next(
         (m for m in model.modules() if isinstance(getattr(m, "shared", None), nn.ModuleDict)), None
@@ -97,21 +127,41 @@ def parameter_report(model: nn.Module) -> ParameterReport:
                 dense[component] += parameter.numel()
         if isinstance(module, ResidualLinear):
             dense["shared"] += module.out_features * module.in_features
-            dense["biases"] += 0 if module.merged_bias() is None else module.out_features
+            dense["biases"] += 0 if module.bias is None else module.out_features
     unique["shared"] += quantized.total()
     layers = Count(sum(unique.values()), sum(dense.values()))
     in_floats = layers.unique - quantized.total() + quantized_size(quantized)
+    layer_bytes = Count(round(in_floats * FLOAT_BITS / 8), layers.dense * FLOAT_BITS // 8)
     whole = sum(parameter.numel() for parameter in model.parameters()) + quantized.total()
-    return ParameterReport(
-        components={name: Count(unique[name], dense[name]) for name in COMPONENTS},
-        encoder=layers,
+    saved = sum(map(_saved_bytes, _saved_tensors(model)))
+    return SizeReport(
+        model_bytes=Count(saved, saved - layer_bytes.unique + layer_bytes.dense),
+        encoder_bytes=layer_bytes,
         model=Count(whole, whole - layers.unique + layers.dense),
-        encoder_bytes=Count(round(in_floats * FLOAT_BITS / 8), layers.dense * FLOAT_BITS // 8),
+        encoder=layers,
+        components={name: Count(unique[name], dense[name]) for name in COMPONENTS},
     )
 
 
+def _saved_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors of a saved model, where tied weights are one tensor."""
+    yield from model.parameters()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield buffer
+
+
+def _saved_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * FLOAT_BITS // 8 if tensor.is_floating_point() else tensor.nbytes
+
+
 def quantized_size(weights: Mapping[int, int]) -> float:
-    """Of so many weights by bits, without their scales, in parameters of 16 bits."""
+    """The size of quantised weights without their scales, as a number of 16-bit parameters.
+
+    Args:
+        weights: numbers of weights by their bits, as `quantized_weights` counts them.
+    """
     return sum(number * bits for bits, number in weights.items()) / FLOAT_BITS
 
 
@@ -134,9 +184,12 @@ def _component(module: nn.Module, name: str) -> str:
 
 @dataclass(frozen=True)
 class ModuleError:
-    """Relative error of one matrix: variance of the outputs' error / variance of the outputs, 0 to about 1, the
-    residual encoder's outputs against the dense one's, each on its own hidden states. A matrix that writes to the
-    residual stream is to give also what the stream lacks by then. Without inputs, the same of the weights' squares.
+    """The relative error of one residual matrix, from 0 (equal) to about 1 (as bad as a constant output).
+
+    With calibration inputs, `error` is the variance of the error of the matrix's outputs divided by the variance of the
+    outputs that it should give. Both encoders run on their own hidden states. A matrix that reads from the residual
+    stream should give the dense matrix's outputs; one that writes to the stream should also add what the stream lacks
+    at that point. Without inputs, `error` is the sum of squares of the weights' error divided by that of the weights.
     """
 
     layer: int
@@ -151,7 +204,8 @@ class ConversionReport:
 
     Args:
         start: how the components were computed, "calibrated" or "svd".
-        measured_on: "outputs" over the calibration inputs, or "weights" where there were none.
+        measured_on: "outputs" if the errors are those of outputs over the calibration inputs, "weights" if there were
+            no inputs.
         errors: one entry for each residual matrix.
     """
 
@@ -161,11 +215,11 @@ class ConversionReport:
 
     @property
     def mean_error(self) -> float:
-        """Mean of the matrices' relative errors."""
+        """The mean of the relative errors of all matrices."""
         return sum(entry.error for entry in self.errors) / len(self.errors)
 
     def table(self) -> tuple[list[str], list[int], list[list[float]]]:
-        """Module names, layers, and the error of each (layer, module); NaN where a matrix stayed dense."""
+        """Module names, layer indices, and a row of errors for each layer; NaN where a matrix stayed dense."""
         modules = list(dict.fromkeys(entry.module for entry in self.errors))
         layers = sorted({entry.layer for entry in self.errors})
         values = {(entry.layer, entry.module): entry.error for entry in self.errors}
@@ -188,7 +242,11 @@ class ConversionReport:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draws the errors of layers and modules as a heat-map with a logarithmic scale, to an image file."""
+        """Draws the errors by layer and module as a heat-map with a logarithmic scale, into an image file.
+
+        Args:
+            path: the file; its suffix gives the format, such as `.png`.
+        """
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 

@@ -1,6 +1,4 @@
-"""What the methods in `baselines.py` have in common: statistics of the dense model's inputs, counts of parameters, and
-ranks for what a budget leaves.
-"""
+"""The common parts of the methods in `baselines.py`: input statistics, counts of parameters, and ranks for a budget."""
 
 from __future__ import annotations
 
@@ -27,12 +25,14 @@ TOLERANCE = 0.005  # of the dense size, within which a budget counts as met
 
 
 class Unreachable(ValueError):
-    """A method has no model of the size wanted; the message says why."""
+    """A method has no model of the requested size; the message says why."""
 
 
 class Calibration:
-    """Batches of model inputs, and what one pass of the dense model over them shows, which is computed when first
-    asked for and takes `seconds`: `moments` of every matrix's inputs, and the block `influence` of every layer.
+    """Batches of model inputs, and the statistics of one pass of the dense model over them.
+
+    The statistics are computed at their first use: `moments` of the inputs of every matrix, and the block `influence`
+    of every layer. `seconds` is the time that this took.
     """
 
     def __init__(self, dense: Any, batches: list[dict[str, Tensor]]) -> None:
@@ -40,18 +40,18 @@ class Calibration:
 
     @property
     def moments(self) -> dict[Key, WeightedMoments]:
-        """By layer and module."""
+        """The moments of the inputs of each matrix, by layer and module."""
         return self.statistics[0]
 
     @property
     def influence(self) -> list[float]:
-        """1 - mean cosine similarity of a layer's input and output over the frames, as in ShortGPT."""
+        """The block influence of each layer as in ShortGPT: 1 - mean cosine similarity of input and output."""
         return self.statistics[1]
 
     @cached_property
     @torch.no_grad()
     def statistics(self) -> tuple[dict[Key, WeightedMoments], list[float]]:
-        """Both."""
+        """The moments and the influences."""
         start = time.perf_counter()
         encoder = self.dense.get_encoder()
         moments = {
@@ -85,8 +85,9 @@ class Calibration:
 
 
 def encoder_parameters(model: Any) -> int:
-    """Of the encoder's layers and of what they share, biases and norms included, each tensor counted once; a weight of
-    a quantised `U` for what its bytes are of those of 16 bits.
+    """The number of parameters of the encoder's layers and of what they share, biases and norms included.
+
+    Each tensor counts once. A quantised weight counts for its bits divided by 16.
     """
     encoder = model.get_encoder()
     parts = nn.ModuleList([encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])])
@@ -95,34 +96,42 @@ def encoder_parameters(model: Any) -> int:
 
 
 def check_size(parameters: float, dense: Any, budget: float) -> None:
-    """Raises Unreachable where `parameters` are not what `budget` is of the dense model's, within TOLERANCE."""
+    """Raises Unreachable if `parameters`, relative to the dense number, differ from `budget` by more than TOLERANCE."""
     ratio = parameters / encoder_parameters(dense)
     if abs(ratio - budget) > TOLERANCE:
         raise Unreachable(f"the nearest size that it has is {ratio:.1%} of the encoder's layers")
 
 
 def require_size(parameters: float, dense: Any, budget: float) -> None:
-    """Raises Unreachable where the fewest possible `parameters` are above the budget."""
+    """Raises Unreachable if `parameters`, the fewest that a method can have, exceed the budget."""
     ratio = parameters / encoder_parameters(dense)
     if ratio > budget:
         raise Unreachable(f"it needs at least {ratio:.1%} of the encoder's layers")
 
 
 def linears_of(model: Any) -> dict[Key, nn.Linear]:
-    """The matrices that the methods make smaller."""
+    """The linear modules of the encoder's layers, which the methods make smaller."""
     layers = model.get_encoder().layers
     return {(i, path): layers[i].get_submodule(path) for i in range(len(layers)) for path in WHISPER.modules}
 
 
 def fixed_parameters(dense: Any) -> int:
-    """Parameters of the layers outside of their matrices: biases and norms."""
+    """The number of parameters in the layers outside of their matrices: biases and norms."""
     return encoder_parameters(dense) - sum(linear.weight.numel() for linear in linears_of(dense).values())
 
 
 def share_ranks(
     left: float, costs: dict[K, int], weights: dict[K, float], limits: dict[K, int], least: int = 0
 ) -> dict[K, int]:
-    """Ranks in proportion to `weights`, to within one, from `least` up to `limits`, that cost at most `left`."""
+    """Divides parameters among matrices as ranks that are, to within one, in proportion to `weights`.
+
+    Args:
+        left: the number of parameters that the ranks may cost.
+        costs: the number of parameters that one rank costs, by matrix.
+        weights: the proportion of ranks, by matrix.
+        limits: the highest rank, by matrix.
+        least: the lowest rank.
+    """
 
     def ranks(scale: float) -> dict[K, int]:
         return {key: min(limits[key], max(least, int(scale * weights[key]))) for key in costs}
@@ -146,7 +155,17 @@ def share_ranks(
 def with_ranks(
     dense: Any, config: hrt.ResidualConfig, budget: float, *, same_ratio: bool = False
 ) -> hrt.ResidualConfig:
-    """`config` with what the budget leaves spent on equal ranks, or on equal parts of each matrix's size."""
+    """Adds ranks to `config` that spend the rest of the budget.
+
+    Args:
+        dense: the dense model.
+        config: the settings, whose rank is replaced.
+        budget: the encoder's parameters relative to dense.
+        same_ratio: whether ranks are the same fraction of each matrix's size, rather than equal.
+
+    Raises:
+        Unreachable: the budget is too small for any rank.
+    """
     shapes = {key: linear.weight.shape for key, linear in linears_of(dense).items()}
     costs = {key: sum(shape) for key, shape in shapes.items()}
     weights = {key: shape.numel() / sum(shape) if same_ratio else 1.0 for key, shape in shapes.items()}

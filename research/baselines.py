@@ -1,9 +1,10 @@
-"""Ways to make a Whisper encoder smaller, ours and published ones, as functions of one dense model and one calibration.
+"""Methods that make a Whisper encoder smaller, ours and published ones, given a dense model and a calibration.
 
-`METHODS` names them, with their source and what is simplified. What all get alike: factors of one norm
-(`Components.balance`), so that one learning rate suits all, and biases and norms of each layer's own unless it is said
-otherwise. Settings of `ResidualConfig` are in `sharing_methods.py`. Looped models, and those with low ranks that are
-made here, are for measuring: once saved, they cannot be loaded as they were.
+`METHODS` lists them with their sources and simplifications. In all methods, the two factors of a product have equal
+norms (`Components.balance`), so that one learning rate suits all, and each layer has its own biases and norms unless
+the description says otherwise. `sharing_methods.py` holds the methods that are settings of `ResidualConfig`. Looped
+models, and the low-rank models that are made here, are for measurements only: they cannot be loaded again once they
+are saved.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ def _put_low_rank(model: Any, key: Key, fit: Components, bias: Tensor | None) ->
 
 @torch.no_grad()
 def pca(dense: Any, calibration: Calibration, budget: float, *, damping: float = LEAST_DAMPING) -> Any:
-    """`W x + b` becomes `V Vᵀ (W x + b - m) + m` with the first principal components `V` and the mean `m` of the
-    outputs: as many as explain one part of the variance, the same in all matrices. A matrix that would not get
-    smaller stays dense.
+    """Projects the outputs of each matrix onto their first principal components.
+
+    `W x + b` becomes `V Vᵀ (W x + b - m) + m`, where `V` are the components and `m` is the mean of the outputs. In all
+    matrices, the components explain the same fraction of the variance. A matrix that would not become smaller stays
+    dense.
     """
     linears, parts = linears_of(dense), {}
     for key, linear in linears.items():
@@ -88,8 +91,10 @@ def pca(dense: Any, calibration: Calibration, budget: float, *, damping: float =
 
 @torch.no_grad()
 def basis_sharing(dense: Any, calibration: Calibration, budget: float, *, group_size: int) -> Any:
-    """The truncated SVD of `[W_1; W_2; ...] S`, with `S Sᵀ` the sum of the layers' input second moments, gives one
-    `A` (the basis) for all layers of a group, and a `B` (the coefficients) for each. One ratio in all matrices.
+    """Shares one `A` (the basis) in a group of layers; each layer has its own `B` (the coefficients).
+
+    They are the truncated SVD of `[W_1; W_2; ...] S`, where `S Sᵀ` is the sum of the second moments of the inputs of
+    the layers. The ratio is the same in all matrices.
     """
     linears, num_layers = linears_of(dense), len(dense.get_encoder().layers)
     groups = [
@@ -125,7 +130,7 @@ def basis_sharing(dense: Any, calibration: Calibration, budget: float, *, group_
 
 
 def drop_layers(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """A Whisper with the layers of the largest block influence."""
+    """Keeps the layers with the largest block influence."""
     num_layers = len(dense.get_encoder().layers)
     number = max(1, round(budget * num_layers))
     check_size(number / num_layers * encoder_parameters(dense), dense, budget)
@@ -139,8 +144,10 @@ def drop_layers(dense: Any, calibration: Calibration, budget: float) -> Any:
 
 @torch.no_grad()
 def prune_neurons(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """A Whisper without the feed-forward neurons of the least variance times squared norm of the outgoing weights,
-    standardised in each layer and compared across layers; what those bring on average goes into the bias.
+    """Removes the feed-forward neurons that matter least.
+
+    The score of a neuron is its variance times the squared norm of its outgoing weights, standardised in each layer.
+    The mean contribution of removed neurons is added to the bias.
     """
     model = copy.deepcopy(dense)
     layers = model.get_encoder().layers
@@ -169,14 +176,15 @@ def prune_neurons(dense: Any, calibration: Calibration, budget: float) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make an encoder smaller.
+    """A method that makes an encoder smaller.
 
     Args:
-        build: from the dense model, the calibration and a budget (parameters of the encoder's layers relative to
-            dense, biases and norms included) a model that is not larger, or where sizes are few the nearest, and
-            that can be trained under the method's own constraint. Raises Unreachable.
-        about: what it is, its source, and what is simplified.
-        statistics: whether it needs those of the calibration, whose time then counts as the method's own.
+        build: makes a model from the dense model, the calibration and a budget (the number of parameters of the
+            encoder's layers relative to dense, biases and norms included). The model is not larger than the budget; if
+            a method has few sizes, it is the nearest one. It can be trained under the method's own constraint. Raises
+            Unreachable.
+        about: describes the method, its source and our simplifications.
+        statistics: whether the method needs the statistics of the calibration, whose time then counts as its own.
     """
 
     build: Callable[[Any, Calibration, float], Any]

@@ -1,17 +1,17 @@
-"""Measures what a residual model costs to run, train and load, against the dense model of the same shape.
+r"""Measures the time and memory that a residual model takes to run, train and load, against a dense model of its shape.
 
     python research/benchmark.py --size base --group_size 3 --rank 16 --threads 2 --output results/benchmark.json
 
-In about a minute on a CPU, and saying less:
+This shorter run takes about a minute on a CPU:
 
     python research/benchmark.py --size tiny --seconds 10 --repeats 5 --few_repeats 3 \
         --what encoder streaming training memory --output outputs/benchmark-short.json
 
-Weights are random, since speed does not depend on them. Both models are in one process and take turns; a ratio is the
-median over the pairs of neighbouring runs, and its spread is their interquartile range. A result is "undecided" when
-the spread exceeds the distance from the goal. Memory and loading are measured in fresh processes, of the encoder alone.
-The file at `--output` is written after each result, with a table beside it (.md), and at the end plots.
-The first argument may instead be a JSON or YAML file with options by name.
+Weights are random, because speed does not depend on them. Both models take turns in one process. A ratio is the median
+over the pairs of neighbouring runs, and its spread is their interquartile range. A result is "undecided" if the spread
+exceeds the distance from the goal. Memory and loading are measured in fresh processes that hold only the encoder. The
+script writes the file at `--output` and a table beside it (.md) after each result, and plots at the end. The first
+argument may instead be a JSON or YAML file with options by name.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ Pair = dict[str, Any]  # What is passed on as `dense` and `residual`.
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure."""
+    """The settings of the benchmark."""
 
     size: str = field(default="base", metadata={"help": f"Shape of the model: {', '.join(SIZES)}."})
     layers: int | None = field(default=None, metadata={"help": "Other number of layers than the size has."})
     width: int | None = field(default=None, metadata={"help": "Other width than the size has."})
     group_size: str = field(
-        default="3", metadata={"help": "As in compress.py: layers a group (K), 'null', or JSON by module."}
+        default="3", metadata={"help": "As in `hrt compress`: layers a group (K), 'null', or JSON by module."}
     )
     rank: int = field(default=16, metadata={"help": "Rank of what each layer adds (R)."})
     diagonal: Literal["none", "square", "all"] = field(
@@ -137,12 +137,12 @@ class BenchmarkArguments:
 
     @property
     def longest(self) -> float:
-        """Seconds of the recordings for all but the parts that have lengths of their own."""
+        """The length of the recordings, in seconds, for all parts without lengths of their own."""
         return max(self.seconds)
 
     @property
     def title(self) -> str:
-        """What was compared, for the table and the plots."""
+        """Describes the compared models, for the table and the plots."""
         residual = self.residual
         rank = "by matrix" if residual.rank_pattern else residual.rank
         settings = f"K={json.dumps(residual.group_size)}, R={rank}, diagonal {residual.diagonal}"
@@ -167,7 +167,7 @@ GOALS = {
 def build(
     args: BenchmarkArguments, shape: Shape, residual: hrt.ResidualConfig, residual_class: Any = None
 ) -> dict[str, Any]:
-    """The dense and the residual model, with random weights, in evaluation mode."""
+    """Builds the dense and the residual model with random weights, in evaluation mode."""
     residual_class = residual_class or ENCODERS[shape.family]
     config = residual_class.config_class(**shape.config_values(), residual_config=residual)
     dense = residual_class.dense_class()(config.to_dense_config())
@@ -177,13 +177,13 @@ def build(
 
 
 def forwards(models: dict[str, Any], seconds: float, batch_size: int) -> Calls:
-    """A forward pass of each model on the same inputs."""
+    """Returns a forward pass of each model on the same inputs."""
     inputs = random_inputs(models["dense"], seconds, batch_size)
     return {kind: partial(torch.no_grad()(run_encoder), model, inputs) for kind, model in models.items()}
 
 
 def interleave(device: str, calls: Calls, repeats: int, what: str) -> Pair:
-    """Seconds of the calls, in pairs whose order alternates, after two calls of each that do not count."""
+    """Measures the seconds of the two calls in pairs whose order alternates, after two warm-up calls of each."""
     synchronize = getattr(torch, torch.device(device).type).synchronize
 
     def timed(call: Callable[[], Any], times: int) -> float:
@@ -205,14 +205,14 @@ def interleave(device: str, calls: Calls, repeats: int, what: str) -> Pair:
 
 
 def in_turn(kinds: Iterable[str], repeat: int) -> list[str]:
-    """Dense first, then residual first, and so on."""
+    """Yields the two in alternating order: dense first, then residual first, and so on."""
     return list(kinds)[:: -1 if repeat % 2 else 1]
 
 
 def compare(
     args: BenchmarkArguments, part: str, what: str, calls: Calls, repeats: int | None = None, **point: Any
 ) -> Comparison:
-    """Times the two calls; `point` are the further fields of the `Comparison`."""
+    """Times the two calls; `point` holds further fields of the `Comparison`."""
     seconds = interleave(args.device, calls, repeats or args.repeats, what)
     return Comparison(part, what, **seconds, goal=GOALS[part], **point)
 
@@ -239,7 +239,7 @@ def measure_training(args: BenchmarkArguments) -> Iterator[Comparison]:
 
 
 def measure_generate(args: BenchmarkArguments) -> Iterator[Comparison]:
-    """After 30 seconds, as `generate` asks for; the end of the text cannot come early."""
+    """Measures `generate` on 30 seconds, the length that it requires. The text cannot end early."""
     models = build(args, args.shape, args.residual, hrt.ResidualWhisperForConditionalGeneration)
     inputs = random_inputs(models["dense"], 30.0, args.batch_size)
     length = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
@@ -268,7 +268,7 @@ def measure_scaling(args: BenchmarkArguments) -> Iterator[Comparison]:
 
 @contextmanager
 def saved_models(args: BenchmarkArguments) -> Iterator[dict[str, Path]]:
-    """Folders of the dense and of the residual encoder, each with a small one in `warm-up`."""
+    """Saves the dense and the residual encoder into folders, each with a small model in `warm-up`."""
     with TemporaryDirectory() as work:
         folders = {kind: Path(work, kind) for kind in ("dense", "residual")}
         for inner, shape, residual in (
@@ -283,7 +283,7 @@ def saved_models(args: BenchmarkArguments) -> Iterator[dict[str, Path]]:
 def in_fresh_process(
     args: BenchmarkArguments, measurement: str, folder: Path, environment: Mapping[str, str]
 ) -> dict[str, float]:
-    """What `benchmark_model.py` measures on one of the `saved_models`."""
+    """Runs a measurement of `benchmark_model.py` on one of the `saved_models`."""
     options = {"measurement": measurement, "folder": folder, "seconds": args.longest}
     options |= {name: getattr(args, name) for name in ("batch_size", "device", "dtype", "threads")}
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -298,7 +298,7 @@ def compare_processes(
     repeats: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Pair]:
-    """By what was measured, the figures of fresh processes for the dense and the residual model."""
+    """Returns the figures of fresh processes for the dense and the residual model, by measurement."""
     found: dict[str, Pair] = {}
     for repeat in tqdm(range(repeats), desc=measurement, leave=False):
         for kind in in_turn(folders, repeat):
@@ -343,7 +343,7 @@ PARTS: dict[str, Callable[[BenchmarkArguments], Iterator[Comparison]]] = {
 
 
 def check_device(device: str, dtype: torch.dtype) -> None:
-    """Raises ValueError where `device` is not there, or cannot compute in `dtype`."""
+    """Raises ValueError if `device` does not exist or cannot compute in `dtype`."""
     for name, wanted in (("device", torch.float32), ("dtype", dtype)):
         try:
             probe = torch.ones(2, 2, device=device, dtype=wanted)
@@ -355,7 +355,7 @@ def check_device(device: str, dtype: torch.dtype) -> None:
 
 
 def save(args: BenchmarkArguments, comparisons: list[Comparison]) -> None:
-    """Writes what there is so far, and the table beside it."""
+    """Writes the results so far, and their table beside the file."""
     output = Path(args.output)
     contents = {
         "title": args.title,

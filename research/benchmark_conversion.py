@@ -1,19 +1,19 @@
-"""Measures the memory that a conversion takes, over the model's depth and the number of calibration windows.
+r"""Measures the memory that a conversion takes, over the model's depth and the number of calibration windows.
 
     python research/benchmark_conversion.py --size large-v3 --layers 2 4 8 --windows 1 4 16 \
         --output results/conversion-memory.json
 
-In about a minute on a CPU, and saying less:
+This shorter run takes about a minute on a CPU:
 
     python research/benchmark_conversion.py --size tiny --layers 2 4 --windows 1 2 \
         --output outputs/conversion-memory.json
 
-Weights and inputs are random, since memory does not depend on them. Each depth is converted with the fewest windows,
-and the shallowest model with each number of windows, by `from_dense(..., budget=...)`, in a fresh process each, of the
-encoder alone: a whole Whisper has the weights of its decoder beside it. The C library is told to give back what is
-freed (MALLOC_MMAP_THRESHOLD_), since what it keeps otherwise differs from run to run. "beside the models" is the most
-that the process held at a time, less the weights of the dense and of the converted encoder, which stay. The file at
-`--output` is written after each result, with a table beside it (.md).
+Weights and inputs are random, because memory does not depend on them. `from_dense(..., budget=...)` converts a model of
+each depth with the fewest windows, and the shallowest model with each number of windows. Each conversion is a fresh
+process that holds only the encoder; a whole Whisper also has the weights of its decoder. The C library returns freed
+memory at once (MALLOC_MMAP_THRESHOLD_), because the memory that it keeps otherwise differs from run to run. "beside the
+models" is the peak memory of the process minus the weights of the dense and of the converted encoder. The script writes
+the file at `--output` and a table beside it (.md) after each result.
 The first argument may instead be a JSON or YAML file with options by name.
 """
 
@@ -41,7 +41,7 @@ Result = dict[str, float]
 
 @dataclass
 class ConversionArguments:
-    """What to convert."""
+    """The settings of the measurement."""
 
     size: str = field(default="large-v3", metadata={"help": f"Shape of the model: {', '.join(SIZES)}."})
     layers: list[int] = field(
@@ -50,7 +50,7 @@ class ConversionArguments:
     windows: list[int] = field(
         default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of windows of 30 seconds to measure."}
     )
-    budget: float = field(default=BUDGETS[BITS], metadata={"help": "As in compress.py."})
+    budget: float = field(default=BUDGETS[BITS], metadata={"help": "As --size of `hrt compress`."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch's choice."})
     output: str = field(
         default="results/conversion-memory.json",
@@ -78,14 +78,14 @@ class ConversionArguments:
             raise ValueError(f"`output` must be a .json file, got {self.output!r}")
 
     def points(self) -> list[tuple[int, int]]:
-        """Layers and windows of each measurement."""
+        """The numbers of layers and windows of each measurement."""
         shallowest, fewest = min(self.layers), min(self.windows)
         depths = [(layers, fewest) for layers in sorted(set(self.layers))]
         return depths + [(shallowest, windows) for windows in sorted(set(self.windows) - {fewest})]
 
 
 def measure(args: ConversionArguments, layers: int, windows: int) -> Result:
-    """Bytes, and seconds, of one conversion in this process."""
+    """Measures the bytes and seconds of one conversion in this process."""
     shape = replace(SIZES[args.size], layers=layers)
     residual_class = ENCODERS[shape.family]
     values = shape.config_values() | ({"decoder_layers": 1} if shape.family == "whisper" else {})
@@ -109,7 +109,7 @@ def measure(args: ConversionArguments, layers: int, windows: int) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """In Markdown."""
+    """The results as a Markdown table."""
     names = list(results[0])
     lines = [[name if name in ("layers", "windows", "seconds") else f"{name}, GB" for name in names]]
     lines.append(["---:"] * len(names))
@@ -124,7 +124,7 @@ def table(results: list[Result]) -> str:
 
 
 def save(args: ConversionArguments, results: list[Result]) -> None:
-    """Writes what there is so far, and the table beside it."""
+    """Writes the results so far, and their table beside the file."""
     output = Path(args.output)
     settings = {name: value for name, value in asdict(args).items() if name not in ("output", "alone")}
     contents: dict[str, Any] = {"settings": settings, "results": results, **provenance()}

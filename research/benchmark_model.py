@@ -1,4 +1,4 @@
-"""What `benchmark.py` does with one model, dense or residual.
+"""The parts of `benchmark.py` that handle one model, dense or residual.
 
 As a script, it measures the loading, the resident memory or a training step of a saved encoder in a fresh process,
 and prints JSON. The folder also holds a small model, `warm-up`.
@@ -43,7 +43,7 @@ WEIGHTS = "weights, the head's too"
 
 @dataclass(frozen=True)
 class Shape:
-    """A model by what its cost depends on. Heads have 64 features, and the inner width is 4 x `width`."""
+    """The values that a model's cost depends on. Heads have 64 features, and the inner width is 4 x `width`."""
 
     family: str
     layers: int
@@ -57,7 +57,7 @@ class Shape:
             raise ValueError(f"`width` must be a multiple of 64, got {self.width}")
 
     def config_values(self) -> dict[str, Any]:
-        """What the family's config calls it."""
+        """The values under the names of the family's config."""
         width, layers, heads = self.width, self.layers, self.width // 64
         if self.family == "whisper":
             values: dict[str, Any] = {"d_model": width, "classifier_proj_size": 1}
@@ -88,7 +88,7 @@ SIZES = {
 
 @dataclass
 class ModelArguments:
-    """What to measure."""
+    """The settings of one measurement."""
 
     measurement: Literal["load", "resident", "step"] = field(metadata={"help": "What to measure."})
     folder: str = field(metadata={"help": "Folder of the model, with a small one in `warm-up`."})
@@ -102,7 +102,7 @@ class ModelArguments:
 
 
 def random_inputs(model: Any, seconds: float, batch_size: int) -> Tensor:
-    """Mel features (batch_size, num_mel_bins, num_frames) or samples (batch_size, num_samples)."""
+    """Random mel features (batch_size, num_mel_bins, num_frames) or samples (batch_size, num_samples)."""
     config = model.config
     is_whisper = config.model_type == "whisper"
     shape = (config.num_mel_bins, 2 * round(50 * seconds)) if is_whisper else (round(16_000 * seconds),)
@@ -110,19 +110,19 @@ def random_inputs(model: Any, seconds: float, batch_size: int) -> Tensor:
 
 
 def encoder_of(model: Any) -> Any:
-    """The module from inputs to hidden states: Whisper's encoder, all of a wav2vec2."""
+    """The module from inputs to hidden states: the encoder of a Whisper, the whole of a wav2vec2."""
     return model.encoder if model.config.model_type == "whisper" else model
 
 
 def run_encoder(model: Any, inputs: Tensor) -> Tensor:
-    """The last hidden states; Whisper's may be of a shorter window than its own."""
+    """The last hidden states. Whisper's inputs may be shorter than its window."""
     encoder = encoder_of(model)
     output = encoder(inputs) if encoder is model else encode(encoder, inputs)
     return output.last_hidden_state
 
 
 def training_step(model: Any, inputs: Tensor) -> Callable[[], torch.optim.Optimizer]:
-    """A function that does one: forward, backward, AdamW."""
+    """Returns a function that runs a training step: forward, backward and AdamW."""
     parameters = [p for p in encoder_of(model).parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -136,13 +136,13 @@ def training_step(model: Any, inputs: Tensor) -> Callable[[], torch.optim.Optimi
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each counted once."""
+    """The bytes of the storages of `tensors`, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def kept_for_backward(model: Any, inputs: Tensor) -> int:
-    """Bytes that a forward pass keeps for backward, parameters and what is quantised aside."""
+    """The bytes that a forward pass keeps for backward, except parameters and quantised weights."""
     parameters = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: list[Tensor] = []
 
@@ -157,7 +157,7 @@ def kept_for_backward(model: Any, inputs: Tensor) -> int:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process: in memory, of these its own, and of these what no file holds (Linux alone)."""
+    """The bytes of this process in memory, those that it alone uses, and those that no file holds (Linux only)."""
     gc.collect()
     info = psutil.Process().memory_full_info()
     sizes = {"RSS": info.rss, "USS": info.uss}
@@ -169,7 +169,7 @@ def resident() -> dict[str, int]:
 
 
 class PeakMemory:
-    """Inside, samples the RSS every millisecond; `bytes` is the most there was."""
+    """Inside this context, samples the RSS every millisecond; `bytes` is the maximum."""
 
     def __enter__(self) -> PeakMemory:
         self.bytes = 0
@@ -191,7 +191,7 @@ class PeakMemory:
 
 
 def load(args: ModelArguments, folder: Path) -> Any:
-    """The saved model, of the class that its config names."""
+    """Loads the saved model with the class that its config names."""
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     model_class = getattr(hrt, name, None) or getattr(transformers, name)
     return model_class.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
@@ -204,7 +204,7 @@ def touch(model: nn.Module) -> None:
 
 
 def loading_seconds(args: ModelArguments, folder: Path) -> dict[str, float]:
-    """Of the model, after a small one has brought in all code that there is to bring in."""
+    """The time to load the model, after a small model has imported all code."""
     touch(load(args, folder / "warm-up"))
     start = time.perf_counter()
     model = load(args, folder)
@@ -218,7 +218,7 @@ def loading_seconds(args: ModelArguments, folder: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def resident_bytes(args: ModelArguments, folder: Path) -> dict[str, float]:
-    """Growth of this process, after a small model has brought in all code that there is to bring in."""
+    """The growth of this process by the model, after a small model has imported all code."""
     small = load(args, folder / "warm-up")
     run_encoder(small, random_inputs(small, 0.1, 1))
     del small
@@ -233,7 +233,7 @@ def resident_bytes(args: ModelArguments, folder: Path) -> dict[str, float]:
 
 
 def training_bytes(args: ModelArguments, folder: Path) -> dict[str, float]:
-    """What a training step holds, exactly, and how far this process grows (on CUDA, what is allocated there)."""
+    """The exact bytes of a training step, and the growth of this process (on CUDA, of the allocated memory)."""
     small = load(args, folder / "warm-up").train()
     training_step(small, random_inputs(small, 0.1, 1))()
     del small

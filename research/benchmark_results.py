@@ -1,4 +1,4 @@
-"""Ratios of paired measurements, what they say about a goal, and how they are shown.
+"""Ratios of paired measurements, their verdicts on goals, and their tables and plots.
 
 `benchmark.py` makes the measurements.
 """
@@ -24,7 +24,7 @@ SCALING = {
 
 @dataclass(frozen=True)
 class Goal:
-    """The most that a ratio may be; a `strict` goal is to be below it."""
+    """The limit of a ratio. With `strict`, the ratio must be below the limit."""
 
     limit: float
     strict: bool = False
@@ -35,17 +35,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired measurements, and the ratio of each pair.
+    """Paired measurements of two models, and the ratio of each pair.
 
     Args:
-        part: of the benchmark.
-        what: was measured.
-        dense: seconds or bytes; or what `what` says that the residual model is compared with.
-        residual: as many, of the residual model.
-        goal: None where there is none.
+        part: the part of the benchmark.
+        what: the quantity that was measured.
+        dense: seconds or bytes of the dense model, or of the other model that `what` names.
+        residual: seconds or bytes of the residual model, one for each of `dense`.
+        goal: the goal for the ratio, if there is one.
         unit: "s" or "bytes".
-        axis: what the comparison is a point of a curve over, such as "rank".
-        at: where on it.
+        axis: the name of the axis if the comparison is a point of a curve, such as "rank".
+        at: the position on that axis.
     """
 
     part: str
@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Minimum, lower quartile, median, upper quartile and maximum; NaN for a growth that is not above 0."""
+        """Minimum, lower quartile, median, upper quartile and maximum; NaN if a growth is not above 0."""
         if min(self.dense) <= 0:
             return [float("nan")] * 5
         pairs = np.asarray(self.residual) / np.asarray(self.dense)
@@ -67,8 +67,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is "met", "not met", or "undecided", when the interquartile range exceeds the distance
-        from it.
+        """Whether the goal is "met", "not met" or "undecided".
+
+        It is undecided if the interquartile range exceeds the distance of the median from the goal.
         """
         if self.goal is None:
             return "no goal"
@@ -86,7 +87,7 @@ class Comparison:
         return {**asdict(self), **found, "goal": self.goal and str(self.goal)}
 
     def cells(self) -> list[str]:
-        """A row of the table."""
+        """The cells of the comparison's row in the table."""
         scale, unit = (1e3, "ms") if self.unit == "s" else (1e-6, "MB")
         values = [f"{scale * float(np.median(values)):.4g} {unit}" for values in (self.dense, self.residual)]
         least, lower, ratio, upper, most = (f"{ratio:.3f}" for ratio in self.ratios)
@@ -96,7 +97,7 @@ class Comparison:
 
 
 def table(comparisons: Iterable[Comparison]) -> str:
-    """In Markdown, with columns that line up."""
+    """The comparisons as a Markdown table whose columns line up."""
     head = ["part", "measured", "dense", "residual", "ratio", "quartiles", "range", "goal", "verdict"]
     rows = [head, *(comparison.cells() for comparison in comparisons)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -105,7 +106,7 @@ def table(comparisons: Iterable[Comparison]) -> str:
 
 
 def plot_ratios(comparisons: Iterable[Comparison], title: str, path: Path) -> None:
-    """Draws the ratio over each axis, with its quartiles as bars, and the goals."""
+    """Plots the ratio over each axis, with the quartiles as bars, and the goals."""
     from matplotlib.figure import Figure
 
     points = [comparison for comparison in comparisons if comparison.axis]
@@ -132,7 +133,7 @@ def plot_ratios(comparisons: Iterable[Comparison], title: str, path: Path) -> No
 
 
 def plot_memory(comparisons: Iterable[Comparison], title: str, path: Path) -> None:
-    """Draws what a training step holds as stacked bars, and the memory of a process that has loaded the encoder."""
+    """Plots the memory of a training step as stacked bars, and that of a process that has loaded the encoder."""
     from matplotlib.figure import Figure
 
     found = {c.what: (c.dense[0] / 1e6, c.residual[0] / 1e6) for c in comparisons if c.unit == "bytes"}

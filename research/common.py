@@ -1,4 +1,4 @@
-"""What the research scripts share: the sample, and processes whose memory is measured."""
+"""The common parts of the research scripts: the sample's folder, and processes whose memory is measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 
 
 def environment_with_fixed_malloc() -> dict[str, str]:
-    """This process's, where the C library is told to give back what is freed, not to keep it for speed."""
+    """The environment of this process, with a setting that makes the C library return freed memory at once."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     return own | FIXED_MALLOC
 
@@ -24,11 +24,12 @@ def environment_with_fixed_malloc() -> dict[str, str]:
 def json_of_fresh_process(
     command: Sequence[str], environment: Mapping[str, str], what: str
 ) -> dict[str, Any]:
-    """The JSON in the last line that a script prints.
+    """Runs a script in a fresh process, and returns the JSON in the last line that it prints.
 
     Args:
-        environment: the variables that it gets.
-        what: the error says of a script that failed.
+        command: the script and its arguments.
+        environment: the environment variables of the process.
+        what: the name of the measurement for the error message.
     """
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, env=environment

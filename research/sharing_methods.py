@@ -1,6 +1,6 @@
-"""Ways to make a Whisper encoder smaller that are settings of `ResidualConfig`: ours, and published ones.
+"""Methods that make a Whisper encoder smaller and are settings of `ResidualConfig`: ours, and published ones.
 
-All are functions as `baselines.Method` describes them; there they have their names and sources.
+All are functions as `baselines.Method` describes them; `baselines.METHODS` has their names and sources.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from baseline_parts import (
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.conversion import residual_like
 from hf_residual_transformer.compression.fitting import Components, quantize_for, truncate
-from hf_residual_transformer.families import WHISPER, groups_of, role_of
+from hf_residual_transformer.families import WHISPER, groups_of
 from hf_residual_transformer.quantization import BITS
 
 
@@ -33,19 +33,19 @@ def _from_dense(dense: Any, config: hrt.ResidualConfig | None, **options: Any) -
 
 
 def ours(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """What `from_dense` chooses, ranks and groups."""
+    """Lets `from_dense` choose ranks and groups."""
     return _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=None)
 
 
 def ours_in_four_bits(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """The same with a `U` of at most four bits, and 16 for all else in the encoder's layers."""
+    """Lets `from_dense` choose, with at most four bits for `U` and 16 for everything else in the encoder's layers."""
     model = _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=BITS)
     return _in_16_bits(model)
 
 
 @torch.no_grad()
 def rounded(dense: Any, calibration: Calibration, budget: float, *, bits: int, fitted: bool) -> Any:
-    """A `U` of few bits for each layer, and nothing else: each matrix rounded, to the nearest or as GPTQ does."""
+    """Gives each layer only a `U` of few bits: each matrix is rounded to the nearest values, or as in GPTQ."""
     config = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=bits)
     model = _from_dense(dense, config, start="svd")
     check_size(encoder_parameters(model), dense, budget)
@@ -60,7 +60,7 @@ def rounded(dense: Any, calibration: Calibration, budget: float, *, bits: int, f
 
 
 def _in_16_bits(model: Any) -> Any:
-    """With the values of the encoder's layers that float16 has, and nothing else changed."""
+    """Rounds the values of the encoder's layers to those of float16, and changes nothing else."""
     encoder = model.get_encoder()
     for part in (encoder.layers, encoder.shared):
         part.half().float()
@@ -68,33 +68,35 @@ def _in_16_bits(model: Any) -> Any:
 
 
 def pairs(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """Every matrix shared by two layers, ranks chosen by `from_dense`."""
+    """Shares every matrix between two layers; `from_dense` chooses the ranks."""
     config = hrt.ResidualConfig(group_size=2, diagonal="none")
     with_ranks(dense, config, budget)  # says at once where the budget is too small
     return _from_dense(dense, config, calibration=calibration.batches, budget=budget)
 
 
 def paper(dense: Any, calibration: Calibration, budget: float, *, group_size: int) -> Any:
-    """ResidualTransformer's sharing with equal ranks, from a calibrated start."""
+    """Shares as ResidualTransformer does, with equal ranks, from a calibrated start."""
     config = with_ranks(dense, hrt.ResidualConfig.paper(group_size, 0), budget)
     return _from_dense(dense, config, calibration=calibration.batches)
 
 
 def svd(dense: Any, calibration: Calibration, budget: float) -> Any:
-    """The nearest matrices of low rank, of one ratio."""
+    """Replaces each matrix by the nearest one of low rank, with one ratio for all matrices."""
     config = hrt.ResidualConfig(group_size=None, diagonal="none")
     return _from_dense(dense, with_ranks(dense, config, budget, same_ratio=True), start="svd")
 
 
 def _group_sizes(num_layers: int) -> dict[int, int]:
-    """The smallest group size for each number of groups that can be had."""
+    """The smallest group size for each possible number of groups."""
     return {math.ceil(num_layers / size): size for size in range(num_layers, 0, -1)}
 
 
 @torch.no_grad()
 def tied(dense: Any, calibration: Calibration, budget: float, *, start: str, looped: bool = False) -> Any:
-    """`U` of a group from the weights of its layers, and the truncated SVD of what each lacks, of equal ranks. The
-    group size is the one that the budget allows with the smallest squared error of the weights.
+    """Takes the `U` of a group from the weights of its layers, and adds the truncated SVD of what each layer lacks.
+
+    All ranks are equal. Of the group sizes that the budget allows, it uses the one with the smallest squared error of
+    the weights.
     """
     num_layers = len(dense.get_encoder().layers)
     models: list[tuple[float, Any]] = []
@@ -117,7 +119,7 @@ def tied(dense: Any, calibration: Calibration, budget: float, *, start: str, loo
 def _tie(
     dense: Any, config: hrt.ResidualConfig, groups: list[Sequence[int]], start: str
 ) -> tuple[float, Any]:
-    """The squared error of the weights, and the model."""
+    """Returns the squared error of the weights, and the model."""
     linears, model, left = (
         linears_of(dense),
         residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, config),
@@ -141,11 +143,14 @@ def _tie(
 
 
 def sharing(dense: Any, calibration: Calibration, budget: float, *, calibrated: bool) -> Any:
-    """No rank at all. Each role has a group size of its own, those that together come nearest to the budget, and
-    of equally near ones the most alike.
+    """Shares matrices without ranks. Each kind of matrix has a group size of its own.
+
+    The group sizes are those that together come nearest to the budget; of equally near ones, the most alike are used.
     """
     matrices = {
-        role_of(path): linear.weight.numel() for (i, path), linear in linears_of(dense).items() if i == 0
+        WHISPER.encoder.role_of(path): linear.weight.numel()
+        for (i, path), linear in linears_of(dense).items()
+        if i == 0
     }
     sizes, fixed = _group_sizes(len(dense.get_encoder().layers)), fixed_parameters(dense)
 

@@ -1,4 +1,4 @@
-"""Fine-tunes a wav2vec2 CTC model, residual or dense, on speech with transcripts.
+r"""Fine-tunes a wav2vec2 CTC model, residual or dense, on speech with transcripts.
 
     python scripts/finetune_ctc.py --model outputs/compact-wav2vec2 --dataset openslr/librispeech_asr \
         --dataset_config clean --train_split train.100 --eval_split validation --eval_strategy epoch \
@@ -12,37 +12,22 @@ In about a minute on a CPU, with the recordings that come with this repository:
         --logging_steps 1 --output_dir outputs/finetuned-ctc
 
 The model has a vocabulary and an output layer already; transcripts must be written with its characters, for
-which there are `--text_case` and `--remove`. What is residual stays residual, and `scripts/evaluate.py` gives
+which there are `--text_case` and `--remove`. What is residual stays residual, and `hrt evaluate` gives
 the error rates. To keep the dense model as a teacher meanwhile, use `scripts/distill.py`, `--labels_weight`.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
-The first argument may instead be a JSON or YAML file with options by name.
+The first argument may instead be a JSON or YAML file with options by name. `hrt finetune` is the same as a command.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-import torch
-from transformers import AutoModelForCTC, AutoProcessor, TrainingArguments, set_seed
+from transformers import TrainingArguments
 
-import hf_residual_transformer  # noqa: F401 (registers the residual classes)
-from hf_residual_transformer.folders import prepare_output_dir
-from hf_residual_transformer.speech.collators import CTCCollator
-from hf_residual_transformer.training.arguments import (
-    DistillationArguments,
-    TrainingDataArguments,
-    parse_args,
-    read_json,
-)
-from hf_residual_transformer.training.running import train_and_save
-from hf_residual_transformer.training.trainers import CTCDistillationTrainer
-
-CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
+from hf_residual_transformer.training.arguments import TrainingDataArguments, parse_args
+from hf_residual_transformer.training.running import run_ctc_finetuning
 
 
 @dataclass
@@ -83,38 +68,10 @@ class ScriptArguments:
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 
-def respell(text: str, case: str, remove: str) -> str:
-    """The text in another case, then without what `remove` matches, and with single spaces."""
-    return " ".join(re.sub(remove, "", CASES[case](text)).split())
-
-
 def main() -> None:
     args, data_args, training_args = parse_args(ScriptArguments, TrainingDataArguments, TrainingArguments)
-    overrides = read_json("config_overrides", args.config_overrides or "{}")
-    prepare_output_dir(
-        training_args.output_dir, args.overwrite, resume=training_args.resume_from_checkpoint is not None
-    )
-    set_seed(training_args.seed)
-    model_id = args.model
-    model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
-    processor = AutoProcessor.from_pretrained(model_id)
-    if args.freeze_feature_encoder:
-        model.freeze_feature_encoder()
-    train_dataset, eval_dataset = data_args.load_splits(processor, training_args.seed)
-
-    training_args.remove_unused_columns = False  # the collator reads columns that no model does
-    trainer = CTCDistillationTrainer(
-        model=model,
-        args=training_args,
-        distillation=DistillationArguments(
-            final_weight=0.0, logits_weight=0.0, labels_weight=1.0, learning_rates=args.learning_rates
-        ),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CTCCollator(processor, partial(respell, case=args.text_case, remove=args.remove)),
-        processing_class=processor,
-    )
-    train_and_save(trainer)
+    options = asdict(args)
+    run_ctc_finetuning(options.pop("model"), data_args, training_args, **options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tunes a Whisper model, residual or dense, on speech with transcripts or translations.
+r"""Fine-tunes a Whisper model, residual or dense, on speech with transcripts or translations.
 
     python scripts/finetune_seq2seq.py --model outputs/compact-distilled --dataset google/fleurs \
         --dataset_config de_de --text_column transcription --language german --train_split train \
@@ -12,31 +12,22 @@ In about a minute on a CPU, with the recordings that come with this repository:
         --per_device_train_batch_size 4 --max_steps 4 --learning_rate 1e-5 --logging_steps 1 \
         --output_dir outputs/finetuned
 
-What is residual stays residual, and `scripts/evaluate.py` gives the error rates. To keep the dense model as a
+What is residual stays residual, and `hrt evaluate` gives the error rates. To keep the dense model as a
 teacher meanwhile, use `scripts/distill.py` with `--labels_weight`.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
-The first argument may instead be a JSON or YAML file with options by name.
+The first argument may instead be a JSON or YAML file with options by name. `hrt finetune` is the same as a command.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-import torch
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Seq2SeqTrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments
 
-import hf_residual_transformer  # noqa: F401 (registers the residual classes)
-from hf_residual_transformer.folders import prepare_output_dir
-from hf_residual_transformer.speech.collators import collator_for
-from hf_residual_transformer.training.arguments import (
-    DistillationArguments,
-    TrainingDataArguments,
-    parse_args,
-)
-from hf_residual_transformer.training.running import train_and_save
-from hf_residual_transformer.training.trainers import Seq2SeqDistillationTrainer
+from hf_residual_transformer.training.arguments import TrainingDataArguments, parse_args
+from hf_residual_transformer.training.running import run_seq2seq_finetuning
 
 
 @dataclass
@@ -67,31 +58,8 @@ def main() -> None:
     args, data_args, training_args = parse_args(
         ScriptArguments, TrainingDataArguments, Seq2SeqTrainingArguments
     )
-    prepare_output_dir(
-        training_args.output_dir, args.overwrite, resume=training_args.resume_from_checkpoint is not None
-    )
-    set_seed(training_args.seed)
-    model_id = args.model
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(model_id)
-    if args.freeze != "none":
-        frozen = model.get_encoder() if args.freeze == "encoder" else model.get_decoder()
-        frozen.requires_grad_(False)
-    train_dataset, eval_dataset = data_args.load_splits(processor, training_args.seed)
-
-    training_args.remove_unused_columns = False  # the collator reads columns that no model does
-    trainer = Seq2SeqDistillationTrainer(
-        model=model,
-        args=training_args,
-        distillation=DistillationArguments(
-            final_weight=0.0, logits_weight=0.0, labels_weight=1.0, learning_rates=args.learning_rates
-        ),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator_for(model, processor, language=data_args.language, task=args.task),
-        processing_class=processor,
-    )
-    train_and_save(trainer)
+    options = asdict(args)
+    run_seq2seq_finetuning(options.pop("model"), data_args, training_args, **options)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -16,18 +19,22 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
     Wav2Vec2Processor,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
     WhisperProcessor,
     WhisperTokenizer,
 )
 
+import hrt_cli
 from hf_residual_transformer import ResidualWav2Vec2Config, ResidualWhisperConfig
 
 torch.set_num_threads(1)
 
 SAMPLING_RATE = 16_000
+SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 WHISPER_BYTES = sorted(ByteLevel.alphabet())
 WHISPER_SPECIAL = [
     "<|endoftext|>",
@@ -165,8 +172,6 @@ def whisper_processor() -> WhisperProcessor:
 
 def wav2vec2_processor(folder) -> Wav2Vec2Processor:
     """Eight letters; `folder` is where the vocabulary's file is written."""
-    import json
-
     path = folder / "vocab.json"
     path.write_text(json.dumps(WAV2VEC2_VOCAB))
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
@@ -177,3 +182,65 @@ def speech(seconds: float = 1.0, seed: int = 0) -> torch.Tensor:
     """Noise that stands for a recording, (seconds * 16000,)."""
     generator = torch.Generator().manual_seed(seed)
     return 0.1 * torch.randn(int(seconds * SAMPLING_RATE), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def dense_whisper(tmp_path_factory) -> Path:
+    """The folder of a dense Whisper with its processor."""
+    folder = tmp_path_factory.mktemp("whisper")
+    model = randomize_(WhisperForConditionalGeneration(tiny_whisper_config()))
+    model.generation_config = whisper_generation_config()
+    model.save_pretrained(folder)
+    whisper_processor().save_pretrained(folder)
+    (folder / "normalizer.json").write_text('{"colour": "color"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense_wav2vec2(tmp_path_factory) -> Path:
+    """The folder of a dense wav2vec2 that hears all letters, with its processor."""
+    folder = tmp_path_factory.mktemp("wav2vec2")
+    vocabulary = {
+        token: i
+        for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])
+    }
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    Wav2Vec2Processor(
+        feature_extractor=Wav2Vec2FeatureExtractor(return_attention_mask=True),
+        tokenizer=Wav2Vec2CTCTokenizer(str(folder / "vocab.json")),
+    ).save_pretrained(folder)
+    model = Wav2Vec2ForCTC(tiny_wav2vec2_config(vocab_size=len(vocabulary), layerdrop=0.1))
+    randomize_(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compressed(dense_whisper, dense_wav2vec2, tmp_path_factory) -> dict[str, Path]:
+    """Both, as `hrt compress` writes them, with the sample's recordings."""
+    outputs = {}
+    for family, folder in (("whisper", dense_whisper), ("wav2vec2", dense_wav2vec2)):
+        outputs[family] = tmp_path_factory.mktemp("compressed") / family
+        words = [
+            "compress",
+            folder,
+            "--audio",
+            SAMPLE,
+            "--language",
+            "en",
+            "--max-seconds",
+            1,
+            "--max-samples",
+            6,
+        ]
+        words += [
+            "--rank",
+            4,
+            "--rank_pattern",
+            '{"fc2|output_dense": 6}',
+            "--iterations",
+            2,
+            "--device",
+            "cpu",
+        ]
+        assert hrt_cli.main([*map(str, words), "--out", str(outputs[family])]) == 0
+    return outputs

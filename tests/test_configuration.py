@@ -17,7 +17,7 @@ from hf_residual_transformer import (
     ResidualWav2Vec2Model,
     ResidualWhisperConfig,
     ResidualWhisperModel,
-    parameter_report,
+    size_report,
 )
 
 FULL = ResidualConfig(
@@ -199,6 +199,6 @@ def test_the_papers_preset_has_the_papers_sizes(family, group_size, rank, publis
                 residual_config=residual, num_hidden_layers=18, hidden_size=512, intermediate_size=2048
             )
             model = ResidualWav2Vec2Model(config)
-    encoder = parameter_report(model).encoder
+    encoder = size_report(model).encoder
     assert round(encoder.dense / 1e6, 1) == 56.7
     assert round(100 * encoder.ratio, 1) == published

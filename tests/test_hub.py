@@ -7,6 +7,31 @@ from huggingface_hub import ModelCard
 import hf_residual_transformer as hrt
 from hf_residual_transformer.hub import write_model_card
 from hf_residual_transformer.provenance import provenance
+from hf_residual_transformer.reporting import format_bytes
+
+
+def write_card(folder, chosen="distilled", **settings):
+    model = hrt.ResidualWhisperForConditionalGeneration(
+        tiny_whisper_config(residual_config=hrt.ResidualConfig(rank=3, **settings))
+    )
+    path = write_model_card(
+        folder,
+        model,
+        base_model="openai/whisper-base",
+        data="ten clips",
+        dataset="five clips",
+        rows={
+            "dense": {"WER, %": "5.00"},
+            "converted": {"WER, %": "5.75"},
+            "distilled": {"WER, %": "6.25"},
+        },
+        evaluations={"dense": 0.05, "converted": 0.0575, "distilled": 0.0625},
+        chosen=chosen,
+        details=provenance(),
+        distilled=chosen == "distilled",
+        language=["en"],
+    )
+    return hrt.size_report(model), ModelCard.load(path)
 
 
 @pytest.mark.parametrize(
@@ -21,24 +46,25 @@ from hf_residual_transformer.provenance import provenance
     ],
 )
 def test_the_card_holds_the_measured_figures_and_the_settings(settings, form, tmp_path):
-    model = hrt.ResidualWhisperForConditionalGeneration(
-        tiny_whisper_config(residual_config=hrt.ResidualConfig(rank=3, **settings))
-    )
-    path = write_model_card(
-        tmp_path,
-        model,
-        base_model="openai/whisper-base",
-        data="ten clips",
-        dataset="five clips",
-        rows={"dense": {"WER, %": "5.00"}, "distilled": {"WER, %": "6.25"}},
-        wer=0.0625,
-        details=provenance(),
-        distilled=True,
-        language=["en"],
-    )
-    card = ModelCard.load(path)
+    sizes, card = write_card(tmp_path, **settings)
     assert card.data.base_model == "openai/whisper-base"
-    assert card.data.eval_results[0].metric_value == 6.25
-    encoder = hrt.parameter_report(model).encoder_bytes
-    for said in (form, f"{encoder.unique:,}", "| distilled | 6.25 |", '"rank": 3', "ten clips", "five clips"):
+    for said in (form, "| distilled | 6.25 |", '"rank": 3', "ten clips", "five clips"):
         assert said in card.text
+    whole, encoder = (
+        card.text.index(f"{format_bytes(count.unique)}, {count.ratio:.1%} of the dense")
+        for count in (sizes.model_bytes, sizes.encoder_bytes)
+    )
+    assert whole < encoder
+
+
+@pytest.mark.parametrize(("chosen", "wer"), [("converted", 5.75), ("distilled", 6.25)])
+def test_the_headline_figure_is_that_of_the_saved_weights(chosen, wer, tmp_path):
+    _, card = write_card(tmp_path, chosen)
+    assert card.data.eval_results[0].metric_value == wer
+    assert f'those of the row "{chosen}": their word error rate is {wer:.2f}%' in card.text
+
+
+def test_a_row_without_an_error_rate_cannot_be_chosen(tmp_path):
+    message = r"`chosen` must name a row .*'dense', 'converted', 'distilled'\), got 'tuned'"
+    with pytest.raises(ValueError, match=message):
+        write_card(tmp_path, "tuned")

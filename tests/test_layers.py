@@ -9,6 +9,7 @@ import torch
 from conftest import Alone, randomize_
 from torch import nn
 from torch.nn import functional as F
+from transformers import WavLMConfig, WavLMModel
 
 from hf_residual_transformer.layers import LowRankLinear, ResidualLinear, SharedLinear, compose
 
@@ -90,13 +91,13 @@ def test_low_rank_alone_equals_the_explicit_matrix(shape, rank, diagonal, bias):
     weight = layer.lora_B.detach() @ layer.lora_A.detach()
     for i in range(min(shape) if diagonal else 0):
         weight[i, i] += layer.diagonal.detach()[i]
-    torch.testing.assert_close(layer.merged_weight().detach(), weight)
+    torch.testing.assert_close(layer.weight.detach(), weight)
     weight.requires_grad_()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 5, shape[1], generator=generator, requires_grad=True)
     x_dense = x.detach().clone().requires_grad_()
     cotangent = torch.randn(2, 5, shape[0], generator=generator)
-    y = F.linear(x_dense, weight, layer.merged_bias())
+    y = F.linear(x_dense, weight, layer.bias)
     torch.testing.assert_close(layer(x), y)
     (d_weight, d_x) = torch.autograd.grad(y, (weight, x_dense), cotangent)
     layer(x).backward(cotangent)
@@ -122,7 +123,7 @@ def naive(layer: ResidualLinear, x: torch.Tensor) -> torch.Tensor:
     if layer.diagonal is not None:
         size = len(layer.diagonal)
         y = y + F.pad(layer.diagonal * x[..., :size], (0, layer.out_features - size))
-    bias = layer.merged_bias()
+    bias = layer.bias
     return y if bias is None else y + bias
 
 
@@ -211,8 +212,8 @@ def test_the_merged_weight_is_the_explicit_one_and_leaves_the_components_as_they
     before = copy.deepcopy(module.state_dict())
     for layer in module["layers"]:
         weight, bias = explicit(module, layer)
-        torch.testing.assert_close(layer.merged_weight().detach(), weight)
-        torch.testing.assert_close(layer.merged_bias().detach(), bias)
+        torch.testing.assert_close(layer.weight.detach(), weight)
+        torch.testing.assert_close(layer.bias.detach(), bias)
         layer(torch.ones(1, 12))
     torch.testing.assert_close(dict(module.state_dict()), dict(before), rtol=0, atol=0)
 
@@ -298,3 +299,41 @@ def test_a_compiled_layer_takes_few_and_many_frames():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         gradients = [torch.autograd.grad(y.sum(), (x, layer.lora_A))[0] for y in (expected, found)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_bias", [False, True])
+def test_an_attention_that_reads_weights_instead_of_calling_its_layers_gets_the_right_ones(share_bias):
+    """WavLM's passes `q_proj.weight`, `q_proj.bias`, ... to a function of torch."""
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+        conv_kernel=(10,), conv_stride=(5,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    dense = randomize_(WavLMModel(config))
+    model = copy.deepcopy(dense)
+    paths = ("q_proj", "k_proj", "v_proj", "out_proj")
+    banks = {}
+    for path in paths:
+        bank = nn.ModuleList([SharedLinear(16, 16, bias=share_bias)])
+        banks[path] = randomize_(bank)
+        for index, layer in enumerate(model.encoder.layers):
+            linear = ResidualLinear(bank, 0, rank=2, diagonal=True, bias=not share_bias)
+            for parameter in linear.parameters():
+                nn.init.normal_(parameter)
+            setattr(layer.attention, path, linear)
+            twin = getattr(dense.encoder.layers[index].attention, path)
+            twin.weight.data.copy_(linear.weight)
+            twin.bias.data.copy_(linear.bias)
+    values = torch.randn(2, 100)
+    found, expected = model(values).last_hidden_state, dense(values).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for path in paths:
+        twins = [getattr(layer.attention, path) for layer in dense.encoder.layers]
+        torch.testing.assert_close(banks[path][0].weight.grad, sum(twin.weight.grad for twin in twins))
+        for layer, twin in zip(model.encoder.layers, twins, strict=True):
+            torch.testing.assert_close(
+                getattr(layer.attention, path).diagonal.grad, twin.weight.grad.diagonal()
+            )

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.compression.statistics import Sweep
+from hf_residual_transformer.compression import conversion
 from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
 from hf_residual_transformer.quantization import BLOCK, FEWEST, MOST, dequantize, quantize
 
@@ -219,7 +219,7 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
     assert chosen.shared_bits == 4 and 1 in chosen.group_size.values()
-    report = hrt.parameter_report(model)
+    report = hrt.size_report(model)
     assert 0.57 < report.encoder_bytes.ratio <= 0.6
     encoder = model.half().model.encoder
     kept = [*encoder.layers.state_dict().values(), *encoder.shared.state_dict().values()]
@@ -229,11 +229,11 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     by_rank = from_dense(dense, budget=0.6, shared_bits=None, **options)
     assert states_error(model, dense, inputs) < 0.5 * states_error(bare, dense, inputs)
     assert states_error(model, dense, inputs) < states_error(by_rank, dense, inputs)
-    least = hrt.parameter_report(bare).encoder_bytes.ratio
+    least = hrt.size_report(bare).encoder_bytes.ratio
     tight = from_dense(dense, budget=least + 1e-4, **options)
     assert tight.config.residual_config.shared_bits == 4  # fewer are not tried
     default = from_dense(dense, **options)
-    assert hrt.parameter_report(default).encoder_bytes.ratio <= 0.34
+    assert hrt.size_report(default).encoder_bytes.ratio <= 0.34
 
 
 def test_a_budget_chooses_bits_by_what_they_leave():
@@ -245,7 +245,7 @@ def test_a_budget_chooses_bits_by_what_they_leave():
     assert {2, 3, 4} >= set(bits.values()) and len(set(bits.values())) > 1
     shared = model.model.encoder.shared
     assert {path.removeprefix("self_attn_"): bank[0].bits for path, bank in shared.items()} == bits
-    report = hrt.parameter_report(model)
+    report = hrt.size_report(model)
     assert 0.27 < report.encoder_bytes.ratio <= 0.29
     encoder = model.half().model.encoder
     kept = [*encoder.layers.state_dict().values(), *encoder.shared.state_dict().values()]
@@ -256,8 +256,10 @@ def test_a_budget_chooses_bits_by_what_they_leave():
 
 
 def test_statistics_that_fit_into_memory_are_collected_once(monkeypatch):
-    passes, collect = [], Sweep._collect
-    monkeypatch.setattr(Sweep, "_collect", lambda *given: passes.append(given) or collect(*given))
+    passes, collect = [], conversion.collect
+    monkeypatch.setattr(
+        conversion, "collect", lambda *given, **more: passes.append(given) or collect(*given, **more)
+    )
     hrt.ResidualWhisperForConditionalGeneration.from_dense(
         dense_whisper(), calibration=whisper_inputs(), budget=0.29, progress=False
     )

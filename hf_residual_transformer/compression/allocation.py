@@ -1,6 +1,6 @@
-"""Ranks, group sizes and bits for a budget: where a byte of the encoder's layers keeps its final states best.
+"""Step 3: ranks, group sizes and bits for a budget, spent where a byte keeps the encoder's final states best.
 
-What error a rank leaves is known from the statistics of `calibration.py` without fitting anything.
+The error that a rank leaves follows from the statistics of `statistics.py`, without fitting anything.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ..configuration import ResidualConfig
-from ..families import Family, role_of
+from ..families import LayerStack
 from ..quantization import BLOCK, FEWEST
-from ..reporting import parameter_report, quantized_size
+from ..reporting import quantized_size
 from .fitting import rounded
-from .statistics import TINY, Group, Statistics, Sweep, metric_of, parallel_sum
+from .statistics import TINY, Group, Statistics, metric_of, parallel_sum
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
-# The second fit, in `sequential.py`, takes away more of the error where a layer's matrix is all its own than where
-# layers share one. So when group sizes are compared, what sharing leaves counts more: docs/LOG.md has the measurements.
+# The second fit, in `refinement.py`, removes more of the error of a matrix that belongs to one layer than of a shared
+# one. So when group sizes are compared, errors of shared matrices count more; docs/LOG.md has the measurements.
 SHARED_COST = 2.5
 HALVINGS = 50  # in the search for the price of a parameter
 
@@ -33,8 +34,11 @@ Options = dict[str, list[Sharing]]  # to choose from, by module path
 
 
 def open_options(shared_bits: int | None, scarce: bool) -> list[Sharing]:
-    """What is tried for each module where the user leaves it open, with a `U` of at most so many bits. Where it is
-    quantised, one for each layer may pay as well, and where bytes are too `scarce` for that, one of fewer bits.
+    """Group sizes and bits to try for each module where the user leaves them open.
+
+    Args:
+        shared_bits: the most bits of a `U`; None for floating point. A quantised `U` for each single layer may pay.
+        scarce: whether the bytes are too few for a `U` of that many bits for each layer, so that fewer are tried.
     """
     if shared_bits is None:
         return [(None, None), (2, None)]
@@ -44,9 +48,14 @@ def open_options(shared_bits: int | None, scarce: bool) -> list[Sharing]:
 
 @dataclass
 class Curve:
-    """What a rank leaves: `errors[R]` for R of every layer in the group, 0 up to the largest that is worth its
-    parameters; `cost` is the number of parameters of one more rank in all layers of the group, and `fixed` that
-    of its `U`, of 16 bits each where `U` is quantised.
+    """The error of a group as a function of its rank.
+
+    Args:
+        group: the layers, which all get the same rank.
+        errors: `errors[R]` is the error at rank R, from 0 up to the largest rank that is worth its parameters.
+        cost: parameters that one more rank takes in all layers of the group.
+        fixed: parameters of the group's `U`; where it is quantised, its bytes in parameters of 16 bits.
+        rank: the rank that is chosen so far.
     """
 
     group: Group
@@ -62,11 +71,11 @@ class Curve:
 
     @property
     def weight(self) -> float:
-        """Of its errors."""
+        """How much its errors count."""
         return SHARED_COST if len(self.group.layers) > 1 else 1.0
 
     def at_price(self, price: float) -> tuple[float, float]:
-        """The least that weighted error and parameters cost, at any rank, and these parameters."""
+        """The least cost of weighted error and parameters over all ranks, and the number of these parameters."""
         errors, sizes = self._by_rank
         costs = errors + price * sizes
         best = int(costs.argmin())
@@ -83,60 +92,93 @@ class Curve:
         return min(self.rank + STEP, len(self.errors) - 1)
 
     def gain(self) -> float:
-        """Error that the next step takes away, a parameter."""
+        """The error that the next step removes, for each parameter that it takes."""
         following = self.next_rank()
         if following == self.rank:
             return 0.0
         return (self.errors[self.rank] - self.errors[following]) / (self.cost * (following - self.rank))
 
 
-def spend(
-    family: Family,
-    dense: Any,
-    model: Any,
+def allocate(
+    source: LayerStack,
     residual_config: ResidualConfig,
     options: Options,
-    sweep: Sweep,
+    curves: Iterable[tuple[Sharing, Curve]],
     budget: float,
 ) -> ResidualConfig:
-    """`residual_config` with the ranks, and of `options` the group sizes and bits, that leave the smallest error.
+    """`residual_config` with the ranks, group sizes and bits of `options` that leave the smallest estimated error.
 
     Args:
-        model: a residual model of `residual_config`, for the parameters that do not depend on either.
+        source: the dense stack.
+        residual_config: settings whose ranks are replaced, and where `options` leave a choice, also the others.
         options: group sizes and bits to choose from, by module path.
-        sweep: the calibration, over all groups that they make.
-        budget: unique / dense parameters of the encoder's layers, as `parameter_report` counts; with a quantised `U`,
-            their bytes.
+        curves: errors by rank, of every group that `options` make, see `curves_of`.
+        budget: bytes of the layers relative to those of the dense layers in 16 bits. Without a quantised `U` it is
+            also the ratio of their parameters.
 
     Raises:
-        ValueError: when the parameters that do not depend on ranks alone are more.
+        ValueError: when the budget is below the size of everything that does not depend on ranks.
     """
-    report = parameter_report(model)
-    by_rank = sum(report.components[name].unique for name in ("lora", "shared"))
-    left = budget * report.encoder.dense - (report.encoder.unique - by_rank)
-    layers = family.find_encoder(dense).layers
-    curves: dict[str, dict[Sharing, list[Curve]]] = {
+    by_path: dict[str, dict[Sharing, list[Curve]]] = {
         path: {sharing: [] for sharing in sharings} for path, sharings in options.items()
     }
-    for statistics, groups in sweep:
-        for group in groups:
-            numbers = [bits for size, bits in options[group.module_path] if size == group.size]
-            for bits, curve in zip(numbers, _curves(layers, group, statistics, numbers)):
-                curves[group.module_path][group.size, bits].append(curve)
-    (lacking, _), ranks, plan = _best_plan(curves, left)
+    for sharing, curve in curves:
+        by_path[curve.group.module_path][sharing].append(curve)
+    dense = sum(parameter.numel() for parameter in source.layers.parameters())
+    left = budget * dense - unranked_parameters(source, residual_config, options)
+    (lacking, _), ranks, plan = _best_plan(by_path, left)
     if lacking > 0:
         raise ValueError(
-            f"`budget` must be at least {budget + lacking / report.encoder.dense:.3f} with this `residual_config`, "
+            f"`budget` must be at least {budget + lacking / dense:.3f} with this `residual_config`, "
             f"whose shared and dense matrices take that much, got {budget}; share among more layers, or set group "
             "sizes to None"
         )
     chosen = residual_config
     if any(len(sharings) > 1 for sharings in options.values()):
+        role_of = source.stack.role_of
         group_size = {role_of(path): size for path, (size, _) in plan.items()}
         by_role = {role_of(path): bits for path, (_, bits) in plan.items() if bits is not None}
         shared_bits = by_role if len(set(by_role.values())) > 1 else next(iter(by_role.values()), None)
         chosen = replace(chosen, group_size=group_size, shared_bits=shared_bits)
     return replace(chosen, rank_pattern=rank_pattern_of(ranks))
+
+
+def unranked_parameters(source: LayerStack, residual_config: ResidualConfig, options: Options) -> int:
+    """Parameters of the layers of a residual model, without every `U` and every `B A`.
+
+    Args:
+        source: the dense stack.
+        residual_config: says which matrices have a diagonal, and whether groups share biases.
+        options: the module paths that are compressed.
+    """
+    total = sum(parameter.numel() for parameter in source.layers.parameters())
+    for path in options:
+        size = residual_config.group_size_of(source.stack.role_of(path))
+        for layer in range(len(source)):
+            linear = source.linear(layer, path)
+            total -= linear.weight.numel()
+            if residual_config.has_diagonal(*linear.weight.shape):
+                total += min(linear.weight.shape)
+            is_first = size is None or layer % size == 0
+            if residual_config.share_biases and linear.bias is not None and not is_first:
+                total -= linear.bias.numel()
+    return total
+
+
+def size_without_ranks(source: LayerStack, bits: int | None) -> float:
+    """Bytes of the layers relative to dense, with a `U` of so many bits for each layer and nothing beside it."""
+    total = sum(parameter.numel() for parameter in source.layers.parameters())
+    matrices = sum(
+        source.linear(layer, path).weight.numel()
+        for layer in range(len(source))
+        for path in source.stack.modules
+    )
+    return 1.0 if bits is None else (total - matrices + quantized_parameters(matrices, bits)) / total
+
+
+def quantized_parameters(number: int, bits: int) -> float:
+    """Size of so many weights of a quantised `U`, scales included, in parameters of 16 bits."""
+    return quantized_size({bits: number}) + number / BLOCK
 
 
 def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
@@ -147,10 +189,10 @@ def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
 def _best_plan(
     curves: dict[str, dict[Sharing, list[Curve]]], left: float
 ) -> tuple[tuple[float, float], dict[tuple[int, str], int], dict[str, Sharing]]:
-    """What `_allocate` says of the best plan that is found, its ranks, and the plan, a sharing for each module.
+    """The best plan that the search finds: its outcome as `_allocate` gives it, its ranks, and a sharing for each path.
 
-    The search begins with the plan that is best where a parameter has a price, the lowest for which it is within
-    `left`; then it changes one module at a time while that helps.
+    The search gives a parameter a price, and looks for the lowest price at which the best plan costs at most `left`
+    parameters. Then it changes one module at a time as long as that helps.
     """
 
     def outcome(plan: dict[str, Sharing]) -> Any:
@@ -190,8 +232,11 @@ def _best_plan(
 
 
 def _allocate(curves: list[Curve], left: float) -> tuple[tuple[float, float], dict[tuple[int, str], int]]:
-    """Spends `left` parameters, largest gain first: the parameters that are lacking for the least ranks and the cost
-    of the error that remains, and the rank of each matrix, by layer and module path.
+    """Spends `left` parameters on ranks, the largest gain first.
+
+    Returns:
+        The number of parameters that are missing for the least ranks, with the weighted error that remains; and the
+        rank of each matrix, by layer and module path.
     """
     for curve in curves:
         curve.rank = curve.least
@@ -214,12 +259,28 @@ def _allocate(curves: list[Curve], left: float) -> tuple[tuple[float, float], di
     return (lacking, sum(curve.weight * curve.errors[curve.rank] for curve in curves)), ranks
 
 
-def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int | None]) -> list[Curve]:
-    """Of one group, for each number of bits. What the first fit leaves is exact for a layer alone and, with equal
-    ranks, for a pair without diagonals; for larger groups, it is the error with the best `U` of rank 0, which more
-    rounds would improve. Where layers share a quantised `U`, nothing makes up for its rounding.
+def curves_of(
+    source: LayerStack, groups: Iterable[Group], statistics: Statistics, options: Options
+) -> list[tuple[Sharing, Curve]]:
+    """The error of each group as a function of its rank, for each sharing that `options` allow it."""
+    found: list[tuple[Sharing, Curve]] = []
+    for group in groups:
+        sharings = [sharing for sharing in options[group.module_path] if sharing[0] == group.size]
+        curves = _curves(source, group, statistics, [bits for _, bits in sharings])
+        found += zip(sharings, curves, strict=True)
+    return found
+
+
+def _curves(
+    source: LayerStack, group: Group, statistics: Statistics, numbers: list[int | None]
+) -> list[Curve]:
+    """One curve of a group for each number of bits.
+
+    The error after the first fit is exact for a layer alone and, with equal ranks, for a pair without diagonals. For
+    larger groups it is the error with the best `U` of rank 0, which more rounds would improve. Where layers share a
+    quantised `U`, the error of its rounding is added, since nothing makes up for it.
     """
-    weights = [layers[layer].get_submodule(group.module_path).weight.double() for layer in group.layers]
+    weights = [source.linear(layer, group.module_path).weight.double() for layer in group.layers]
     covariances, importance = metric_of(group, statistics)
     root = torch.linalg.cholesky(importance).T
     out_features, in_features = weights[0].shape
@@ -242,7 +303,7 @@ def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int
     for bits in numbers:
         left, fixed = errors, float(shared)
         if bits is not None:
-            fixed = quantized_size({bits: shared}) + shared / BLOCK
+            fixed = quantized_parameters(shared, bits)
             missing = root @ (mean - rounded(mean, inputs, bits))
             alone = len(weights) == 1
             left = _tails(missing, inputs) if alone else errors + ((missing @ inputs) * missing).sum()
@@ -251,7 +312,7 @@ def _curves(layers: Any, group: Group, statistics: Statistics, numbers: list[int
 
 
 def _tails(matrix: Tensor, covariance: Tensor) -> Tensor:
-    """Squared output error that the best approximation of each rank, from 0, leaves: (min(out, in) + 1,)."""
+    """Squared output error of the best approximation of each rank from 0 on, (min(out_features, in_features) + 1,)."""
     if matrix.shape[0] <= matrix.shape[1]:
         gram = matrix @ covariance @ matrix.T
     else:

@@ -1,4 +1,4 @@
-"""The closed forms of the conversion: `U`, `B A` and `D` of a group of layers from their weights and two metrics."""
+"""Step 4: the closed forms that give `U`, `B A` and `D` of a group of layers from their weights and two metrics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ ROUNDING_DAMPING = 1e-2  # of the mean variance of the inputs
 
 @dataclass
 class Components:
-    """What one layer gets: `U` is the group's, (out, in) or None; `low_rank` is `B A` as its factors
-    (out, rank) and (rank, in); the diagonal has min(out, in) entries or is None. `packed` and `scale` hold a quantised
-    `U`, see `quantization.py`.
+    """The components of one layer's matrix.
+
+    Args:
+        shared: `U` of the group, (out_features, in_features); None where there is none.
+        lora_B: `B`, (out_features, rank).
+        lora_A: `A`, (rank, in_features).
+        diagonal: the entries of `D`, (min(out_features, in_features),), or None.
+        packed: the whole numbers of a quantised `U`, see `quantization.py`.
+        scale: its scales.
     """
 
     shared: Tensor | None
@@ -40,7 +46,7 @@ class Components:
         return weight
 
     def write(self, linear: ResidualLinear) -> None:
-        """Puts what `linear` has a parameter for into it; `U`, where there is one, into its group's."""
+        """Copies each component into the parameter that `linear`, or for `U` its group, has for it."""
         for owner, name, value in (
             (linear.shared, "weight", self.shared if self.packed is None else None),
             (linear.shared, "weight_packed", self.packed),
@@ -54,7 +60,7 @@ class Components:
                 parameter.copy_(value)
 
     def balance(self) -> None:
-        """Gives both factors of each component the same norm, so that one learning rate suits both."""
+        """Gives each column of `B` the norm of its row of `A`, so that one learning rate suits both."""
         tiny = torch.finfo(self.lora_A.dtype).tiny
         scale = (self.lora_A.norm(dim=1).clamp_min(tiny) / self.lora_B.norm(dim=0).clamp_min(tiny)).sqrt()
         scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
@@ -98,7 +104,8 @@ def fit_group(
         importance: `G`, (out, out), positive definite, the group's; None for the identity.
         diagonal: whether there are `D_l`.
         shared: whether there is a `U`; without one, every layer is fitted on its own.
-        bits: that `U` is rounded to, after which what layers have of their own is fitted again; None to leave it.
+        bits: the number of bits that `U` is rounded to; the other components are then fitted again. None leaves `U` as
+            it is.
         iterations: rounds after the first.
     """
     out_features, in_features = weights[0].shape
@@ -146,7 +153,7 @@ def fit_group(
 
 
 def rounded(shared: Tensor, covariance: Tensor, bits: int) -> Tensor:
-    """`U` as so many bits hold it, for inputs of that covariance."""
+    """`U` after rounding to so many bits, for inputs of that covariance."""
     return dequantize(*quantize_for(shared, covariance, bits))
 
 
@@ -171,7 +178,7 @@ def _fit_pair(
 ) -> list[tuple[Tensor, Tensor]]:
     """The best `B_l A_l` of a group of two layers without diagonals, in one step.
 
-    With the best `U` put in, what is left depends on `L = B_1 A_1 - B_2 A_2` alone, of rank R_1 + R_2, and is
+    With the best `U` put in, the error depends on `L = B_1 A_1 - B_2 A_2` alone, of rank R_1 + R_2, and is
     `tr(G (W_1 - W_2 - L) P (W_1 - W_2 - L)ᵀ)` with the parallel sum `P = (C_1⁻¹ + C_2⁻¹)⁻¹`.
     """
     root = torch.linalg.cholesky(parallel_sum(*covariances))

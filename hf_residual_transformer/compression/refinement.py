@@ -1,42 +1,34 @@
-"""Layer by layer: what each layer has of its own, fitted again to what the compressed encoder really produces.
+"""Step 5: layer by layer, the components are fitted again, to the inputs that the compressed stack really produces.
 
-`conversion.fit_group` fits every matrix to inputs of the dense encoder. In the compressed one, inputs carry the errors
-of all matrices before. Here hidden states of both go through the encoder side by side, and each matrix is fitted to
-give the dense one's outputs from the compressed one's inputs; what writes to the residual stream also takes back what
-the stream lacks by then. `U` is fitted again where a group begins, and then stays. Fitting on inputs of the compressed
-model is known from GPTQ (https://arxiv.org/abs/2210.17323) and SVD-LLM (https://arxiv.org/abs/2403.07378, section 3.3).
+`fitting.fit_group` fits every matrix to inputs of the dense model. In the compressed one, inputs carry the errors of
+all matrices before. Here hidden states of both models go through the stack side by side, and each matrix is fitted to
+give the dense model's outputs from the compressed model's inputs. A matrix that writes to the residual stream also
+corrects the error that the stream has by then. `U` is fitted again at the first layer of its group, and then stays.
+GPTQ (https://arxiv.org/abs/2210.17323) and SVD-LLM (https://arxiv.org/abs/2403.07378, section 3.3) also fit on inputs
+of the compressed model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families import Family, role_of
+from ..families import LayerStack, Stage
 from ..layers import ResidualLinear
 from ..reporting import ModuleError
 from .fitting import fit_group
-from .statistics import (
-    TINY,
-    MatrixStatistics,
-    Reached,
-    Statistics,
-    WeightedMoments,
-    damp,
-    importance_of,
-    to_model,
-)
+from .inputs import Batch, Context, Reached, first_call, run_until_reached, to_model
+from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, damp, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
-Calls = dict[str, tuple[Tensor, Tensor]]  # what each module of a layer got and gave, by path
-Context = tuple[tuple[Any, ...], dict[str, Any]]  # what layers get beside hidden states
+Calls = dict[str, tuple[Tensor, Tensor]]  # inputs and outputs of each module of a layer, by path
 
 
 class CrossMoments(WeightedMoments):
-    """Of inputs `x`, and of the outputs `y` that are wanted for them."""
+    """Moments of inputs `x` together with the outputs `y` that are wanted for them."""
 
     def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
@@ -59,88 +51,97 @@ class CrossMoments(WeightedMoments):
         return self.wanted_sum / self.weight.clamp_min(TINY)
 
     def about(self, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`Σ y xᵀ` and `Σ x xᵀ`, for `y` with `offset` taken away, or with both about their means."""
+        """`Σ (y - offset) xᵀ` and `Σ x xᵀ`; without an offset, the same of `y` and `x` about their means."""
         if offset is not None:
             return self.cross - torch.outer(offset, self.sum), self.products
         return self.cross - torch.outer(self.wanted_sum, self.mean), self.covariance()
 
-    def relative_error(self, weight: Tensor) -> float:
-        """Variance of `y - W x` relative to that of `y`."""
-        cross, covariance = self.about(None)
-        variance = self.squares - self.wanted_sum @ self.wanted_mean
-        left = variance - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
-        return (left.clamp_min(0) / variance.clamp_min(TINY)).item()
+    def relative_error(self, weight: Tensor, *, centred: bool) -> float:
+        """Squared error of `W x` relative to the squares of `y`; both about their means if `centred`."""
+        cross, products = (self.cross, self.products) if not centred else self.about(None)
+        total = self.squares - (self.wanted_sum @ self.wanted_mean if centred else 0.0)
+        left = total - 2 * (weight * cross).sum() + ((weight @ products) * weight).sum()
+        return (left.clamp_min(0) / total.clamp_min(TINY)).item()
 
 
 class Streams:
-    """Hidden states of the dense and the residual encoder over the calibration, at the layer that is next.
+    """Hidden states of the dense and of the residual model over the calibration, at the layer that comes next.
 
     Args:
-        model: the residual model, with all that the dense one has before its first encoder layer.
+        dense: the dense stack.
+        residual: the same stack of the residual model, which has everything that comes before the stack from the
+            dense one.
+        models: both models, in this order.
         batches: inputs of both.
     """
 
-    def __init__(self, family: Family, dense: Any, model: Any, batches: list[dict[str, Tensor]]) -> None:
-        self.family = family
-        self.layers = list(zip(family.find_encoder(dense).layers, family.find_encoder(model).layers))
-        self.post_norm = isinstance(family.find_encoder(dense), family.post_norm)
-        first = [_first_call(dense, self.layers[0][0], to_model(dense, batch)) for batch in batches]
+    def __init__(
+        self, dense: LayerStack, residual: LayerStack, models: tuple[Any, Any], batches: Sequence[Batch]
+    ) -> None:
+        self.source, self.target = dense, residual
+        model = models[0]
+        first = [first_call(model, dense.layers[0], to_model(model, batch)) for batch in batches]
         self.contexts = [context for _, context in first]
-        self.dense = [hidden_states for hidden_states, _ in first]
-        self.residual = list(self.dense)
+        self.dense_states = [hidden_states for hidden_states, _ in first]
+        self.residual_states = list(self.dense_states)
 
     def advance(
         self, layer_idx: int, statistics: Statistics, fit: bool, iterations: int
     ) -> list[ModuleError]:
-        """Takes both through a layer, and returns the errors of its matrices' outputs.
+        """Takes both models through a layer, and returns the errors of the outputs of its matrices.
 
         Args:
-            layer_idx: the layer, one after the other.
-            statistics: of this layer's matrices in the dense model.
-            fit: whether to fit what the layer has of its own.
+            layer_idx: index of the layer; layers follow one after the other.
+            statistics: of the matrices of this layer in the dense model.
+            fit: whether to fit the layer's components.
             iterations: rounds of alternation between `B A` and `D`.
         """
-        source, target = self.layers[layer_idx]
-        modules = self.family.modules
+        source, target = self.source.layers[layer_idx], self.target.layers[layer_idx]
+        modules = self.source.stack.modules
         given = [
-            _calls(source, states, context, modules) for states, context in zip(self.dense, self.contexts)
+            _calls(source, states, context, modules)
+            for states, context in zip(self.dense_states, self.contexts)
         ]
         errors = []
-        for index, stage in enumerate(self.family.stages):
-            paths = [path for path in stage if isinstance(target.get_submodule(path), ResidualLinear)]
+        for stage in self.source.stack.stages:
+            paths = [path for path in stage.paths if isinstance(target.get_submodule(path), ResidualLinear)]
             if not paths:
                 continue
             entries = {path: statistics[layer_idx, path] for path in paths}
-            moments = self._moments(target, index, entries, [calls for calls, _ in given])
+            moments = self._moments(target, stage, entries, [calls for calls, _ in given])
             for path, found in moments.items():
                 linear: Any = target.get_submodule(path)
                 if fit:
                     self._fit(layer_idx, path, found, statistics, iterations)
-                error = found.relative_error(linear.merged_weight().double())
-                errors.append(ModuleError(layer_idx, role_of(path), linear.rank, error))
-        self.dense = [output for _, output in given]
-        if layer_idx + 1 < len(self.layers):
-            self.residual = [
+                error = found.relative_error(linear.weight.double(), centred=entries[path].centred)
+                errors.append(ModuleError(layer_idx, self.source.stack.role_of(path), linear.rank, error))
+        self.dense_states = [output for _, output in given]
+        if layer_idx + 1 < len(self.source):
+            self.residual_states = [
                 _calls(target, states, context, ())[1]
-                for states, context in zip(self.residual, self.contexts)
+                for states, context in zip(self.residual_states, self.contexts)
             ]
         return errors
 
     def _moments(
-        self, target: nn.Module, index: int, entries: dict[str, MatrixStatistics], given: list[Calls]
+        self, target: nn.Module, stage: Stage, entries: dict[str, MatrixStatistics], given: list[Calls]
     ) -> dict[str, CrossMoments]:
-        """Of a stage's matrices: what the residual layer gives them now, and what they should give."""
+        """For the matrices of a stage: the inputs that the residual layer gives them, and the outputs they should
+        give.
+        """
         moments = {}
         for path, entry in entries.items():
             out_features, in_features = len(entry.gradients), len(entry.sum)
             moments[path] = CrossMoments(out_features, in_features, entry.sum.device)
-        upto = self.family.modules[: self.family.modules.index(self.family.stages[index][-1]) + 1]
-        for batch_idx, (states, context) in enumerate(zip(self.residual, self.contexts)):
+        modules = self.source.stack.modules
+        upto = modules[: modules.index(stage.paths[-1]) + 1]
+        scale = self.source.stack.blocks[stage.block_idx].scale
+        for batch_idx, (states, context) in enumerate(zip(self.residual_states, self.contexts)):
             found, _ = _calls(target, states, context, upto, whole=False)
             lacking: Tensor | float = 0.0
-            if index % 2:  # it writes to the residual stream
-                stream = self._stream(index, self.dense[batch_idx], given[batch_idx]).float()
-                lacking = stream - self._stream(index, states, found).float()
+            if stage.writes:
+                stream = self._stream(stage, self.dense_states[batch_idx], given[batch_idx]).float()
+                lacking = (stream - self._stream(stage, states, found).float()) / scale
             for path, entry in entries.items():
                 wanted = given[batch_idx][path][1] + lacking
                 weights = entry.frame_weights[batch_idx]
@@ -150,18 +151,25 @@ class Streams:
     def _fit(
         self, layer_idx: int, path: str, found: CrossMoments, statistics: Statistics, iterations: int
     ) -> None:
-        """The best components and bias of one matrix: first without limit of rank, by ridge regression around the dense
-        weight, and from that as any matrix is fitted. The first layer of a group fits `U` again, together with those
-        that follow, whose inputs are still the dense encoder's; these keep it when it is their turn.
+        """Fits the components and the bias of one matrix.
+
+        The best matrix without a limit of rank comes first, by ridge regression around the dense weight; it is then
+        fitted as any matrix is. The first layer of a group fits `U` again, together with the layers that follow, whose
+        inputs are still those of the dense model. These keep `U` when it is their turn.
         """
-        source, linear = (layer.get_submodule(path) for layer in self.layers[layer_idx])
-        shared_bias = linear.merged_bias() if linear.bias is None else None
-        cross, products = found.about(None if shared_bias is None else shared_bias.double())
-        weight = source.weight.double()
+        linear = self.target.linear(layer_idx, path)
+        own_bias = linear.own_bias
+        offset = None  # of the outputs, which the matrix cannot change
+        if own_bias is None and not statistics[layer_idx, path].centred:
+            offset = torch.zeros_like(found.wanted_sum)
+        elif own_bias is None and linear.bias is not None:
+            offset = linear.bias.double()
+        cross, products = found.about(offset)
+        weight = self.source.linear(layer_idx, path).weight.double()
         missing = cross - weight @ products
         weight = weight + torch.linalg.solve(damp(products, RIDGE), missing.T).T
         shared, members = linear.shared, [layer_idx]
-        others = [target.get_submodule(path).shared for _, target in self.layers]
+        others = [self.target.linear(index, path).shared for index in range(len(self.target))]
         begins = shared is not None and others.index(shared) == layer_idx
         if begins:
             members = [index for index, other in enumerate(others) if other is shared]
@@ -169,9 +177,9 @@ class Streams:
             weight = weight - shared.weight.double()
         following = members[1:]
         fits = fit_group(
-            [weight, *(self.layers[index][0].get_submodule(path).weight.double() for index in following)],
-            [damp(products), *(damp(statistics[index, path].covariance()) for index in following)],
-            [self.layers[index][1].get_submodule(path).rank for index in members],
+            [weight, *(self.source.linear(index, path).weight.double() for index in following)],
+            [damp(products), *(statistics[index, path].metric() for index in following)],
+            [self.target.linear(index, path).rank for index in members],
             importance=importance_of([statistics[index, path] for index in members]),
             diagonal=linear.diagonal is not None,
             shared=begins,
@@ -179,39 +187,28 @@ class Streams:
             iterations=iterations,
         )
         for index, fitted in zip(members, fits):
-            fitted.write(self.layers[index][1].get_submodule(path))
-        if linear.bias is not None:
-            linear.bias.copy_(found.wanted_mean - linear.merged_weight().double() @ found.mean)
+            fitted.write(self.target.linear(index, path))
+        if own_bias is not None:
+            own_bias.copy_(found.wanted_mean - linear.weight.double() @ found.mean)
 
-    def _stream(self, index: int, hidden_states: Tensor, calls: Calls) -> Tensor:
-        """What the outputs of a stage that writes are added to, in a layer that gets `hidden_states`."""
-        _, (attention,), (reader, *_), _ = self.family.stages
-        if index == 1:
+    def _stream(self, stage: Stage, hidden_states: Tensor, calls: Calls) -> Tensor:
+        """The residual stream that a stage adds its output to, in a layer that gets `hidden_states`."""
+        blocks = self.source.stack.blocks
+        if stage.block_idx == 0:
             return hidden_states
-        return calls[reader][0] if self.post_norm else hidden_states + calls[attention][1]
-
-
-def _first_call(model: Any, layer: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Context]:
-    """What `layer` gets for a batch: hidden states, and the rest. What comes after it is not run."""
-    seen: list[tuple[Tensor, Context]] = []
-
-    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            seen.append((args[0], (args[1:], kwargs)))
-        else:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            seen.append((kwargs["hidden_states"], ((), rest)))
-        raise Reached
-
-    _run_until_reached(lambda: model(**batch), [layer.register_forward_pre_hook(catch, with_kwargs=True)])
-    return seen[0]
+        if self.source.is_post_norm:
+            return calls[blocks[stage.block_idx].readers[0]][0]
+        for block in blocks[: stage.block_idx]:
+            hidden_states = hidden_states + block.scale * calls[block.writer][1]
+        return hidden_states
 
 
 def _calls(
     layer: nn.Module, hidden_states: Tensor, context: Context, paths: tuple[str, ...], whole: bool = True
 ) -> tuple[Calls, Tensor]:
-    """What the modules at `paths` got and gave, and the output of the layer; unless `whole`, it runs up to the last
-    of them, and the output is the hidden states that it got.
+    """Inputs and outputs of the modules at `paths`, and the output of the layer.
+
+    Unless `whole`, the layer runs up to the last of these modules, and its output is its own input.
     """
     calls: Calls = {}
 
@@ -225,18 +222,7 @@ def _calls(
 
     args, kwargs = context
     handles = [layer.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
-    output = _run_until_reached(lambda: layer(hidden_states, *args, **kwargs), handles)
+    output = run_until_reached(lambda: layer(hidden_states, *args, **kwargs), handles)
     if output is None:
         return calls, hidden_states
     return calls, output[0] if isinstance(output, tuple) else output
-
-
-def _run_until_reached(run: Callable[[], Any], handles: list[Any]) -> Any:
-    """What `run` returns, or None where a hook ended it; removes the hooks."""
-    try:
-        return run()
-    except Reached:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()

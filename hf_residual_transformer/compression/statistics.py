@@ -1,13 +1,10 @@
-"""Real inputs through the dense encoder: statistics of what each matrix gets, and how much its outputs matter.
-
-What is computed from them is in `conversion.py` and `budget.py`.
-"""
+"""Step 1: statistics of real inputs to each matrix of the dense model, and of how much errors in its outputs matter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,20 +13,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from ..families import Family, groups_of
+from ..families import LayerStack, groups_of
 from ..modeling import forward_as
+from .inputs import Batch, final_states, mask_of, to_model
 
-INPUT_NAMES = ("input_features", "input_values")
 DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
-HELD_BYTES = 1e9  # of statistics at a time; more layers than have room take another pass over the calibration
+HELD_BYTES = (
+    1e9  # most bytes of statistics at a time; layers beyond it take another pass over the calibration
+)
 GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
 
 
 class WeightedMoments:
-    """First and second moments of vectors, summed in float64: float32 loses positive definiteness. How they are
-    divided into batches does not matter.
+    """First and second moments of vectors, summed in float64, since float32 loses positive definiteness.
+
+    The sums do not depend on how the vectors are divided into batches.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class WeightedMoments:
         self.weight, self.sum, self.products = zeros(()), zeros(features), zeros(features, features)
 
     def add(self, vectors: Tensor, weights: Tensor) -> None:
-        """Adds (number, features), each with its weight, (number,)."""
+        """Adds vectors, (number, features), each with its weight, (number,)."""
         roots = weights.double().sqrt()[:, None]
         vectors = vectors.double() * roots
         self.weight += weights.double().sum()
@@ -46,31 +46,41 @@ class WeightedMoments:
 
     @property
     def mean(self) -> Tensor:
-        """(features,)."""
+        """The weighted mean, (features,)."""
         return self.sum / self.weight.clamp_min(TINY)
 
     def covariance(self) -> Tensor:
-        """(features, features), not divided by the sum of the weights."""
+        """The covariance times the sum of the weights, (features, features)."""
         return self.products - torch.outer(self.sum, self.mean)
 
 
 class MatrixStatistics(WeightedMoments):
-    """Of a linear module's inputs `x` and of the gradients `g` at its outputs, over frames.
+    """Statistics, over frames, of a linear module's inputs `x` and of the gradients `g` at its outputs.
 
-    What an error `E` in the matrix does to the encoder's final states is estimated as `tr(G E C Eᵀ)`: `C` is
-    the covariance of the inputs, each frame weighted by `|g|²`, and `G` the second moment of the gradients,
-    of trace 1. It is the Kronecker-factored Gauss-Newton approximation (K-FAC, https://arxiv.org/abs/1503.05671,
-    section 3) with the norms of the gradients kept beside the inputs, so that frames count as they matter.
+    An error `E` in the matrix changes the encoder's final states by about `tr(G E C Eᵀ)`. `C` is the covariance of
+    the inputs, in which each frame has the weight `|g|²`, and `G` is the second moment of the gradients, of trace 1.
+    This is the Kronecker-factored Gauss-Newton approximation (K-FAC, https://arxiv.org/abs/1503.05671, section 3)
+    with the norms of the gradients kept beside the inputs, so that important frames count more.
+
+    Args:
+        out_features: number of outputs.
+        in_features: number of inputs.
+        device: where the sums are kept.
+        centred: whether something absorbs a constant error of the outputs, such as a bias. If not, `C` is the second
+            moment about zero.
     """
 
-    def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
+    def __init__(
+        self, out_features: int, in_features: int, device: torch.device, *, centred: bool = True
+    ) -> None:
         super().__init__(in_features, device)
+        self.centred = centred
         self.gradients = torch.zeros(out_features, out_features, dtype=torch.float64, device=device)
-        self.frame_weights: list[Tensor] = []  # of each batch, (num_frames,)
+        self.frame_weights: list[Tensor] = []  # for each batch, (num_frames,)
 
     @property
     def nbytes(self) -> int:
-        """That it takes."""
+        """Bytes held by the two matrices."""
         return self.products.nbytes + self.gradients.nbytes
 
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
@@ -80,18 +90,23 @@ class MatrixStatistics(WeightedMoments):
         self.add(inputs, self.frame_weights[-1])
         add_gram(self.gradients, gradients)
 
+    def metric(self) -> Tensor:
+        """`C` times the sum of the weights, damped to be positive definite, (in_features, in_features)."""
+        return damp(self.covariance() if self.centred else self.products)
+
     def reorder_inputs(self, order: Tensor) -> None:
-        """As if the inputs came in this order, (in_features,)."""
+        """Gives the statistics that the inputs would have in this order, (in_features,)."""
         self.sum, self.products = self.sum[order], self.products[order][:, order]
 
     def reorder_outputs(self, order: Tensor) -> None:
-        """As if the outputs came in this order, (out_features,)."""
+        """Gives the statistics that the outputs would have in this order, (out_features,)."""
         self.gradients = self.gradients[order][:, order]
 
 
 def add_gram(total: Tensor, vectors: Tensor) -> None:
-    """Adds `Xᵀ X` of (number, features) to (features, features), in blocks, each of which and its mirror image are
-    computed once.
+    """Adds `Xᵀ X` of vectors, (number, features), to `total`, (features, features).
+
+    The sum is symmetric, so each pair of mirrored blocks is computed once.
     """
     for start in range(0, len(total), GRAM_BLOCK):
         end = start + GRAM_BLOCK
@@ -100,39 +115,11 @@ def add_gram(total: Tensor, vectors: Tensor) -> None:
 
 
 def damp(covariance: Tensor, damping: float = DAMPING) -> Tensor:
-    """Positive definite also where inputs never vary, and with fewer frames than features."""
+    """A positive definite matrix also where inputs never vary, or where there are fewer frames than features."""
     scale = covariance.diagonal().mean().clamp_min(TINY)
     return covariance + damping * scale * torch.eye(
         len(covariance), dtype=covariance.dtype, device=covariance.device
     )
-
-
-def as_batches(calibration: Any) -> list[dict[str, Tensor]]:
-    """Checked batches of model inputs; one batch may come without a list around it."""
-    if calibration is None:
-        return []
-    if isinstance(calibration, (Mapping, Tensor)):
-        calibration = [calibration]
-    batches = []
-    for index, batch in enumerate(calibration):
-        batch = {"input_features": batch} if isinstance(batch, Tensor) and batch.dim() == 3 else batch
-        batch = {"input_values": batch} if isinstance(batch, Tensor) else batch
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"`calibration[{index}]` must be a dict of model inputs, got {type(batch).__name__}"
-            )
-        batch = {key: batch[key] for key in (*INPUT_NAMES, "attention_mask") if batch.get(key) is not None}
-        inputs = [batch[name] for name in INPUT_NAMES if name in batch]
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise ValueError(
-                f"`calibration[{index}]` must have a tensor {' or '.join(INPUT_NAMES)}, got {sorted(batch)}"
-            )
-        if not inputs[0].numel():
-            raise ValueError(f"`calibration[{index}]` must not be empty, got shape {tuple(inputs[0].shape)}")
-        if not torch.isfinite(inputs[0]).all():
-            raise ValueError(f"`calibration[{index}]` must be finite, but it has NaN or infinite values")
-        batches.append(batch)
-    return batches
 
 
 def parallel_sum(first: Tensor, second: Tensor) -> Tensor:
@@ -144,22 +131,17 @@ def parallel_sum(first: Tensor, second: Tensor) -> Tensor:
 Statistics = dict[tuple[int, str], MatrixStatistics]  # by layer and module path
 
 
-GroupSizes = dict[str, list[int | None]]  # to choose from, by module path
-
-
 @dataclass(frozen=True)
 class Group:
-    """The layers that share the `U` of the module at `module_path`, in order; or, with size None, a single layer
-    without `U`.
-    """
+    """Layers that share the `U` of the module at `module_path`, in order; with size None, a layer without `U`."""
 
     module_path: str
     size: int | None
     layers: tuple[int, ...]
 
 
-def groups_with(sizes: GroupSizes, num_layers: int) -> list[Group]:
-    """All groups that the sizes make."""
+def groups_with(sizes: dict[str, list[int | None]], num_layers: int) -> list[Group]:
+    """All groups for the group sizes that each module path may have."""
     return [
         Group(path, size, tuple(layers))
         for path, options in sizes.items()
@@ -169,127 +151,94 @@ def groups_with(sizes: GroupSizes, num_layers: int) -> list[Group]:
 
 
 def metric_of(group: Group, statistics: Statistics) -> tuple[list[Tensor], Tensor]:
-    """Damped: `C_l` of each layer, and the `G` of all."""
+    """The damped `C_l` of each layer of a group, and the damped `G` of the whole group."""
     entries = [statistics[layer, group.module_path] for layer in group.layers]
-    return [damp(entry.covariance()) for entry in entries], importance_of(entries)
+    return [entry.metric() for entry in entries], importance_of(entries)
 
 
 def importance_of(entries: list[MatrixStatistics]) -> Tensor:
-    """Damped `G`, (out_features, out_features), over all frames of these matrices."""
+    """The damped `G` over all frames of these matrices, (out_features, out_features)."""
     gradients = torch.stack([entry.gradients for entry in entries]).sum(0)
     weight = torch.stack([entry.weight for entry in entries]).sum()
     return damp(gradients / weight.clamp_min(TINY), IMPORTANCE_DAMPING)
 
 
-Prepare = Callable[[list[Group], Statistics], None]
+def runs_of_layers(source: LayerStack, groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups in runs of adjacent layers whose statistics take at most `HELD_BYTES`.
+
+    A group is never divided, so a run may be larger where a single group is.
+    """
+    inner = {layer for group in groups for layer in group.layers[1:]}
+    size = [0.0] * len(source)
+    for layer, path in {(layer, group.module_path) for group in groups for layer in group.layers}:
+        size[layer] += _new(source, layer, path, torch.device("meta")).nbytes
+    starts, held, last = [0], 0.0, 0  # `last` is the newest layer at which a run may begin
+    for layer in range(len(source)):
+        if layer not in inner:
+            last = layer
+        held += size[layer]
+        if held > HELD_BYTES and last > starts[-1]:
+            starts.append(last)
+            held = sum(size[last : layer + 1])
+    ends = [*starts[1:], len(source)]
+    return [[g for g in groups if start <= g.layers[0] < end] for start, end in zip(starts, ends)]
 
 
-@dataclass
-class Sweep:
-    """Iterates over the groups, with the statistics of their matrices in the dense model, by layer and module
-    path, as many layers at a time as `HELD_BYTES` have room for, but whole groups.
+def collect(
+    source: LayerStack,
+    model: Any,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    *,
+    progress: bool = True,
+    seed: int = 0,
+) -> Statistics:
+    """Statistics of the matrices of a run of layers, by layer and module path, from one pass over the batches.
 
-    Without batches there are no statistics. What fits at once is kept for the next iteration; of several runs of
-    layers, each one's statistics are emptied when the next are asked for.
+    The gradients are those of a random probe at the final states of each window.
 
     Args:
-        groups: what the layers share.
-        batches: inputs of the dense model.
+        source: the stack of `model`.
+        model: a dense model whose parameters need no gradients, see `inputs.frozen_view`.
+        groups: the groups of adjacent layers to collect for.
+        batches: inputs of the model.
+        progress: shows a progress bar.
         seed: of the probes.
-        prepare: what is done to each run's statistics before they are seen.
     """
+    matrices = {(layer, group.module_path) for group in groups for layer in group.layers}
+    run = sorted({layer for layer, _ in matrices})
+    statistics = {key: _new(source, *key, model.device) for key in sorted(matrices)}
+    generator = torch.Generator().manual_seed(seed)
+    name = f"calibrating layers {run[0]} to {run[-1]}"
+    for batch in tqdm(batches, desc=name, unit="batch", disable=not progress):
+        batch = to_model(model, batch)
+        with torch.enable_grad(), _watching(source, run, statistics) as watched:
+            final = final_states(model, source.owner, batch)
+            # One window at a time, so that the batch size changes nothing.
+            probe = torch.stack([torch.randn(final.shape[1:], generator=generator) for _ in final]).to(final)
+            mask = mask_of(model, final, batch)
+            if mask is not None:
+                probe = probe * mask.unsqueeze(-1)
+            torch.autograd.grad((final * probe).sum(), watched)
+    return statistics
 
-    family: Family
-    dense: Any
-    groups: list[Group]
-    batches: list[dict[str, Tensor]]
-    progress: bool = True
-    seed: int = 0
-    prepare: Prepare | None = None
-    _kept: list[tuple[Statistics, list[Group]]] = field(default_factory=list, init=False)
 
-    def __iter__(self) -> Iterator[tuple[Statistics, list[Group]]]:
-        if self._kept or not self.batches:
-            yield from self._kept or [({}, self.groups)]
-            return
-        runs = list(self._runs())
-        bar = tqdm(
-            total=len(runs) * len(self.batches), desc="calibrating", unit="batch", disable=not self.progress
-        )
-        with bar:
-            for run in runs:
-                groups = [group for group in self.groups if group.layers[0] in run]
-                statistics = self._collect(run, groups, bar)
-                if self.prepare is not None:
-                    self.prepare(groups, statistics)
-                if len(runs) == 1:
-                    self._kept.append((statistics, groups))
-                yield statistics, groups
-                if len(runs) > 1:
-                    statistics.clear()  # whoever iterates still has them while the next are collected
-
-    def over(self, groups: list[Group]) -> Sweep:
-        """The same over other groups of the same matrices, with what this one has kept."""
-        sweep = replace(self, groups=groups)
-        sweep._kept = [(statistics, groups) for statistics, _ in self._kept]
-        return sweep
-
-    def _runs(self) -> Iterator[range]:
-        """Runs of layers that no group straddles."""
-        num_layers = len(self.family.find_encoder(self.dense).layers)
-        inner = {layer for group in self.groups for layer in group.layers[1:]}
-        size = [0.0] * num_layers
-        for layer, path in {(layer, group.module_path) for group in self.groups for layer in group.layers}:
-            size[layer] += self._new(layer, path, torch.device("meta")).nbytes
-        start, held, last = 0, 0.0, 0  # `last`: where the newest run that no group straddles starts
-        for layer in range(num_layers):
-            if layer not in inner:
-                last = layer
-            held += size[layer]
-            if held > HELD_BYTES and last > start:
-                yield range(start, last)
-                start, held = last, sum(size[last : layer + 1])
-        yield range(start, num_layers)
-
-    def _new(self, layer: int, path: str, device: torch.device) -> MatrixStatistics:
-        linear = self.family.find_encoder(self.dense).layers[layer].get_submodule(path)
-        return MatrixStatistics(linear.out_features, linear.in_features, device)
-
-    def _collect(self, run: range, groups: list[Group], bar: Any) -> Statistics:
-        """One pass over the batches, with a probe at the final states of each window."""
-        encoder = self.family.find_encoder(self.dense)
-        statistics = {
-            (layer, group.module_path): self._new(layer, group.module_path, self.dense.device)
-            for group in groups
-            for layer in group.layers
-        }
-        generator = torch.Generator().manual_seed(self.seed)
-        for batch in self.batches:
-            batch = to_model(self.dense, batch)
-            with _watching(encoder, run, statistics) as watched:
-                final = _final_states(self.dense, encoder, batch)
-                # One window at a time, so that the batch size changes nothing.
-                probe = torch.stack([torch.randn(final.shape[1:], generator=generator) for _ in final]).to(
-                    final
-                )
-                mask = frame_mask(self.dense, final, batch)
-                if mask is not None:
-                    probe = probe * mask.unsqueeze(-1)
-                torch.autograd.grad((final * probe).sum(), watched)
-            bar.update()
-        return statistics
+def _new(source: LayerStack, layer_idx: int, path: str, device: torch.device) -> MatrixStatistics:
+    linear = source.linear(layer_idx, path)
+    centred = source.bias_absorbs_mean(layer_idx, path)
+    return MatrixStatistics(linear.out_features, linear.in_features, device, centred=centred)
 
 
 @contextmanager
-def _watching(encoder: Any, run: range, statistics: Statistics) -> Iterator[list[Tensor]]:
-    """Inside, a forward and a backward pass add to `statistics`. The list gets the input of the run's first layer,
-    where the backward pass may end. Of each layer after the run, which may be many, its input alone is kept, and the
-    rest computed again.
+def _watching(source: LayerStack, run: Sequence[int], statistics: Statistics) -> Iterator[list[Tensor]]:
+    """Inside, a forward and a backward pass add to `statistics`.
+
+    The list gets the input of the run's first layer, at which the graph begins and the backward pass may end. Layers
+    after the run may be many: only their inputs are kept, and the rest is computed again in the backward pass.
     """
     start: list[Tensor] = []
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        torch.set_grad_enabled(True)  # from here on, until the context below ends
         hidden_states = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
         start.append(hidden_states)
         return (
@@ -303,55 +252,17 @@ def _watching(encoder: Any, run: range, statistics: Statistics) -> Iterator[list
 
         return hook
 
-    handles = [encoder.layers[run[0]].register_forward_pre_hook(begin, with_kwargs=True)]
+    handles = [source.layers[run[0]].register_forward_pre_hook(begin, with_kwargs=True)]
     for (layer, path), entry in statistics.items():
-        handles.append(encoder.layers[layer].get_submodule(path).register_forward_hook(watch(entry)))
+        handles.append(source.linear(layer, path).register_forward_hook(watch(entry)))
     try:
-        with torch.no_grad(), ExitStack() as stack:
-            for layer in encoder.layers[run[-1] + 1 :]:
-                again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-                stack.enter_context(forward_as(layer, again))
+        with ExitStack() as stack:
+            for layer_after in source.layers[run[-1] + 1 :]:
+                again = partial(
+                    checkpoint, layer_after.forward, use_reentrant=False, preserve_rng_state=False
+                )
+                stack.enter_context(forward_as(layer_after, again))
             yield start
     finally:
         for handle in handles:
             handle.remove()
-
-
-def to_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch where the model is, in its dtype."""
-    return {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for key, value in batch.items()
-    }
-
-
-class Reached(Exception):
-    """Ends a forward pass where all that is wanted is known."""
-
-
-def _final_states(dense: Any, encoder: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The encoder's output for a batch, (batch_size, frames, hidden_size); what comes after it is not run."""
-    states: list[Tensor] = []
-
-    def catch(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(output[0])
-        raise Reached
-
-    handle = encoder.register_forward_hook(catch)
-    try:
-        dense(**batch)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    return states[0]
-
-
-def frame_mask(dense: Any, hidden_states: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(batch, frames), False where frames are padding; None where the family does not mask."""
-    if "attention_mask" not in batch or not hasattr(dense, "_get_feature_vector_attention_mask"):
-        return None
-    mask = dense._get_feature_vector_attention_mask(
-        hidden_states.shape[1], batch["attention_mask"], add_adapter=False
-    )
-    return mask.bool()

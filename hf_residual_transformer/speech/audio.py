@@ -1,4 +1,4 @@
-"""Audio files and arrays to samples, by libsndfile alone (WAV, FLAC, Ogg Vorbis and Opus, MP3)."""
+"""Decodes audio files and arrays with libsndfile alone (WAV, FLAC, Ogg Vorbis and Opus, MP3)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import soundfile
 
 
 def decode_audio(source: Any, sampling_rate: int, *, source_sampling_rate: int | None = None) -> np.ndarray:
-    """Mono samples of shape (num_samples,), float32, at `sampling_rate` Hz.
+    """Decodes audio into mono float32 samples of shape (num_samples,), at `sampling_rate` Hz.
 
-    Channels are averaged. Another rate is converted by SciPy's polyphase filter.
+    Channels are averaged. SciPy's polyphase filter resamples audio of another rate.
 
     Args:
-        source: a path or URL, a file's bytes, a one-dimensional floating-point array, or a dict with "path",
+        source: a path or URL, the bytes of a file, a one-dimensional floating-point array, or a dict with "path",
             "bytes" or "array" and "sampling_rate", as `datasets` gives it.
-        sampling_rate: the rate to return.
-        source_sampling_rate: the rate of a bare array; for other sources, what their own must be.
+        sampling_rate: the rate of the result in Hz.
+        source_sampling_rate: the rate of a bare array in Hz; for other sources, the rate that they must have.
 
     Raises:
-        ValueError: naming the file and what is wrong: it is missing, cannot be decoded, is cut off, is empty,
-            has values that are not finite, or its rate is unknown or not `source_sampling_rate`.
+        ValueError: if the file is missing, cannot be decoded, is cut off or empty, has values that are not finite,
+            or has a rate that is unknown or not `source_sampling_rate`. The message names the file.
     """
     name, content = read_audio(source)
     if isinstance(content, bytes):
@@ -49,7 +49,7 @@ def decode_audio(source: Any, sampling_rate: int, *, source_sampling_rate: int |
 
 
 def read_audio(source: Any) -> tuple[str, bytes | np.ndarray]:
-    """A name for error messages, and a file's bytes or an array."""
+    """Returns a name for error messages, and the bytes of a file or an array."""
     name = "an audio clip without a path"
     if isinstance(source, Mapping):
         name = str(source.get("path") or name)
@@ -73,6 +73,7 @@ def read_audio(source: Any) -> tuple[str, bytes | np.ndarray]:
 
 
 def open_audio(data: bytes, name: str) -> soundfile.SoundFile:
+    """Opens the bytes of an audio file, which errors call `name`."""
     if not data:
         raise ValueError(f"{name} is an empty file; remove it from the data")
     try:
@@ -85,7 +86,7 @@ def open_audio(data: bytes, name: str) -> soundfile.SoundFile:
 
 
 def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Samples (num_samples,), channels averaged, and their rate."""
+    """The mono samples of a file, of shape (num_samples,), and their rate in Hz."""
     with open_audio(data, name) as file:
         frames, rate = file.frames, file.samplerate
         estimated = file.format == "MP3" and not _has_count(data)
@@ -116,8 +117,9 @@ def _check_array(samples: np.ndarray, rate: int | None, name: str) -> tuple[np.n
 
 
 def _has_count(data: bytes) -> bool:
-    """Whether the first frame of an MP3 file, after an ID3v2 tag, tells how many there are; without, libsndfile
-    estimates it from the size of the file.
+    """Whether the first frame of an MP3 file, after an ID3v2 tag, holds the number of frames.
+
+    If it does not, libsndfile estimates the number from the size of the file.
     """
     start = 0
     if data[:3] == b"ID3":
@@ -126,13 +128,15 @@ def _has_count(data: bytes) -> bool:
 
 
 def _ends_early(data: bytes) -> bool:
-    """Whether a WAV or Ogg file lacks its end, which libsndfile doesn't tell: by the size in the RIFF header,
-    or the last Ogg page, which must have the end-of-stream flag (RFC 3533, section 6).
+    """Whether a WAV or Ogg file lacks its end, which libsndfile does not report.
+
+    A WAV file is compared with the size in its RIFF header. The last page of an Ogg file must be whole and have the
+    end-of-stream flag (RFC 3533, section 6).
     """
     if data[:4] == b"RIFF":
         size = int.from_bytes(data[4:8], "little")
-        unknown = size >= 0x7FFFF000  # what is written to a pipe
-        return not unknown and size > len(data) - 7  # one byte of padding may lack
+        unknown = size >= 0x7FFFF000  # the file was written to a pipe
+        return not unknown and size > len(data) - 7  # one byte of padding may be missing
     if data[:4] == b"OggS":
         page = data.rfind(b"OggS")
         segments = data[page + 26 : page + 27]
@@ -144,7 +148,7 @@ def _ends_early(data: bytes) -> bool:
 def _resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     if rate == new_rate:
         return samples
-    from scipy.signal import resample_poly  # takes a second to import, and most data needs none of it
+    from scipy.signal import resample_poly  # its import takes a second, and most data does not need it
 
     common = math.gcd(rate, new_rate)
     return resample_poly(samples, new_rate // common, rate // common).astype(np.float32, copy=False)

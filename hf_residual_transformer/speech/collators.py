@@ -1,4 +1,4 @@
-"""Rows of speech to batches of model inputs, with labels where a loss needs them."""
+"""Collators make batches of model inputs from rows of speech, with labels where a loss needs them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 T = TypeVar("T")
-LABEL_PADDING = -100  # left out of the losses of transformers
+LABEL_PADDING = -100  # the losses of transformers ignore it
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items; the last has what is left."""
+    """Yields lists of `size` items; the last list may be shorter."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group
@@ -25,16 +25,17 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 @dataclass
 class SpeechCollator:
-    """Rows to a batch of model inputs without labels, for label-free training and inference.
+    """Makes a batch of model inputs without labels from rows, for label-free training and inference.
 
-    Whisper's `input_features` (batch_size, num_mel_bins, 3000), or wav2vec2's `input_values`
-    (batch_size, num_samples), padded to the longest, with an `attention_mask` if its extractor makes one.
+    For Whisper, a batch has `input_features` of shape (batch_size, num_mel_bins, 3000). For wav2vec2, it has
+    `input_values` of shape (batch_size, num_samples), padded to the longest clip, and an `attention_mask` if the
+    feature extractor makes one.
 
     Args:
-        processor: the model's, or its feature extractor alone.
+        processor: the model's processor, or its feature extractor alone.
 
     Raises:
-        ValueError: for audio of another rate than the model's, or of more than Whisper's 30 seconds.
+        ValueError: if a clip does not have the model's rate, or is longer than Whisper's 30 seconds.
     """
 
     processor: Any
@@ -49,22 +50,24 @@ class SpeechCollator:
         return batch
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Token ids of each row's text; none for a batch without labels."""
+        """The token ids of each row's text; an empty list for a batch without labels."""
         return []
 
 
 @dataclass
 class Seq2SeqCollator(SpeechCollator):
-    """As `SpeechCollator`, and for rows with text Whisper's `labels` (batch_size, num_tokens), with -100
-    for padding.
+    """A `SpeechCollator` that adds Whisper's `labels` to rows with text, (batch_size, num_tokens), padded with -100.
 
-    They are `<|en|><|transcribe|><|notimestamps|> text <|endoftext|>`: the first of the tokenizer's tokens,
-    `<|startoftranscript|>`, is what the model prepends itself when it shifts the labels right.
+    Labels are `<|en|><|transcribe|><|notimestamps|> text <|endoftext|>`. They lack the tokenizer's first token,
+    `<|startoftranscript|>`, because the model prepends it when it shifts the labels right.
 
     Args:
-        language: of all rows, a name or code that Whisper knows; by default each row's `language`.
+        language: the language of all rows, a name or code that Whisper knows; by default each row's `language`.
         task: "transcribe", or "translate" for texts in English.
         multilingual: False for an English-only model, whose labels have no language and task.
+
+    Raises:
+        ValueError: if `multilingual` is true and a row has no language.
     """
 
     language: str | None = None
@@ -79,7 +82,8 @@ class Seq2SeqCollator(SpeechCollator):
                 language = self.language or row.get("language")
                 if language is None:
                     raise ValueError(
-                        "labels of a multilingual Whisper need a language: pass `language`, or rows with one"
+                        "labels of a multilingual Whisper need a language, got None; pass `language`, or add it to "
+                        "each row"
                     )
                 tokenizer.set_prefix_tokens(language=language, task=self.task, predict_timestamps=False)
             labels.append(tokenizer(row["text"]).input_ids[1:])
@@ -88,13 +92,15 @@ class Seq2SeqCollator(SpeechCollator):
 
 @dataclass
 class CTCCollator(SpeechCollator):
-    """As `SpeechCollator`, and for rows with text their characters as `labels`, padded by -100.
+    """A `SpeechCollator` that adds `labels` to rows with text: its characters, padded with -100.
+
+    Their shape is (batch_size, num_characters).
 
     Args:
-        normalize: applied to each text first, such as `str.upper`.
+        normalize: a function that is applied to each text first, such as `str.upper`.
 
     Raises:
-        ValueError: for a character that the tokenizer does not have.
+        ValueError: if a text has a character that the tokenizer does not have.
     """
 
     normalize: Callable[[str], str] | None = None
@@ -118,7 +124,14 @@ class CTCCollator(SpeechCollator):
 def collator_for(
     model: Any, processor: Any, *, language: str | None = None, task: str = "transcribe"
 ) -> SpeechCollator:
-    """The collator with labels for a Whisper or a CTC model; without, where `processor` has no tokenizer."""
+    """Chooses the collator for a Whisper or a CTC model; it makes no labels if `processor` has no tokenizer.
+
+    Args:
+        model: the model, from which the kind of labels follows.
+        processor: the model's processor, or its feature extractor alone.
+        language: the language of all rows, for Whisper; by default each row's `language`.
+        task: the task, for Whisper.
+    """
     if not hasattr(processor, "tokenizer"):
         return SpeechCollator(processor)
     if not model.config.is_encoder_decoder:
@@ -127,16 +140,21 @@ def collator_for(
 
 
 def is_multilingual(model: Any) -> bool:
-    """Whether a Whisper model takes a language and a task, by its generation config or its vocabulary."""
+    """Whether a Whisper model takes a language and a task, from its generation config or the size of its vocabulary."""
     return getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865)
 
 
 def feature_extractor_of(processor: Any) -> Any:
+    """The feature extractor of a processor; a feature extractor is returned as it is."""
     return getattr(processor, "feature_extractor", processor)
 
 
 def arrays_of(rows: Sequence[Mapping[str, Any]], extractor: Any) -> list[np.ndarray]:
-    """The rows' samples, if they have the model's rate."""
+    """The samples of each row, float32, of shape (num_samples,).
+
+    Raises:
+        ValueError: if a row does not have the model's sampling rate.
+    """
     for row in rows:
         rate = row["audio"]["sampling_rate"]
         if rate != extractor.sampling_rate:
@@ -148,7 +166,17 @@ def arrays_of(rows: Sequence[Mapping[str, Any]], extractor: Any) -> list[np.ndar
 
 
 def extract(arrays: list[np.ndarray], extractor: Any, length: int | None = None) -> dict[str, Tensor]:
-    """Model inputs padded to `length` samples; if None, to the longest array, or to Whisper's 30 seconds."""
+    """Makes model inputs from samples.
+
+    Args:
+        arrays: samples at the model's rate, each of shape (num_samples,).
+        extractor: the model's feature extractor.
+        length: number of samples to which each array is padded; by default that of the longest array, or of Whisper's
+            30 seconds.
+
+    Raises:
+        ValueError: if an array is longer than Whisper's 30 seconds.
+    """
     longest = getattr(extractor, "n_samples", None)
     too_long = max(map(len, arrays))
     if longest is not None and too_long > longest:

@@ -1,8 +1,8 @@
-"""Speech in, model inputs out: data sets, calibration batches and collators.
+"""Loads speech data sets from the Hub, tables and folders.
 
-Audio is decoded by `audio.py`. The `Audio` feature of `datasets` is taken as the bytes and paths it holds, and
-folders of loose files are read here: there, both need torchcodec.
-A row is `{"audio": {"array", "sampling_rate", "path"}, "text", "language"}`, decoded when it is read.
+A row is `{"audio": {"array", "sampling_rate", "path"}, "text", "language"}`, and its audio is decoded when it is read.
+`datasets` needs torchcodec to decode audio and to read folders of loose files. Therefore `audio.py` decodes the bytes
+or the file of an `Audio` feature, and this module reads the folders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .audio import decode_audio, open_audio, read_audio
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif")
-# Instead of `Audio(decode=False)`, which a streamed data set encodes anew when a column is renamed.
+# A streamed data set encodes `Audio(decode=False)` anew when a column is renamed, so these features replace it.
 UNDECODED = {"bytes": Value("binary"), "path": Value("string")}
 
 
@@ -35,22 +35,22 @@ def load_speech_dataset(
     streaming: bool = False,
     **options: Any,
 ) -> Dataset | IterableDataset:
-    """One split of recordings, decoded row by row as it is read.
+    """Loads one split of recordings; each row is decoded when it is read.
 
     Args:
-        name_or_path: a data set id on the Hub; a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; or a folder
-            with such a table called `metadata`, at its top or in a folder for each split (the audiofolder
-            layout), or with audio files alone. Paths in a table are relative to its folder.
-        split: on the Hub, whatever `datasets` takes, such as "train[:100]". In a local table, the value of
-            its `split` column; a table without one is all "train". "all" takes everything.
-        config_name: a Hub data set's configuration.
-        revision: a Hub data set's branch, tag or commit.
-        streaming: gives an `IterableDataset`, which reads what it downloads without keeping it.
-        options: those of `prepare_speech_dataset`.
+        name_or_path: a data set id on the Hub; a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; or a folder. A folder
+            has a table called `metadata`, at its top or in a folder for each split (the audiofolder layout), or only
+            audio files. Paths in a table are relative to the table's folder.
+        split: for the Hub, a split as `datasets` takes it, such as "train[:100]". For a local table, a value of its
+            `split` column; if there is no such column, all rows are "train". "all" selects all rows.
+        config_name: the configuration of a Hub data set.
+        revision: the branch, tag or commit of a Hub data set.
+        streaming: whether to return an `IterableDataset`, which does not keep what it downloads.
+        options: the options of `prepare_speech_dataset`.
 
     Raises:
-        ValueError: for a split, column or language that does not exist, or a table that cannot be read.
-        FileNotFoundError: for a path that does not exist.
+        ValueError: if a split, column or language does not exist, or a table cannot be read.
+        FileNotFoundError: if a path does not exist.
     """
     path = Path(name_or_path)
     dataset: Dataset | IterableDataset
@@ -79,22 +79,23 @@ def prepare_speech_dataset(
     max_samples: int | None = None,
     base_dir: str | Path | None = None,
 ) -> Dataset | IterableDataset:
-    """`dataset` with rows as this package reads them: columns `audio`, `text` and `language`, others dropped.
+    """Gives a data set the columns `audio`, `text` and `language` that this package reads, and drops all others.
 
     Args:
-        audio_column: holds what `decode_audio` takes; "file_name" stands in for a missing "audio".
-        text_column: None for recordings without transcripts.
-        language_column: if None, "language" where there is such a column.
-        language: keeps only the rows with this value in the language column; where there is none, it is what
-            all rows get.
-        sampling_rate: of the arrays to return, in Hz: the model's.
-        source_sampling_rate: what the data's own rate must be, in Hz; needed for bare arrays alone.
-        max_seconds: leaves out longer clips, for which the header of each is read.
-        max_samples: keeps the first so many rows.
-        base_dir: folder that relative paths start from.
+        dataset: a data set with at least a column of audio.
+        audio_column: the column with sources for `decode_audio`. If there is no "audio", "file_name" is used.
+        text_column: the column with transcripts; None for recordings without transcripts.
+        language_column: the column with languages; by default "language" if it exists.
+        language: keeps only rows with this value in the language column. If there is no such column, all rows get this
+            language.
+        sampling_rate: the rate of the decoded audio in Hz, which must be the model's.
+        source_sampling_rate: the rate that the sources must have, in Hz. Only bare arrays need it.
+        max_seconds: drops longer clips. The header of each file is read for this.
+        max_samples: keeps only the first `max_samples` rows.
+        base_dir: the folder that relative paths start from.
 
     Raises:
-        ValueError: for a column or language that does not exist, files that are missing, or no row left.
+        ValueError: if a column or language does not exist, files are missing, or no row is left.
     """
     dataset = _rename_columns(dataset, audio_column, text_column, language_column)
     has_language = "language" in _columns(dataset)
@@ -121,7 +122,7 @@ def _rename_columns(
     text_column: str | None,
     language_column: str | None,
 ) -> Dataset | IterableDataset:
-    """`dataset` with the named columns as `audio`, undecoded, `text` and `language`."""
+    """Renames the given columns to `audio`, `text` and `language`, and keeps the audio undecoded."""
     columns = _columns(dataset)
     if audio_column == "audio" and "audio" not in columns and "file_name" in columns:
         audio_column = "file_name"
@@ -144,7 +145,7 @@ def _columns(dataset: Dataset | IterableDataset) -> list[str]:
 
 @dataclass
 class _Decoder:
-    """Decodes the `audio` of a batch of rows; a transform of `datasets`, picklable for worker processes."""
+    """Decodes the `audio` of a batch of rows. It is a transform for `datasets` that worker processes can unpickle."""
 
     sampling_rate: int
     source_sampling_rate: int | None
@@ -174,7 +175,7 @@ class _Decoder:
         }
 
     def fits(self, max_seconds: float, source: Any) -> bool:
-        """Whether a clip is no longer than `max_seconds`; of a file, only the header is decoded."""
+        """Whether a clip is at most `max_seconds` long; only the header of a file is decoded."""
         name, content = read_audio(self.locate(source))
         if isinstance(content, bytes):
             with open_audio(content, name) as file:
@@ -182,7 +183,7 @@ class _Decoder:
         return len(self.decode(source)["array"]) / self.sampling_rate <= max_seconds
 
     def locate(self, source: Any) -> Any:
-        """`source` with its path, if it is to be read from there, starting from `base_dir`."""
+        """Makes the path of `source` start from `base_dir`, if the audio is read from a path."""
         if self.base_dir is None:
             return source
         if isinstance(source, Mapping) and source.get("path") and not source.get("bytes"):
@@ -191,7 +192,7 @@ class _Decoder:
 
 
 def _load_local(path: Path, split: str, streaming: bool) -> tuple[Dataset | IterableDataset, Path]:
-    """The data set at `path`, and the folder that its paths start from."""
+    """Returns the data set at `path`, and the folder that its relative paths start from."""
     folder = path if path.is_dir() else path.parent
     table = _metadata(path) if path.is_dir() else path
     if table is None and (table := _metadata(path / split)) is not None:
@@ -223,7 +224,7 @@ def _metadata(folder: Path) -> Path | None:
 
 
 def _read_table(table: Path) -> dict[str, list[Any]]:
-    """Columns of a CSV, TSV or JSONL file; the former hold nothing but text, "1" and "null" included."""
+    """The columns of a CSV, TSV or JSONL file. All values of a CSV or TSV file are text, also "1" and "null"."""
     rows: list[dict[str, Any]] = []
     with table.open(encoding="utf-8-sig", newline="") as file:
         if table.suffix == ".jsonl":
@@ -243,7 +244,7 @@ def _read_table(table: Path) -> dict[str, list[Any]]:
         else:
             raise ValueError(f"a table must be one of {', '.join(TABLES)}, got {table}")
     if not rows:
-        raise ValueError(f"{table} has no rows")
+        raise ValueError(f"{table} has no rows; it must have at least one")
     return {column: [row.get(column) for row in rows] for column in rows[0]}
 
 
@@ -255,7 +256,7 @@ def _build(
     revision: str | None = None,
     **options: Any,
 ) -> Dataset | IterableDataset:
-    """A split by one of the builders of `datasets`, which reads the Hub, or a clone of its folders."""
+    """Loads a split with a builder of `datasets`, from the Hub or from a clone of a Hub data set."""
     builder = load_dataset_builder(name, config_name, revision=revision, **options)
     if type(builder).__name__ == "AudioFolder":
         raise ValueError(
@@ -277,7 +278,7 @@ def _filter(
 
 
 def _keep(dataset: Dataset | IterableDataset, column: str, value: str) -> Dataset | IterableDataset:
-    """The rows in which `column` is `value`."""
+    """Keeps the rows whose `column` has the given value."""
     kept = _filter(dataset, column, partial(operator.eq, value))
     if isinstance(kept, Dataset) and isinstance(dataset, Dataset) and not len(kept):
         found = ", ".join(sorted({str(other) for other in dataset[column]})[:20])
@@ -286,12 +287,13 @@ def _keep(dataset: Dataset | IterableDataset, column: str, value: str) -> Datase
 
 
 def _check_files(dataset: Dataset, base_dir: Path) -> None:
-    """Finds missing files before hours of training do."""
+    """Checks before hours of training that all files exist."""
     paths = [source for source in dataset["audio"] if isinstance(source, str) and "://" not in source]
     missing = [path for path in paths if not (base_dir / path).is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(dataset)} audio files are missing in {base_dir}: {missing[0]}, ..."
+            f"{len(missing)} of {len(dataset)} audio files are missing in {base_dir}: {missing[0]}, ...; "
+            "add them, or remove their rows"
         )
 
 

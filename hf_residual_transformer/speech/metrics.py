@@ -1,7 +1,7 @@
-"""Word and character error rates of a speech recogniser, kept with all that is needed to trace the figures.
+"""Measures the word and character error rates of a speech recogniser, and saves them with their provenance.
 
-Errors are counted by jiwer after Whisper's text normalisers, which transformers carries: the English one for
-English, the basic one for every other language (Radford et al. 2022, appendix C, https://arxiv.org/abs/2212.04356).
+jiwer counts the errors in texts that Whisper's normalisers have made alike: the English normaliser for English, and the
+basic one for all other languages (Radford et al. 2022, appendix C, https://arxiv.org/abs/2212.04356).
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from .collators import SpeechCollator, batched, is_multilingual
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was said in one clip and what was recognised, as written and as compared."""
+    """The reference and the prediction for one clip.
+
+    Args:
+        id: the clip's path without this machine's folders, or its index.
+        language: the clip's language, if it is known.
+        reference: the transcript in the data.
+        prediction: the text that the model recognised.
+        normalized_reference: the reference as it is compared.
+        normalized_prediction: the prediction as it is compared.
+        word_errors: the number of substituted, deleted and inserted words.
+    """
 
     id: str
     language: str | None
@@ -38,9 +48,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Errors over what was said, as fractions, summed over clips.
+    """Error rates over all clips: errors divided by the number of words or characters in the references.
 
-    Clips whose reference is empty after normalisation (`empty_references`) count with what is inserted.
+    Args:
+        wer: word error rate, a fraction.
+        cer: character error rate, a fraction.
+        clips: the number of clips.
+        words: the number of words in the references.
+        characters: the number of characters in the references.
+        empty_references: the number of clips whose reference is empty after normalisation. Words that are recognised
+            in them count as insertions.
     """
 
     wer: float
@@ -53,15 +70,15 @@ class ErrorRates:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `evaluate_asr` found.
+    """The result of `evaluate_asr`.
 
     Args:
-        rates: over all clips.
-        by_language: over the clips of each language, where rows name theirs.
-        normalizers: which one was used, by language.
-        audio_seconds: length of the clips.
-        seconds: time for features, model and decoding, without reading the clips.
-        predictions: one a clip, in the order of the data.
+        rates: the error rates over all clips.
+        by_language: the error rates over the clips of each language that is known.
+        normalizers: the class of the normaliser by language.
+        audio_seconds: the total length of the clips.
+        seconds: the time that features, model and decoding took, without reading the clips.
+        predictions: one entry for each clip, in the order of the data.
     """
 
     rates: ErrorRates
@@ -73,25 +90,27 @@ class EvaluationResult:
 
     @property
     def wer(self) -> float:
-        """Word error rate, a fraction."""
+        """The word error rate over all clips, a fraction."""
         return self.rates.wer
 
     @property
     def cer(self) -> float:
-        """Character error rate, a fraction."""
+        """The character error rate over all clips, a fraction."""
         return self.rates.cer
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the predictions, as plain values for JSON."""
+        """All fields except the predictions, as plain values for JSON."""
         values = asdict(self)
         del values["predictions"]
         return {**values.pop("rates"), **values}
 
     def save(self, output_dir: str | Path, **details: Any) -> Path:
-        """Writes `evaluation.json`, whose path is returned, and `predictions.jsonl` into `output_dir`.
+        """Writes `evaluation.json` and `predictions.jsonl`, and returns the path of the former.
 
         Args:
-            details: what else a reader needs to repeat it, such as `model`, `dataset`, `split` and `seed`.
+            output_dir: the folder of the two files, which is made if it does not exist.
+            details: further values that a reader needs to repeat the evaluation, such as
+                `model`, `dataset`, `split` and `seed`.
         """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,19 +137,20 @@ def evaluate_asr(
     """Transcribes every row of `dataset` and counts the errors.
 
     Args:
-        model: a sequence-to-sequence model (greedy or as its generation config says) or a CTC one (the most
-            probable token of each frame). It runs where it is and in its dtype, without dropout.
-        processor: the model's.
+        model: a sequence-to-sequence model, which decodes as its generation config says, or a CTC model, which decodes
+            to the most probable token of each frame. It runs on its device and in its dtype, without dropout.
+        processor: the model's processor.
         dataset: rows as from `load_speech_dataset`, with text.
-        language: of all rows, for Whisper and for the choice of the normaliser; by default each row's
-            `language`. Without either a multilingual Whisper detects it, and the basic normaliser is used;
-            an English-only one is taken to hear English.
-        task: of a multilingual Whisper, "transcribe", or "translate" for references in English.
-        max_new_tokens: limit of a transcript's length in tokens; by default the generation config's.
-        progress: shows a progress bar.
+        batch_size: the number of clips in a batch.
+        language: the language of all rows, for Whisper and for the choice of the normaliser; by default each row's
+            `language`. If neither is given, a multilingual Whisper detects the language and the basic normaliser is
+            used, and the language of an English-only Whisper is English.
+        task: the task of a multilingual Whisper: "transcribe", or "translate" for references in English.
+        max_new_tokens: the maximum length of a transcript in tokens; by default that of the generation config.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for rows without text, no rows, or references without a single word.
+        ValueError: if there are no rows, rows have no text, or the references have no word.
     """
     normalize = _normalizers(processor)
     default = "en" if model.can_generate() and not is_multilingual(model) else None
@@ -158,7 +178,7 @@ def evaluate_asr(
     finally:
         model.train(was_training)
     if not predictions:
-        raise ValueError("the data set to evaluate on has no rows")
+        raise ValueError("the data set to evaluate on has no rows; it must have at least one")
     found = sorted({prediction.language for prediction in predictions if prediction.language is not None})
     groups = {name: [p for p in predictions if p.language == name] for name in found}
     by_language = {
@@ -186,7 +206,7 @@ def _transcribe(
     if not model.can_generate():
         tokens = model(**inputs).logits.argmax(dim=-1)
         samples = torch.tensor([len(row["audio"]["array"]) for row in rows])
-        # What a model says of padding is not part of a clip, and would make results depend on the batch.
+        # Tokens of padding are not part of a clip, and would make results depend on the batch.
         for clip, num_frames in zip(tokens, model._get_feat_extract_output_lengths(samples), strict=True):
             clip[num_frames:] = processor.tokenizer.pad_token_id
         return processor.batch_decode(tokens)
@@ -199,10 +219,17 @@ def _transcribe(
 
 
 def error_rates(references: Sequence[str], predictions: Sequence[str]) -> ErrorRates:
-    """Of texts that are already normalised: (substituted + deleted + inserted) / said, by word and character.
+    """The error rates of normalised texts, by word and by character.
+
+    A rate is `(substitutions + deletions + insertions) / N`, where `N` is the number of words or characters in the
+    references.
+
+    Args:
+        references: the normalised transcripts.
+        predictions: the normalised predictions, one for each reference.
 
     Raises:
-        ValueError: when the references hold no word at all, so that there is nothing to divide by.
+        ValueError: if the references hold no word.
     """
     words = jiwer.process_words(list(references), list(predictions))
     characters = jiwer.process_characters(list(references), list(predictions))
@@ -224,8 +251,9 @@ def _rates(predictions: Sequence[Prediction]) -> ErrorRates:
 
 
 def _normalizers(processor: Any) -> dict[bool, Any]:
-    """Whisper's normalisers, for English and for the rest. The table that makes spellings American comes with
-    Whisper's tokenizer alone; for other models the English one does without it.
+    """Whisper's normalisers for English (True) and for all other languages (False).
+
+    Only Whisper's tokenizer has the table of American spellings; without it, the English normaliser keeps spellings.
     """
     spellings = getattr(processor.tokenizer, "english_spelling_normalizer", None)
     return {True: EnglishTextNormalizer(spellings or {}), False: BasicTextNormalizer()}

@@ -1,4 +1,4 @@
-"""Whisper on windows shorter than its own: encoder states, and greedy transcripts as labels."""
+"""Runs Whisper on windows shorter than 30 seconds, for encoder states and for greedy transcripts as labels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from transformers import GenerationMixin
 
 from .collators import LABEL_PADDING, is_multilingual
 
-FRAMES_A_SECOND = 100  # of Whisper's mel features
-TOKENS_A_SECOND = 6  # fast speech in a language that takes many
+FRAMES_A_SECOND = 100  # the rate of Whisper's mel features
+TOKENS_A_SECOND = 6  # fast speech in a language that needs many tokens
 
 
 @contextmanager
 def encoder_window(encoder: Any, num_frames: int) -> Iterator[None]:
-    """Inside, a Whisper encoder takes `num_frames` mel frames (10 ms each) instead of its 3000, at the
-    positions that the first so many have. A window of 10 seconds costs less than a third of the full one.
+    """Inside this context, a Whisper encoder takes `num_frames` mel frames of 10 ms each instead of 3000.
 
-    Weights are not touched, and the config is as before afterwards. Not for several threads with one model.
+    The frames have the first positions of the full window. A window of 10 seconds costs less than a third of the full
+    one. The context changes no weights, and restores the config at its end. Several threads must not share one model.
 
     Raises:
-        ValueError: when the encoder has no positions for so many frames, or its stride does not divide them.
+        ValueError: if the encoder has no positions for so many frames, or its stride does not divide their number.
     """
     config, positions = encoder.config, encoder.embed_positions
     full = config.max_source_positions, positions.num_embeddings
@@ -43,8 +43,12 @@ def encoder_window(encoder: Any, num_frames: int) -> Iterator[None]:
 
 
 def encode(encoder: Any, input_features: Tensor, **kwargs: Any) -> Any:
-    """The output of a Whisper encoder for mel features, (batch_size, num_mel_bins, num_frames), that may be
-    shorter than its window; see `encoder_window`. `kwargs` go to the encoder.
+    """The output of a Whisper encoder for mel features, which may be shorter than its window (see `encoder_window`).
+
+    Args:
+        encoder: the encoder.
+        input_features: mel features of shape (batch_size, num_mel_bins, num_frames).
+        kwargs: further arguments of the encoder.
     """
     with encoder_window(encoder, input_features.shape[-1]):
         return encoder(input_features, **kwargs)
@@ -52,11 +56,18 @@ def encode(encoder: Any, input_features: Tensor, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def transcribe(model: Any, input_features: Tensor) -> Tensor:
-    """What a Whisper makes of mel features, which may be shorter than its window, as labels: greedy, in the language
-    that it hears, without timestamps, and at most `TOKENS_A_SECOND`, so that what it repeats ends.
+    """Transcribes mel features, which may be shorter than Whisper's window, into labels.
+
+    Decoding is greedy, in the language that the model detects and without timestamps. A transcript has at most
+    `TOKENS_A_SECOND` tokens for each second, so that endless repetitions stop.
+
+    Args:
+        model: a Whisper for generation.
+        input_features: mel features of shape (batch_size, num_mel_bins, num_frames).
 
     Returns:
-        (batch_size, num_tokens), as from `Seq2SeqCollator`: language and task, text, end, and -100.
+        Labels of shape (batch_size, num_tokens), as from `Seq2SeqCollator`: language and task if the model is
+        multilingual, the text, its end, and -100 as padding.
     """
     config, encoder = model.generation_config, model.get_encoder()
     num_frames = input_features.shape[-1]
@@ -71,7 +82,7 @@ def transcribe(model: Any, input_features: Tensor) -> Tensor:
             spoken = [[language, task] for language in languages]
         heads = [[config.decoder_start_token_id, *head, *tail] for head in spoken]
         prefix = torch.tensor(heads, device=input_features.device)
-        # Not Whisper's own, which looks for more of the audio after what may be a timestamp.
+        # Whisper's own `generate` would look for more audio after a token that may be a timestamp.
         tokens = GenerationMixin.generate(
             model,
             encoder_outputs=encoded,

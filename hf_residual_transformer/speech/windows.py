@@ -1,4 +1,4 @@
-"""Clips packed into windows: inputs for calibration, and label-free batches for training."""
+"""Packs clips into windows, for calibration and for batches of label-free training."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ def calibration_batches(
     window_seconds: float | None = None,
     silence_seconds: float = 0.5,
 ) -> list[dict[str, Tensor]]:
-    """Model inputs for `from_dense(..., calibration=...)`, from the first rows of `dataset`.
+    """Makes model inputs for `from_dense(..., calibration=...)` from the first rows of `dataset`.
 
-    They are kept in memory: of 30 seconds, Whisper's features take 1 MB (80 mel bins), wav2vec2's 2 MB.
-    All are padded to one length, so that nothing depends on `batch_size`.
+    All windows stay in memory: 30 seconds take 1 MB for Whisper (80 mel bins) and 2 MB for wav2vec2. All have the same
+    length, so that the result does not depend on `batch_size`.
 
     Args:
-        dataset: rows as from `load_speech_dataset`, in random order; text is not needed. Of many speakers: low ranks
-            that are calibrated on one fail on another (docs/comparison.md).
-        processor: the model's, or its feature extractor alone.
-        num_windows: model inputs wanted; fewer if the data set ends before.
-        pack: part of the windows that are filled with as many whole clips as fit. The others, which come first, are
-            one clip each, as the model hears it in use: for Whisper mostly padding, of which it must see some.
-        window_seconds: length of a window, by default 30 for Whisper, else 20. Longer clips are cut in equal
-            parts.
-        silence_seconds: zeros between two packed clips.
+        dataset: rows as from `load_speech_dataset`, in random order; they need no text. They should be of many
+            speakers, because low ranks that are calibrated on one speaker fail on another (docs/comparison.md).
+        processor: the model's processor, or its feature extractor alone.
+        num_windows: the number of windows; there are fewer if the data set ends first.
+        batch_size: the number of windows in a batch.
+        pack: the fraction of the windows that are filled with as many whole clips as fit. The other windows come first
+            and hold one clip each, as in use. For Whisper these are mostly padding, which calibration must see too.
+        window_seconds: the length of a window, by default 30 for Whisper and 20 for other models. Longer clips are cut
+            into equal parts.
+        silence_seconds: the length of the zeros between two packed clips.
 
     Raises:
-        ValueError: for a data set without rows, audio of another rate, or an argument out of range.
+        ValueError: if the data set has no rows, a clip does not have the model's rate, or an argument is out of range.
     """
     extractor = feature_extractor_of(processor)
     rate = extractor.sampling_rate
@@ -62,13 +63,20 @@ def calibration_batches(
     windows = list(islice(split_windows(clips, window, silence, pack=False), num_windows - packed))
     windows += islice(split_windows(clips, window, silence, pack=True), packed)
     if not windows:
-        raise ValueError("the calibration data has no rows")
+        raise ValueError("the calibration data has no rows; it must have at least one clip")
     length = longest or max(map(len, windows))
     return [extract(group, extractor, length) for group in batched(windows, batch_size)]
 
 
 def split_windows(clips: Iterable[np.ndarray], window: int, silence: int, pack: bool) -> Iterator[np.ndarray]:
-    """Arrays of at most `window` samples, made of whole clips; of equal parts where a clip is longer."""
+    """Yields arrays of at most `window` samples, after cutting longer clips into equal parts.
+
+    Args:
+        clips: samples of shape (num_samples,).
+        window: the number of samples in a window.
+        silence: the number of zeros between two clips in one window.
+        pack: whether a window holds as many clips as fit, rather than one.
+    """
     pieces = (piece for clip in clips for piece in np.array_split(clip, math.ceil(len(clip) / window)))
     if not pack:
         yield from pieces
@@ -85,15 +93,17 @@ def split_windows(clips: Iterable[np.ndarray], window: int, silence: int, pack: 
 
 @dataclass
 class WindowCollator:
-    """Rows to label-free batches of windows that hold as many whole clips as fit, half a second apart; longer
-    clips are cut in equal parts. So a batch has fewer windows than rows, or more, and little padding.
+    """Packs rows into label-free batches of windows, which have little padding.
+
+    A window holds as many whole clips as fit, half a second apart, and longer clips are cut into equal parts. A batch
+    may therefore have fewer windows than rows, or more.
 
     Args:
-        processor: the model's, or its feature extractor alone.
-        seconds: length of a window; Whisper takes at most 30, and shorter ones are as much cheaper.
+        processor: the model's processor, or its feature extractor alone.
+        seconds: the length of a window, at most 30 for Whisper. The cost is proportional to it.
 
     Raises:
-        ValueError: for a length that the model does not take, or audio of another rate than the model's.
+        ValueError: if the model does not take windows of that length, or a clip does not have the model's rate.
     """
 
     processor: Any
@@ -107,7 +117,7 @@ class WindowCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rate = self.extractor.sampling_rate
-        # Two mel frames, of 10 ms each, are one position of Whisper.
+        # One position of Whisper takes two mel frames of 10 ms each.
         length = max(1, round(self.seconds * 50)) * rate // 50
         clips = arrays_of(rows, self.extractor)
         return extract(list(split_windows(clips, length, rate // 2, pack=True)), self.extractor, length)

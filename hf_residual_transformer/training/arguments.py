@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -226,8 +225,8 @@ def parse_args(*dataclass_types: Any, args: Sequence[str] | None = None) -> tupl
     words = list(sys.argv[1:] if args is None else args)
     if words and not words[0].startswith("-"):
         try:
-            words = _read_options(Path(words[0])) + words[1:]
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            words = _as_words(read_options(Path(words[0]))) + words[1:]
+        except (OSError, ValueError) as error:
             parser.error(str(error))
     *instances, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
@@ -237,16 +236,30 @@ def parse_args(*dataclass_types: Any, args: Sequence[str] | None = None) -> tupl
     return tuple(instances)
 
 
-def _read_options(path: Path) -> list[str]:
-    """The options in a JSON or YAML file as words of a command line."""
+def read_options(path: Path) -> dict[str, Any]:
+    """The options by name that a JSON or YAML file holds.
+
+    Raises:
+        ValueError: for a file of another kind, one that cannot be parsed, or one that holds something else.
+    """
+    import yaml
+
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(
             f"options start with '--', and a file of options ends in .json, .yaml or .yml; got {path}"
         )
     text = path.read_text(encoding="utf-8")
-    options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as options: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold options by name, got {type(options).__name__}")
+    return options
+
+
+def _as_words(options: dict[str, Any]) -> list[str]:
+    """Options by name as words of a command line."""
     words = []
     for name, value in options.items():
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Losses of distillation as plain modules: hidden states, and probabilities."""
+"""The losses of distillation as plain modules: one for hidden states, and one for probabilities."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from torch.nn import functional as F
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a finite number of at least 0."""
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 class HiddenStateLoss(nn.Module):
-    r"""Squared error of hidden states, layer by layer, relative to the variance of the teacher's.
+    r"""The squared error of hidden states in each layer, relative to the variance of the teacher's states.
 
-    A clip's error in a layer is `sum_t |s_t - h_t|^2 / sum_t |h_t - mean(h)|^2` over its frames `t`, for the
-    student's states `s` and the teacher's `h`: 0 is equal, and 1 no better than the teacher's mean state. So
-    layers weigh equally whatever their scale, and clips whatever their length, and the loss of a batch is
-    the mean over its parts. The variance counts as at least a thousandth of the states' energy, lest a silent
-    clip, whose frames are all alike, outweigh all others.
+    The error of a clip in a layer is `sum_t |s_t - h_t|^2 / sum_t |h_t - mean(h)|^2` over its frames `t`, where `s` are
+    the student's states and `h` the teacher's. It is 0 if the states are equal, and 1 if the student gives the
+    teacher's mean state. All layers therefore weigh equally, whatever their scale, and so do all clips, whatever their
+    length; the loss of a batch is the mean over its clips. The variance is at least a thousandth of the energy of the
+    teacher's states, so that a silent clip, whose frames are all alike, does not outweigh the others.
 
     Args:
-        layer_weights: one number a layer, not all 0; they are scaled to the sum 1. By default all are equal.
+        layer_weights: one number of at least 0 for each layer, not all 0. They are scaled to the sum 1. By default all
+            layers weigh equally.
+
+    Raises:
+        ValueError: if `layer_weights` has other values.
     """
 
     ENERGY_FLOOR = 1e-3
@@ -41,15 +46,15 @@ class HiddenStateLoss(nn.Module):
     def forward(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
     ) -> Tensor:
-        """The loss, a scalar: weighted mean over layers, mean over clips.
+        """The loss, a scalar: the weighted mean over layers of the mean over clips.
 
         Args:
-            student: each layer's states, (batch_size, seq_len, hidden_size).
-            teacher: the same of the teacher.
-            mask: (batch_size, seq_len), true for the frames that count. By default all do.
+            student: the student's states in each layer, of shape (batch_size, seq_len, hidden_size).
+            teacher: the teacher's states, of the same shapes.
+            mask: true for the frames that count, of shape (batch_size, seq_len). By default all frames count.
 
         Raises:
-            ValueError: when the layers or their shapes differ.
+            ValueError: if student and teacher differ in the number of layers or in shapes.
         """
         shapes, expected = ([tuple(states.shape) for states in layers] for layers in (student, teacher))
         if shapes != expected:
@@ -65,7 +70,7 @@ class HiddenStateLoss(nn.Module):
         return (scale @ errors).mean()
 
     def _relative_error(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        """(batch_size,), one number a clip."""
+        """The error of each clip in one layer, of shape (batch_size,)."""
         student, teacher = _at_least_float32(student), _at_least_float32(teacher)
         if mask is None:
             mask = student.new_ones(student.shape[:2])
@@ -83,10 +88,12 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class LogitsLoss(nn.Module):
-    r"""`T^2 KL(teacher || student)` of the probabilities `softmax(logits / T)` (Hinton et al., 1503.02531).
+    r"""`T^2 KL(teacher || student)` of the probabilities `softmax(logits / T)`.
+
+    Source: Hinton et al. 2015, section 2 (https://arxiv.org/abs/1503.02531).
 
     Args:
-        temperature: `T`. The factor `T^2` keeps the size of the gradient about independent of it.
+        temperature: `T`. The factor `T^2` makes the size of the gradient about independent of it.
     """
 
     def __init__(self, temperature: float = 2.0) -> None:
@@ -94,15 +101,16 @@ class LogitsLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss, a scalar: mean over positions.
+        """The loss, a scalar: the mean over positions in nats, times `T^2`.
 
         Args:
-            student: logits, (batch_size, seq_len, vocab_size).
-            teacher: the same of the teacher.
-            mask: (batch_size, seq_len), true for the positions that count, such as `labels != -100`.
+            student: the student's logits, of shape (batch_size, seq_len, vocab_size).
+            teacher: the teacher's logits, of the same shape.
+            mask: true for the positions that count, such as `labels != -100`, of shape (batch_size, seq_len). By
+                default all positions count.
 
         Raises:
-            ValueError: when the shapes differ.
+            ValueError: if the shapes differ.
         """
         if student.shape != teacher.shape:
             raise ValueError(

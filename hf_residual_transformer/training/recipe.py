@@ -1,10 +1,9 @@
-"""The recipe of a short distillation: the default of `distill.py`, in the demo, and given to all methods that are
-compared.
-"""
+"""The recipe of a short distillation, which `distill.py`, the demo and the comparison of methods use."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,55 @@ from ..layers import quantized_weights
 from ..speech.transcription import transcribe
 from ..speech.windows import WindowCollator
 from .arguments import RecipeArguments
-from .trainers import Seq2SeqDistillationTrainer
+from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 WINDOW_SECONDS = 10.0
+# Values of wav2vec2's config with which a student runs as its teacher does.
+WITHOUT_NOISE: dict[str, Any] = {
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+}
+
+
+def trainer_class_for(model: Any) -> type[DistillationTrainer]:
+    """The Trainer that distils `model`, a sequence-to-sequence model or one with CTC."""
+    return Seq2SeqDistillationTrainer if model.config.is_encoder_decoder else CTCDistillationTrainer
+
+
+def default_learning_rate(student: Any, teacher: Any) -> float:
+    """`learning_rate_for` the encoders of `student` and `teacher`."""
+    family = trainer_class_for(student).family
+    encoders = [family.find_encoder(model) for model in (student, teacher)]
+    return learning_rate_for(relative_size(*encoders), mean_bits(student))
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:
-    """The peak learning rate that a few hundred steps bear, which is lower the nearer a start is to dense (measured in
-    docs/LOG.md).
+    """The peak learning rate for a distillation of a few hundred steps.
+
+    The nearer the student starts to the dense model, the lower the best rate is (measured in docs/LOG.md).
 
     Args:
-        size: parameters of the encoder relative to dense, quantised weights among them.
-        bits: mean of the quantised ones, or None. Each bit more leaves a third of the rate, but not less than
-            that by size.
+        size: the number of the encoder's parameters, quantised weights included, divided by the dense number.
+        bits: the mean number of bits of the quantised weights; None if no weight is quantised. Each further bit divides
+            the rate by three, down to the rate that follows from `size`.
     """
     by_size = 1e-5 * 10 ** ((0.7 - size) / 0.36)
     return by_size if bits is None else max(by_size, 1e-5 * 3 ** (3 - bits))
 
 
 def mean_bits(model: Any) -> float | None:
-    """Of the weights that are quantised, or None where none is."""
+    """The mean number of bits of the quantised weights in `model`; None if no weight is quantised."""
     weights = quantized_weights(model)
     return sum(bits * number for bits, number in weights.items()) / weights.total() if weights else None
 
 
 def relative_size(student: Any, teacher: Any) -> float:
-    """Of two encoders, as `learning_rate_for` takes it."""
+    """The number of parameters of a student's encoder divided by that of its teacher, for `learning_rate_for`."""
     sizes = [
         quantized_weights(encoder).total() + sum(parameter.numel() for parameter in encoder.parameters())
         for encoder in (student, teacher)
@@ -48,8 +70,13 @@ def relative_size(student: Any, teacher: Any) -> float:
 
 
 class TranscribingCollator:
-    """A collator for batches with the teacher's transcriptions, each made once: for several students that see the same
-    batches.
+    """Makes batches whose labels are the teacher's transcripts.
+
+    Each batch is transcribed once, which saves time if several students see the same batches.
+
+    Args:
+        teacher: a Whisper for generation.
+        collator: makes the batches without labels.
     """
 
     def __init__(self, teacher: Any, collator: WindowCollator) -> None:
@@ -65,6 +92,26 @@ class TranscribingCollator:
         return {**batch, "labels": self.labels[key]}
 
 
+@dataclass(frozen=True)
+class DistillationOutcome:
+    """The result of a short distillation.
+
+    Args:
+        log: the Trainer's log.
+        loss_before: the loss on the validation clips before the first step; None without such clips.
+        loss_after: the same after the last step.
+    """
+
+    log: list[dict[str, Any]]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the student has the trained weights: the loss on the validation clips fell, or there are none."""
+        return self.loss_before is None or self.loss_after is None or self.loss_after < self.loss_before
+
+
 def short_distillation(
     student: Any,
     teacher: Any,
@@ -72,25 +119,35 @@ def short_distillation(
     folder: Path,
     *,
     collator: Any,
+    validation: Any = None,
     **options: Any,
-) -> list[dict[str, Any]]:
-    """Distils a Whisper without labels.
+) -> DistillationOutcome:
+    """Distils a model without labels. Where the loss on `validation` does not fall, the student stays as it was.
 
     Args:
+        student: the model that learns.
+        teacher: the dense model.
         rows: a list or data set of clips.
-        folder: for what the Trainer leaves.
-        collator: makes batches of them.
+        folder: the folder for the Trainer's files.
+        collator: makes batches of the clips.
+        validation: clips that are not trained on, to decide whether the result is kept; None keeps it in any case.
         options: of `RecipeArguments`.
-
-    Returns:
-        The Trainer's log.
     """
-    trainer = Seq2SeqDistillationTrainer(
+    trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,
         args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
         train_dataset=rows,
+        eval_dataset=validation,
         data_collator=collator,
     )
+    if validation is None:
+        trainer.train()
+        return DistillationOutcome(trainer.state.log_history)
+    start = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    return trainer.state.log_history
+    outcome = DistillationOutcome(trainer.state.log_history, before, trainer.evaluate()["eval_loss"])
+    if not outcome.is_kept:
+        student.load_state_dict(start)
+    return outcome

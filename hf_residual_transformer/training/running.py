@@ -1,11 +1,193 @@
-"""A run of a Trainer, and what it leaves in the output folder."""
+"""Runs of distillation and fine-tuning from names to a saved model, as the command line and `scripts/` start them, and
+what a run leaves in its output folder.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..folders import model_bytes, require_space, save_processor
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    set_seed,
+)
+
+from ..folders import model_bytes, prepare_output_dir, require_space, save_processor
+from ..speech.collators import CTCCollator, collator_for
+from ..speech.windows import WindowCollator
+from .arguments import DistillationArguments, TrainingDataArguments, read_json
+from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
+from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
+
+CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
+
+
+def run_distillation(
+    student_id: str,
+    teacher_id: str,
+    distillation: DistillationArguments,
+    data: TrainingDataArguments,
+    args: Any,
+    *,
+    window_seconds: float | None = None,
+    task: str = "transcribe",
+    overwrite: bool = False,
+) -> None:
+    """Distils the model `teacher_id` into the residual one `student_id`, and saves it in `args.output_dir`.
+
+    Args:
+        distillation: the losses.
+        data: the recordings; transcripts are read only where a loss needs them.
+        args: `RecipeArguments`.
+        window_seconds: length of the windows that whole clips are packed into, by default `WINDOW_SECONDS`.
+        task: what the transcripts are to a multilingual Whisper.
+        overwrite: writes into a folder that already holds files.
+
+    Raises:
+        ValueError: for `window_seconds` beside a loss on transcripts, and as in `DistillationTrainer`.
+    """
+    _prepare(args, overwrite)
+    with_text = "labels" in distillation.weights
+    if with_text and window_seconds is not None:
+        raise ValueError(
+            "`window_seconds` must not be set with losses on transcripts, since a transcript belongs to one clip; "
+            "leave it out"
+        )
+    is_encoder_decoder = AutoConfig.from_pretrained(student_id).is_encoder_decoder
+    auto_class: Any = AutoModelForSpeechSeq2Seq if is_encoder_decoder else AutoModelForCTC
+    overrides = {} if is_encoder_decoder else WITHOUT_NOISE
+    student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
+    teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(student_id)
+    collator: Any
+    if with_text:
+        collator = collator_for(student, processor, language=data.language, task=task)
+    else:
+        longest = getattr(processor.feature_extractor, "chunk_length", math.inf)
+        seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
+        collator = WindowCollator(processor, seconds)
+    train_dataset, eval_dataset = data.load_splits(processor, args.seed, with_text=with_text)
+    if args.learning_rate is None:
+        args.learning_rate = default_learning_rate(student, teacher)
+    trainer = trainer_class_for(student)(
+        model=student,
+        teacher=teacher,
+        args=args,
+        distillation=distillation,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    train_and_save(trainer)
+
+
+def run_seq2seq_finetuning(
+    model_id: str,
+    data: TrainingDataArguments,
+    args: Any,
+    *,
+    task: str = "transcribe",
+    freeze: str = "none",
+    learning_rates: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Fine-tunes a Whisper model, residual or dense, and saves it in `args.output_dir`.
+
+    Args:
+        data: clips with transcripts, or with translations.
+        args: `Seq2SeqTrainingArguments`.
+        task: "transcribe", or "translate" for texts in English.
+        freeze: "none", or what does not learn: "encoder" or "decoder".
+        learning_rates: as in `DistillationArguments`.
+        overwrite: writes into a folder that already holds files.
+    """
+    _prepare(args, overwrite)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(model_id)
+    if freeze != "none":
+        frozen = model.get_encoder() if freeze == "encoder" else model.get_decoder()
+        frozen.requires_grad_(False)
+    collator = collator_for(model, processor, language=data.language, task=task)
+    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates)
+
+
+def run_ctc_finetuning(
+    model_id: str,
+    data: TrainingDataArguments,
+    args: Any,
+    *,
+    text_case: str = "keep",
+    remove: str = "",
+    freeze_feature_encoder: bool = True,
+    config_overrides: str | None = None,
+    learning_rates: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Fine-tunes a wav2vec2 model with CTC, residual or dense, and saves it in `args.output_dir`.
+
+    Args:
+        data: clips with transcripts.
+        args: `TrainingArguments`.
+        text_case: the vocabulary's case, "keep", "upper" or "lower", that transcripts are changed to.
+        remove: regular expression of what is then removed from transcripts.
+        freeze_feature_encoder: keeps the convolutions as they are.
+        config_overrides: values of the model's config to change, as JSON.
+        learning_rates: as in `DistillationArguments`.
+        overwrite: writes into a folder that already holds files.
+    """
+    overrides = read_json("config_overrides", config_overrides or "{}")
+    _prepare(args, overwrite)
+    model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
+    processor = AutoProcessor.from_pretrained(model_id)
+    if freeze_feature_encoder:
+        model.freeze_feature_encoder()
+    collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
+    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates)
+
+
+def respell(text: str, case: str, remove: str) -> str:
+    """The text in another case, then without what `remove` matches, and with single spaces."""
+    return " ".join(re.sub(remove, "", CASES[case](text)).split())
+
+
+def _prepare(args: Any, overwrite: bool) -> None:
+    prepare_output_dir(args.output_dir, overwrite, resume=args.resume_from_checkpoint is not None)
+    set_seed(args.seed)
+
+
+def _finetune(
+    trainer_class: type[DistillationTrainer],
+    model: Any,
+    processor: Any,
+    collator: Any,
+    data: TrainingDataArguments,
+    args: Any,
+    learning_rates: str | None,
+) -> None:
+    """Trains on labels alone, without a teacher."""
+    train_dataset, eval_dataset = data.load_splits(processor, args.seed)
+    args.remove_unused_columns = False  # the collator reads columns that no model does
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        distillation=DistillationArguments(
+            final_weight=0.0, logits_weight=0.0, labels_weight=1.0, learning_rates=learning_rates
+        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    train_and_save(trainer)
 
 
 def train_and_save(trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""The states of an encoder, recorded while it runs."""
+"""Records the hidden states of an encoder while it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch import Tensor
 
 @dataclass
 class EncoderStates:
-    """Outputs of the layers, and of the encoder as a list of one, each (batch_size, seq_len, hidden_size)."""
+    """The recorded states, each of shape (batch_size, seq_len, hidden_size).
+
+    Args:
+        layers: the output of each layer, in their order.
+        last: the output of the encoder, as a list of one tensor.
+    """
 
     layers: list[Tensor] = field(default_factory=list)
     last: list[Tensor] = field(default_factory=list)
@@ -20,10 +25,10 @@ class EncoderStates:
 
 @contextmanager
 def record_states(encoder: Any) -> Iterator[EncoderStates]:
-    """Inside, a call of `encoder`, on its own or as part of a model, leaves its states in what is yielded.
+    """Inside this context, a call of `encoder`, alone or within a model, appends to the `EncoderStates` it yields.
 
-    Unlike `output_hidden_states` it keeps no decoder states, and it gives the last layer's output before the
-    encoder's final norm, and the encoder's after it, whatever the family.
+    Unlike `output_hidden_states`, it keeps no states of a decoder. In every family, the output of the last layer is
+    recorded before the encoder's final norm, and the output of the encoder after it.
     """
     states = EncoderStates()
 

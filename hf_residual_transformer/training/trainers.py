@@ -1,8 +1,9 @@
-"""Distils a dense teacher into a compressed student: losses as plain modules, and Trainers that add them up.
+"""Trainers that distil a dense teacher into a compressed student. They add up the losses in `losses.py`.
 
-Unless labels have a weight, training is label-free and moves the encoder alone: a batch is audio. As long as only
-encoder states are compared, no decoder runs; for its probabilities, the teacher transcribes the audio first, as in
-Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher the same Trainers fine-tune on labels.
+Unless the loss on labels has a weight, training needs only audio and changes only the encoder. The decoder does not run
+if only encoder states are compared. If the decoder's probabilities are compared, the teacher transcribes the audio
+first, as in Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher, the same Trainers
+fine-tune on labels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from ..families import WAV2VEC2, WHISPER, Family
+from ..families import WAV2VEC2, WHISPER, Family, frame_mask
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
 from ..speech.transcription import encoder_window, transcribe
@@ -25,22 +26,22 @@ from .states import record_states
 
 
 class DistillationTrainer(Trainer):
-    """What the two Trainers below have in common.
+    """The common base of the two Trainers below.
 
-    Every loss is a mean over all the clips, tokens or frames of an optimizer step, so that accumulated
-    gradients are those of one large batch, whatever the lengths. The logs have each, unweighted, as
+    Each loss is a mean over all clips, tokens or frames of an optimizer step. Accumulated gradients therefore equal
+    those of one large batch, whatever the lengths of its clips. The logs have each loss without its weight, as
     `loss_<name>`.
 
     Args:
-        teacher: the dense model, of the student's family and shape; the number of layers may differ where their
-            states are not compared. It is frozen, put into eval mode and moved to the training device, and never
-            saved. Not needed where only labels have a weight.
-        distillation: the losses.
-        kwargs: as in `Trainer`: `model`, `args`, `train_dataset`, `data_collator`, ...
+        teacher: the dense model, of the student's family and hidden size, and with as many layers if their states are
+            compared. It is frozen, put into eval mode and moved to the training device, and it is never saved. It may
+            be None if only the loss on labels has a weight.
+        distillation: the weights and settings of the losses.
+        kwargs: the arguments of `Trainer`: `model`, `args`, `train_dataset`, `data_collator` and so on.
 
     Raises:
-        ValueError: when the teacher is missing or does not fit the student, or for an argument of `Trainer`
-            that would put another loss in the place of these.
+        ValueError: if the teacher is missing or does not fit the student, or if an argument of `Trainer` would replace
+            these losses.
     """
 
     family: ClassVar[Family]
@@ -71,15 +72,20 @@ class DistillationTrainer(Trainer):
 
     def _check(self) -> None:
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise ValueError("`label_smoothing_factor` must be 0 and `compute_loss_func` None")
+            raise ValueError(
+                "`label_smoothing_factor` must be 0 and `compute_loss_func` None, got "
+                f"{self.args.label_smoothing_factor} and {self.compute_loss_func}; the losses are in `distillation`"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"one process drives {self.args.n_gpu} GPUs, which needs one process each: start with "
+                f"each process must use one GPU, got {self.args.n_gpu}; start one process for each GPU with "
                 "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
             )
         if self.teacher is None:
             if self.weights.keys() != {"labels"}:
-                raise ValueError(f"`teacher` must be a model for these losses: {', '.join(self.weights)}")
+                raise ValueError(
+                    f"`teacher` must be a model for the losses {', '.join(self.weights)}, got None"
+                )
             return
         student: Any = self.encoder
         teacher: Any = self.family.find_encoder(self.teacher)
@@ -94,21 +100,25 @@ class DistillationTrainer(Trainer):
         if "hidden" in self.weights and layerdrop > 0:
             raise ValueError(
                 "the student's `layerdrop` must be 0 to compare each layer with the teacher's, got "
-                f"{layerdrop}: pass it to from_pretrained"
+                f"{layerdrop}; pass `layerdrop=0` to from_pretrained"
             )
 
     @property
     def encoder(self) -> nn.Module:
-        """The module of the student that has the `layers`."""
+        """The student's encoder, the module that has the `layers`."""
         return self.family.find_encoder(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; label-free, all but the encoder is frozen meanwhile."""
+        """Trains as `Trainer` does. Label-free training freezes all parameters outside of the encoder meanwhile."""
         with _frozen_but(self.encoder, self.model) if self.label_free else nullcontext():
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in `Trainer`, with the groups split by component where `learning_rates` says so."""
+        """Makes the optimizer as `Trainer` does, and splits its groups by component if `learning_rates` is a dict.
+
+        Raises:
+            ValueError: if `learning_rates` names a component without trained parameters.
+        """
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         rates = self.distillation.learning_rates
@@ -118,7 +128,7 @@ class DistillationTrainer(Trainer):
             missing = rates.keys() - {component_of.get(id(p), "rest") for p in trained}
             if missing:
                 raise ValueError(
-                    f"`learning_rates` must name what is trained, got {', '.join(sorted(missing))}"
+                    f"`learning_rates` must name components that are trained, got {', '.join(sorted(missing))}"
                 )
             groups = []
             for group in optimizer.param_groups:
@@ -129,7 +139,7 @@ class DistillationTrainer(Trainer):
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
-        """The batches of one optimizer step, and their total of `_count`, mean over processes."""
+        """The batches of one optimizer step, and the sum of their `_count`s, averaged over processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         batches = [self._with_labels(batch) for batch in batches]
         self._logged_steps += 1
@@ -143,18 +153,23 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted sum of the losses; of one part of a step, its share in the step's mean.
+        """The weighted sum of the losses; for one batch of an optimizer step, its share in the mean of the step.
 
         Args:
-            num_items_in_batch: from `get_batch_samples`. None is a batch on its own, as in evaluation.
+            model: the student, or a wrapper around it.
+            inputs: a batch.
+            return_outputs: whether to return the student's output too.
+            num_items_in_batch: the counts from `get_batch_samples`; None for a batch on its own, as in evaluation.
 
         Raises:
-            ValueError: when the batch lacks the `labels` that a loss needs.
+            ValueError: if the batch lacks the `labels` that a loss needs.
         """
         inputs = dict(inputs)
         missing = self.losses_on_labels & self.weights.keys()
         if missing and inputs.get("labels") is None:
-            raise ValueError(f"a batch must have `labels` for these losses: {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"a batch must have `labels` for the losses {', '.join(sorted(missing))}, got none"
+            )
         shares = torch.ones(2)
         if model.training and num_items_in_batch is not None:
             shares = self._count(inputs) / num_items_in_batch.cpu().clamp(min=1)
@@ -168,7 +183,7 @@ class DistillationTrainer(Trainer):
         return (total, outputs) if return_outputs else total
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-        """Each loss by name, and the student's output."""
+        """Returns the losses by name, and the student's output."""
         student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.states_alone}
         with record_states(self.encoder) as student:
             outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.states_alone)
@@ -192,15 +207,17 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        """As in `Trainer`; where states alone are compared, the loss alone."""
+        """Evaluates as `Trainer` does, but gives only the loss where a batch has no labels or states are compared."""
+        inputs = dict(self._prepare_inputs(inputs))
         if not self.states_alone:
-            inputs = {**self._with_labels(self._prepare_inputs(inputs))}
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            inputs = dict(self._with_labels(inputs))
+            if inputs.get("labels") is not None:
+                return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`, with the mean of each loss since the last time."""
+        """Logs as `Trainer` does, and adds the mean of each loss since the last log."""
         if "loss" in logs and self._logged_steps:
             for name, total in self._logged.items():
                 logs[f"loss_{name}"] = self.accelerator.reduce(total, "mean").item() / self._logged_steps
@@ -208,35 +225,36 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A batch with the labels that a loss needs, where they can be made."""
+        """Adds the labels that a loss needs to a batch, if they can be made."""
         return inputs
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
-        """The model's output, or where `encoder_only` is true, at least the encoder's."""
+        """Runs the model, or at least its encoder if `encoder_only` is true, and returns the output."""
         raise NotImplementedError
 
     def _frame_mask(self, inputs: Mapping[str, Any], num_frames: int) -> Tensor | None:
-        """(batch_size, num_frames), true for encoder frames that count."""
+        """True for the encoder frames that count, (batch_size, num_frames); None if all count."""
         raise NotImplementedError
 
     def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
-        """(batch_size, num_positions), true for logits that count."""
+        """True for the positions of logits that count, (batch_size, num_positions); None if all count."""
         raise NotImplementedError
 
     def _count(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Numbers of clips and of positions, the tokens or frames that have logits, (2,) on the CPU."""
+        """The number of clips, and of tokens or frames that have logits, as a tensor of shape (2,) on the CPU."""
         raise NotImplementedError
 
     def _share(self, name: str, shares: Tensor) -> Tensor | float:
-        """What a loss is multiplied by; `shares` are those of clips and positions."""
+        """The factor of a loss. `shares` are the batch's shares of the step's clips and positions."""
         return shares[1] if name == "logits" else shares[0]
 
 
 class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
-    """For Whisper, on `input_features` and, where a loss needs them, `labels` (padded with -100).
+    """Distils or fine-tunes a Whisper. A batch has `input_features`, and `labels` if a loss needs them.
 
-    Features may have fewer than 3000 frames (see `encoder_window`), for teacher and student alike. All frames
-    count, the padding to a fixed length too, since the decoder attends to it.
+    Features have the shape (batch_size, num_mel_bins, num_frames), where `num_frames` may be below 3000 (see
+    `encoder_window`). Labels have the shape (batch_size, num_tokens), padded with -100. All frames count, also those of
+    padding, because the decoder attends to them.
     """
 
     family = WHISPER
@@ -254,7 +272,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
         with encoder_window(encoder, features.shape[-1]):
             if not encoder_only:
                 return model(**inputs)
-            # Not `encoder(features)`: a wrapper that synchronises gradients must see the call.
+            # The call goes through `model`, because a wrapper that synchronises gradients must see it.
             inner = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast(), forward_as(inner, encoder.__call__):
                 return model(features)
@@ -275,9 +293,10 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
 
 
 class CTCDistillationTrainer(DistillationTrainer):
-    """For wav2vec 2.0 with a CTC head, on `input_values`, `attention_mask` and, for the loss on labels, them.
+    """Distils or fine-tunes a wav2vec 2.0 with a CTC head.
 
-    Padded frames do not count. Models that take no attention mask have none in a batch, and all frames count.
+    A batch has `input_values` and `attention_mask`, of shape (batch_size, num_samples), and `labels` for the loss on
+    labels. Padded frames do not count. If the model takes no attention mask, a batch has none, and all frames count.
     """
 
     family = WAV2VEC2
@@ -291,11 +310,11 @@ class CTCDistillationTrainer(DistillationTrainer):
         mask = inputs.get("attention_mask")
         if mask is None:
             return None
-        return self.model._get_feature_vector_attention_mask(num_frames, mask, add_adapter=False)
+        return frame_mask(self.model, num_frames, mask)
 
     def _logits_mask(self, inputs: Mapping[str, Any], num_positions: int) -> Tensor | None:
         mask = inputs.get("attention_mask")
-        return None if mask is None else self.model._get_feature_vector_attention_mask(num_positions, mask)
+        return None if mask is None else frame_mask(self.model, num_positions, mask, adapter=True)
 
     def _count(self, inputs: Mapping[str, Any]) -> Tensor:
         values, mask = inputs["input_values"], inputs.get("attention_mask")
@@ -311,7 +330,7 @@ class CTCDistillationTrainer(DistillationTrainer):
 
 @contextmanager
 def _frozen_but(part: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Inside, only parameters of `part` have gradients."""
+    """Inside this context, only the parameters of `part` have gradients."""
     kept = {id(parameter) for parameter in part.parameters()}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
     try:
@@ -327,7 +346,7 @@ def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
 
 
 def _components(model: nn.Module) -> dict[int, str]:
-    """The key in `learning_rates` of every parameter of a shared matrix, by the parameter's id."""
+    """The key in `learning_rates` for each parameter of the residual layers, by the parameter's id."""
     names = {}
     for module in model.modules():
         if isinstance(module, (ResidualLinear, *SHARED)):

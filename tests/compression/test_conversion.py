@@ -1,23 +1,36 @@
 """Dense to residual: the closed forms, the statistics they use, what the converted model does, and bad input."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from conftest import randomize_, tiny_wav2vec2_config, tiny_whisper_config
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Wav2Vec2ForCTC, WhisperForConditionalGeneration, WhisperModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression import alignment as symmetry_module
 from hf_residual_transformer.compression import allocation as budget_module
 from hf_residual_transformer.compression import refinement as sequential
 from hf_residual_transformer.compression import statistics as calibration_module
+from hf_residual_transformer.compression.allocation import unranked_parameters
+from hf_residual_transformer.compression.conversion import options_of, residual_like
 from hf_residual_transformer.compression.fitting import fit_group, truncate
-from hf_residual_transformer.compression.statistics import MatrixStatistics, Sweep, groups_with
-from hf_residual_transformer.families import WHISPER
+from hf_residual_transformer.compression.inputs import final_states, frozen_view
+from hf_residual_transformer.compression.statistics import (
+    MatrixStatistics,
+    collect,
+    damp,
+    groups_with,
+    runs_of_layers,
+)
+from hf_residual_transformer.families import WHISPER, LayerStack
 
 LOW_RANK = {"q_proj": None, "k_proj": None, "v_proj": None, "out_proj": 2, "fc1": None, "fc2": 2}
 
@@ -292,33 +305,48 @@ def test_statistics_of_few_layers_are_held_at_a_time_and_give_the_same_model(mon
     dense, inputs = dense_whisper(), whisper_inputs()
     num_layers = dense.config.encoder_layers
     groups = groups_with({path: [2] for path in WHISPER.modules}, num_layers)
-    sweep = Sweep(WHISPER, dense, groups, [{"input_features": inputs}], False)
+    source = LayerStack(WHISPER.encoder, dense)
     config = hrt.ResidualConfig(group_size=2)
     options = {"calibration": inputs, "budget": 0.8, "progress": False}
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     at_once = from_dense(dense, config, **options)
-    assert [{layer for layer, _ in statistics} for statistics, _ in sweep] == [set(range(num_layers))]
+    assert runs_of_layers(source, groups) == [groups]
+    own, held = calibration_module.collect, []
     for held_bytes in (1, 3e5):
         monkeypatch.setattr(calibration_module, "HELD_BYTES", held_bytes)
-        sweep = Sweep(WHISPER, dense, groups, [{"input_features": inputs}], False)
-        held = [{layer for layer, _ in statistics} for statistics, _ in sweep]
-        assert held == [set(range(i, min(i + 2, num_layers))) for i in range(0, num_layers, 2)]
-        assert not any([statistics for statistics, _ in sweep])  # though whoever iterates still has them
+        runs = runs_of_layers(source, groups)
+        assert [{layer for group in run for layer in group.layers} for run in runs] == [
+            set(range(i, min(i + 2, num_layers))) for i in range(0, num_layers, 2)
+        ]
+
+        def collect_few(*args, **kwargs):
+            gc.collect()
+            assert not [
+                reference for reference in held if reference() is not None
+            ]  # those of the last run are freed
+            found = own(*args, **kwargs)
+            held[:] = [weakref.ref(entry) for entry in found.values()]
+            return found
+
+        monkeypatch.setattr("hf_residual_transformer.compression.conversion.collect", collect_few)
         assert_same_function(at_once, from_dense(dense, config, **options))
+        held.clear()
 
 
-def test_of_layers_that_follow_only_inputs_are_kept_for_backward(monkeypatch):
-    dense, inputs = dense_whisper(), whisper_inputs()
-    groups = groups_with({path: [None] for path in WHISPER.modules}, dense.config.encoder_layers)
-    monkeypatch.setattr(calibration_module, "HELD_BYTES", 1)
-    kept, wide, width = [], [], dense.config.encoder_ffn_dim
+def test_of_layers_that_follow_only_inputs_are_kept_for_backward():
+    model, inputs = frozen_view(dense_whisper()), whisper_inputs()
+    source = LayerStack(WHISPER.encoder, model)
+    groups = groups_with({path: [None] for path in WHISPER.modules}, len(source))
+    kept, wide, width = [], [], model.config.encoder_ffn_dim
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-        for statistics, _ in Sweep(WHISPER, dense, groups, [{"input_features": inputs}], False):
+        for layer in range(len(source)):
+            run = [group for group in groups if group.layers == (layer,)]
+            statistics = collect(source, model, run, [{"input_features": inputs}], progress=False)
             assert all(entry.weight > 0 for entry in statistics.values())
             wide.append(sum(tensor.shape[-1] == width for tensor in kept))
             kept.clear()
-    assert len(wide) == dense.config.encoder_layers and set(wide) == {wide[-1]} and wide[-1] > 0
-    assert not any("forward" in layer.__dict__ for layer in dense.model.encoder.layers)
+    assert len(wide) == len(source) and set(wide) == {wide[-1]} and wide[-1] > 0
+    assert not any("forward" in layer.__dict__ for layer in source.layers)
 
 
 def test_what_is_not_shared_is_taken_over_and_the_dense_model_stays_as_it_was():
@@ -384,9 +412,7 @@ def test_fitting_to_what_the_residual_encoder_produces_brings_final_states_neare
         model = cls.from_dense(dense, config, calibration=[inputs], progress=False)
         encoders = [cls.family.find_encoder(one) for one in (dense, model)]
         with torch.no_grad():
-            states = [
-                calibration_module._final_states(*pair, inputs) for pair in zip((dense, model), encoders)
-            ]
+            states = [final_states(*pair, inputs) for pair in zip((dense, model), encoders)]
         shared = [weight.clone() for weight in encoders[1].shared.parameters()]
         return (states[1] - states[0]).square().mean() / states[0].var(), shared
 
@@ -411,7 +437,7 @@ def test_the_svd_start_needs_no_inputs_and_reports_on_weights():
     assert model.conversion_report.measured_on == "weights"
     entry = model.conversion_report.errors[0]
     weight = dense.model.encoder.layers[0].self_attn.q_proj.weight
-    left = weight - model.model.encoder.layers[0].self_attn.q_proj.merged_weight()
+    left = weight - model.model.encoder.layers[0].self_attn.q_proj.weight
     assert entry.error == pytest.approx((left.norm() / weight.norm()).square().item(), rel=1e-4)
 
 
@@ -429,9 +455,9 @@ def test_a_budget_is_met_and_spent_better_than_equal_ranks_spend_it(group_size):
     config = hrt.ResidualConfig(group_size=group_size, rank=7, diagonal="none")
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     equal = from_dense(dense, config, calibration=inputs, progress=False)
-    budget = hrt.parameter_report(equal).encoder.ratio
+    budget = hrt.size_report(equal).encoder.ratio
     chosen = from_dense(dense, config, calibration=inputs, budget=budget, progress=False)
-    ratio = hrt.parameter_report(chosen).encoder.ratio
+    ratio = hrt.size_report(chosen).encoder.ratio
     assert budget - 0.02 < ratio <= budget
     with torch.no_grad():
         states = [model.get_encoder()(inputs).last_hidden_state for model in (dense, equal, chosen)]
@@ -444,7 +470,7 @@ def test_without_settings_a_budget_chooses_them(bits, budget):
     from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
     options = {"calibration": whisper_inputs(), "progress": False, "shared_bits": bits}
     model = from_dense(dense_whisper(), **options)
-    assert budget - 0.03 < hrt.parameter_report(model).encoder_bytes.ratio <= budget
+    assert budget - 0.03 < hrt.size_report(model).encoder_bytes.ratio <= budget
     assert_same_function(model, from_dense(dense_whisper(), budget=budget, **options))
     options["start"] = "svd"
     assert from_dense(dense_whisper(), **options).config.residual_config == hrt.ResidualConfig()
@@ -454,7 +480,10 @@ def test_the_error_estimate_is_what_a_small_change_does_to_the_final_states():
     dense, inputs = dense_whisper(), whisper_inputs(64)
     encoder = dense.model.encoder
     groups = groups_with({path: [None] for path in WHISPER.modules}, dense.config.encoder_layers)
-    ((statistics, _),) = Sweep(WHISPER, dense, groups, [{"input_features": inputs}], False)
+    view = frozen_view(dense)
+    statistics = collect(
+        LayerStack(WHISPER.encoder, view), view, groups, [{"input_features": inputs}], progress=False
+    )
     with torch.no_grad():
         before = encoder(inputs).last_hidden_state
         for key in ((0, "fc1"), (2, "self_attn.out_proj"), (3, "fc2")):
@@ -521,7 +550,7 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
     assert chosen.group_size["fc1"] == 2
     assert chosen.group_size["fc2"] is None
     assert chosen.diagonal == "none"
-    assert 0.58 < hrt.parameter_report(model).encoder.ratio <= 0.6
+    assert 0.58 < hrt.size_report(model).encoder.ratio <= 0.6
     ranks = {linear.rank for layer in model.model.encoder.layers for linear in (layer.fc1, layer.fc2)}
     assert ranks == {0, 1}  # nothing is spent where nothing is lacking
 
@@ -608,3 +637,125 @@ def test_the_folder_of_another_family_is_refused(tmp_path):
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         converted(dense_whisper(), whisper_inputs(), **options)
+
+
+def test_the_dense_model_is_left_alone_also_after_an_error(monkeypatch):
+    dense = dense_whisper().train()
+    flags = [parameter.requires_grad for parameter in dense.parameters()]
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    options = {"calibration": whisper_inputs(), "budget": 0.8, "progress": False}
+    from_dense = hrt.ResidualWhisperForConditionalGeneration.from_dense
+    from_dense(dense, hrt.ResidualConfig(group_size=2), **options)
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(sequential.Streams, "_fit", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        from_dense(dense, hrt.ResidualConfig(group_size=2), **options)
+    assert dense.training and all(module.training for module in dense.modules())
+    assert [parameter.requires_grad for parameter in dense.parameters()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_a_half_precision_model_is_converted_in_float32_and_keeps_its_dtype():
+    dense, inputs = dense_whisper(), whisper_inputs()
+    half = copy.deepcopy(dense).half()
+    options = {"calibration": inputs, "group_size": 2, "rank": 8}
+    of_half, exact = converted(half, **options), converted(half.float(), **options)
+    assert of_half.dtype == torch.float16
+    for key, value in of_half.state_dict().items():
+        torch.testing.assert_close(value, exact.state_dict()[key].half(), msg=key)
+
+
+def test_bits_beside_settings_that_have_their_own_are_refused():
+    config = hrt.ResidualConfig(group_size=1, rank=2, shared_bits=3)
+    make = partial(
+        hrt.ResidualWhisperForConditionalGeneration.from_dense,
+        dense_whisper(),
+        config,
+        calibration=whisper_inputs(),
+        progress=False,
+    )
+    with pytest.raises(ValueError, match=r"`shared_bits` must be left out .* \(3\), got 4"):
+        make(shared_bits=4)
+    assert make(shared_bits=3).config.residual_config.shared_bits == 3
+
+
+def test_a_matrix_without_a_bias_keeps_the_mean_of_its_outputs(monkeypatch):
+    """On inputs with a large mean, a fit of the centred inputs alone would lose it."""
+    build = WhisperEncoderLayer.__init__
+
+    def without_bias(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.fc2.bias = None
+
+    monkeypatch.setattr(WhisperEncoderLayer, "__init__", without_bias)
+    dense = dense_whisper()
+    for layer in dense.model.encoder.layers:
+        layer.self_attn_layer_norm.bias.data += (
+            3.0  # the inputs of fc2 have a mean by ReLU's kin; those of q_proj by this
+        )
+    calibrated = converted(dense, whisper_inputs(), group_size={"fc2": None}, rank=8)
+    errors = {(entry.layer, entry.module): entry.error for entry in calibrated.conversion_report.errors}
+    view = frozen_view(dense)
+    source = LayerStack(WHISPER.encoder, view)
+    groups = groups_with({"fc2": [None]}, len(source))
+    statistics = collect(source, view, groups, [{"input_features": whisper_inputs()}], progress=False)
+    entry = statistics[0, "fc2"]
+    assert not entry.centred and entry.mean.norm() > 0
+    weight = source.linear(0, "fc2").weight.double()
+
+    def output_error(metric):
+        (fit,) = fit_group([weight], [metric], [8], shared=False)
+        missing = weight - fit.weight()
+        return ((missing @ entry.products) * missing).sum() / ((weight @ entry.products) * weight).sum()
+
+    about_zero, centred = output_error(entry.metric()), output_error(damp(entry.covariance()))
+    assert about_zero < 0.2 * centred
+    assert errors[0, "fc2"] < 1.2 * about_zero
+
+
+def test_what_an_adapter_adds_is_refused_and_never_lost(tmp_path):
+    from_dense = partial(
+        hrt.ResidualWhisperForConditionalGeneration.from_dense, calibration=whisper_inputs(), progress=False
+    )
+    for targets in (["q_proj"], r".*decoder.*fc1"):
+        adapted = dense_whisper()
+        adapted.add_adapter(LoraConfig(r=2, target_modules=targets))
+        with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+            from_dense(adapted)
+    wrapped = get_peft_model(dense_whisper(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"got PeftModel; .* merge it first"):
+        from_dense(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is an adapter: load it with PEFT"):
+        from_dense(str(tmp_path))
+
+
+def test_a_model_without_a_bias_that_its_class_has_is_refused():
+    dense = dense_whisper()
+    dense.model.encoder.layers[0].fc1.bias = None
+    with pytest.raises(ValueError, match=r"needs the weight 'model\.encoder\.layers\.0\.fc1\.bias'"):
+        converted(dense, start="svd")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    dense = dense_whisper()
+    dense.model.encoder.layers[1].fc1.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.fc1\.weight has NaN"):
+        converted(dense, start="svd")
+
+
+@pytest.mark.parametrize("diagonal", ["none", "square", "all"])
+@pytest.mark.parametrize("share_biases", [False, True])
+def test_parameters_without_ranks_are_counted_as_the_report_counts_them(diagonal, share_biases):
+    dense = dense_whisper()
+    config = hrt.ResidualConfig(group_size=3, rank=2, diagonal=diagonal, share_biases=share_biases)
+    source = LayerStack(WHISPER.encoder, dense)
+    report = hrt.size_report(residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, config))
+    ranked = sum(report.components[name].unique for name in ("lora", "shared"))
+    options = options_of(source, config)
+    assert unranked_parameters(source, config, options) == report.encoder.unique - ranked

@@ -145,7 +145,7 @@ def test_what_layers_share_is_counted_once(scripts):
     )
     model = hrt.ResidualWhisperForAudioClassification(config)
     unique_bytes = scripts.benchmark_model.unique_bytes
-    assert unique_bytes(model.parameters()) == 4 * hrt.parameter_report(model).model.unique
+    assert unique_bytes(model.parameters()) == 4 * hrt.size_report(model).model.unique
     shared = [layer.fc1.shared.weight for layer in model.encoder.layers]
     assert unique_bytes(shared) == 4 * 64 * 256
     assert unique_bytes([shared[0], shared[0][:8].T]) == 4 * 64 * 256

@@ -100,7 +100,7 @@ def modules(model):
 
 
 def weight_of(module):
-    return (module.merged_weight() if isinstance(module, ResidualLinear) else module.weight).detach().double()
+    return module.weight.detach().double()
 
 
 def output_errors(model, dense, calibration, damping=0.0):
@@ -182,7 +182,7 @@ def test_a_budget_is_met_within_half_a_point_and_not_exceeded(method, budget, sc
     unique = scripts.baseline_parts.encoder_parameters(model)
     assert budget - scripts.baseline_parts.TOLERANCE <= unique / DENSE <= budget
     if isinstance(model, hrt.ResidualWhisperForConditionalGeneration):
-        assert 2 * unique == hrt.parameter_report(model).encoder_bytes.unique
+        assert 2 * unique == hrt.size_report(model).encoder_bytes.unique
 
 
 @pytest.mark.parametrize(

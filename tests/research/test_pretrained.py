@@ -45,7 +45,7 @@ def test_a_compressed_whisper_still_transcribes_after_saving_loading_and_merging
     model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
         tiny_en, residual, calibration=inputs, budget=0.8, progress=False
     )
-    assert 0.78 < hrt.parameter_report(model).encoder.ratio <= 0.8
+    assert 0.78 < hrt.size_report(model).encoder.ratio <= 0.8
     model.save_pretrained(tmp_path / "compact")
     loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "compact")
     loaded.merge().save_pretrained(tmp_path / "dense")

@@ -12,29 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    randomize_,
-    tiny_wav2vec2_config,
-    tiny_whisper_config,
-    whisper_generation_config,
-    whisper_processor,
-)
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCTC,
-    AutoModelForSpeechSeq2Seq,
-    AutoProcessor,
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForCTC,
-    Wav2Vec2Processor,
-    WhisperForConditionalGeneration,
-)
+from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from hf_residual_transformer import ResidualWav2Vec2ForCTC, ResidualWhisperForConditionalGeneration
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
-NAMES = ["compress", "distill", "finetune_ctc", "finetune_seq2seq"]
+NAMES = ["distill", "finetune_ctc", "finetune_seq2seq"]
 DATA = ["--language", "en", "--max_seconds", "1.0", "--max_samples", "6"]
 TRAINING = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "3", "--logging_steps", "1"]
 TRAINING += ["--learning_rate", "1e-3", "--save_strategy", "no", "--disable_tqdm", "true"]
@@ -44,57 +28,6 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *options: Any) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
     runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def dense_whisper(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whisper")
-    model = randomize_(WhisperForConditionalGeneration(tiny_whisper_config()))
-    model.generation_config = whisper_generation_config()
-    model.save_pretrained(folder)
-    processor = whisper_processor()
-    processor.save_pretrained(folder)
-    (folder / "normalizer.json").write_text('{"colour": "color"}')
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense_wav2vec2(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wav2vec2")
-    vocabulary = {
-        token: i
-        for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])
-    }
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    Wav2Vec2Processor(
-        feature_extractor=Wav2Vec2FeatureExtractor(return_attention_mask=True),
-        tokenizer=Wav2Vec2CTCTokenizer(str(folder / "vocab.json")),
-    ).save_pretrained(folder)
-    randomize_(
-        Wav2Vec2ForCTC(tiny_wav2vec2_config(vocab_size=len(vocabulary), layerdrop=0.1))
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def compressed(dense_whisper, dense_wav2vec2, tmp_path_factory) -> dict[str, Path]:
-    """Both, as `compress.py` writes them."""
-    outputs = {}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for family, folder in (("whisper", dense_whisper), ("wav2vec2", dense_wav2vec2)):
-            outputs[family] = tmp_path_factory.mktemp("compressed") / family
-            options = [
-                "--rank",
-                4,
-                "--rank_pattern",
-                '{"fc2|output_dense": 6}',
-                "--iterations",
-                2,
-                "--device",
-                "cpu",
-            ]
-            run(monkeypatch, "compress", "--model", folder, *DATA, *options, "--output_dir", outputs[family])
-    return outputs
 
 
 def logged(folder: Path, key: str) -> list[float]:
@@ -118,7 +51,8 @@ def test_help_shows_the_commands_and_every_default(name, monkeypatch, capsys):
         run(monkeypatch, name, "--help")
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    assert f"python scripts/{name}.py" in text
+    assert f"    python scripts/{name}.py" in text
+    assert " \\\n" in text, "example commands are printed as written"
     assert "--output_dir" in text
     assert "(default: sample)" in text
 
@@ -133,55 +67,15 @@ def test_an_output_folder_with_files_is_left_alone(name, monkeypatch, tmp_path):
     assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["compress", "finetune_seq2seq"])
-def test_a_full_disk_is_found_before_the_work(name, dense_whisper, monkeypatch, tmp_path):
+def test_a_full_disk_is_found_before_the_work(dense_whisper, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr("transformers.Trainer.train", None)
-    monkeypatch.setattr("hf_residual_transformer.compression.conversion.convert", None)
-    training = TRAINING if name != "compress" else ["--device", "cpu"]
+    options = ["--model", dense_whisper, *DATA, *TRAINING, "--output_dir", tmp_path / "out"]
     with pytest.raises(
         OSError, match=r"0 MB free for the output folder .*out.* MB will be written; make room"
     ):
-        run(monkeypatch, name, "--model", dense_whisper, *DATA, *training, "--output_dir", tmp_path / "out")
+        run(monkeypatch, "finetune_seq2seq", *options)
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed, dense_whisper):
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(compressed["whisper"])
-    assert isinstance(model, ResidualWhisperForConditionalGeneration)
-    assert model.config.residual_config.rank_pattern == {"fc2|output_dense": 6}
-    assert model.generation_config.is_multilingual
-    processor = AutoProcessor.from_pretrained(compressed["whisper"])
-    assert processor.tokenizer.english_spelling_normalizer == {"colour": "color"}
-    report = json.loads((compressed["whisper"] / "compression.json").read_text())
-    assert report["model"] == dense_whisper.name
-    assert 0 < report["parameters"]["encoder"]["ratio"] < 1
-    assert 0 <= report["conversion"]["mean_error"] < 1
-    assert report["data"]["split"] == "train"
-    assert isinstance(AutoModelForCTC.from_pretrained(compressed["wav2vec2"]), ResidualWav2Vec2ForCTC)
-
-
-def test_compress_refuses_what_it_cannot_compress(monkeypatch, tmp_path, compressed):
-    with pytest.raises(ValueError, match="`rank_pattern` must be JSON"):
-        run(monkeypatch, "compress", "--rank_pattern", "fc2=64", "--output_dir", tmp_path / "out")
-    with pytest.raises(ValueError, match="`shared_bits` must be JSON, got 'four'"):
-        run(monkeypatch, "compress", "--shared_bits", "four", "--output_dir", tmp_path / "out")
-    with pytest.raises(ValueError, match="`shared_bits` must be from 2 to 8"):
-        run(monkeypatch, "compress", "--rank", "4", "--shared_bits", "1", "--output_dir", tmp_path / "out")
-    settings = (
-        ["--rank", "4"],
-        ["--target_modules", "fc1", "fc2"],
-        ["--diagonal", "all"],
-        ["--share_biases"],
-    )
-    for chosen in settings:
-        with pytest.raises(ValueError, match="must not be set with `budget` alone"):
-            run(monkeypatch, "compress", "--budget", "0.5", *chosen, "--output_dir", tmp_path / "out")
-    for family, model in compressed.items():
-        with pytest.raises(ValueError, match=f"a residual_{family}"):
-            run(
-                monkeypatch, "compress", "--model", model, *DATA, "--output_dir", tmp_path / f"{family} again"
-            )
 
 
 def test_distill_trains_on_packed_windows_without_transcripts(

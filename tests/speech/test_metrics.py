@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib import metadata
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import (
     randomize_,
@@ -22,7 +20,7 @@ from conftest import (
     whisper_processor,
 )
 from torch import nn
-from transformers import Wav2Vec2ForCTC, WhisperForConditionalGeneration
+from transformers import Wav2Vec2ForCTC
 
 from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
 from hf_residual_transformer.folders import prepare_output_dir
@@ -30,7 +28,6 @@ from hf_residual_transformer.provenance import portable, provenance
 from hf_residual_transformer.speech.metrics import error_rates, evaluate_asr
 from hf_residual_transformer.training.arguments import DataArguments, parse_args
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 RATE = 16_000
 
 
@@ -218,7 +215,7 @@ class TestTracing:
         assert (saved["wer"], saved["clips"], saved["words"]) == (3 / 4, 2, 4)
         assert (saved["model"], saved["data"], saved["seed"]) == ("m", {"split": "test"}, 3)
         assert saved["command"] == "evaluate.py --model 'my model'"
-        assert saved["versions"]["torch"] == torch.__version__
+        assert saved["versions"]["torch"] == metadata.version("torch")  # may lack the local part, as in +cpu
         assert {"python", "transformers", "hf_residual_transformer", "jiwer"} <= set(saved["versions"])
         assert saved["hardware"]["cores"] >= 1 and saved["hardware"]["cpu"]
         lines = (path.parent / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -242,16 +239,6 @@ class TestTracing:
     def test_provenance_is_plain_json(self):
         found = provenance()
         assert json.loads(json.dumps(found)) == found
-
-
-def load_script(name: str, monkeypatch):
-    """A script as a module that does not run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass
@@ -329,29 +316,3 @@ class TestCommandLine:
         assert len(rows) == 2
         assert rows[0]["audio"]["sampling_rate"] == 8000
         assert "text" not in DataArguments(max_samples=1).load("train", RATE, with_text=False)[0]
-
-    @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
-    def test_the_evaluate_script_writes_its_results_and_overwrites_nothing(
-        self, tmp_path, monkeypatch, family
-    ):
-        torch.manual_seed(0)
-        if family == "whisper":
-            model, processor = WhisperForConditionalGeneration(tiny_whisper_config()), whisper_processor()
-            model.generation_config = whisper_generation_config()
-        else:
-            model, processor = Wav2Vec2ForCTC(tiny_wav2vec2_config()), wav2vec2_processor(tmp_path)
-        model.save_pretrained(tmp_path / "model")
-        processor.save_pretrained(tmp_path / "model")
-        soundfile.write(tmp_path / "one.wav", row("a")["audio"]["array"], RATE)
-        (tmp_path / "data.csv").write_text("file_name,text\none.wav,a bad cab\none.wav,bed\n")
-        words = ["--model", tmp_path / "model", "--dataset", tmp_path / "data.csv", "--split", "all"]
-        words += ["--language", "en", "--output_dir", tmp_path / "out", "--max_new_tokens", "4"]
-        monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", *map(str, words)])
-        script = load_script("evaluate", monkeypatch)
-        script.main()
-        saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-        assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
-        assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
-        assert saved["command"].startswith("scripts/evaluate.py --model model --dataset data.csv")
-        with pytest.raises(FileExistsError, match="already holds files"):
-            script.main()

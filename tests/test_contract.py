@@ -1,4 +1,4 @@
-"""Whole tiny models against dense ones with explicit matrices; saving, loading, what dense classes do."""
+"""The contract that every family keeps: tiny models against dense ones with explicit matrices; saving and loading."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ from hf_residual_transformer import (
     ResidualWhisperForAudioClassification,
     ResidualWhisperForConditionalGeneration,
     ResidualWhisperModel,
-    parameter_report,
+    size_report,
 )
 from hf_residual_transformer.layers import ResidualLinear, SharedLinear
 from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.reporting import format_bytes
 
 FAMILIES = ["whisper", "wav2vec2"]
 DEPTH = 4
@@ -198,8 +199,8 @@ def test_outputs_and_gradients_equal_those_of_the_explicit_dense_model(
                     assert layer.lora_A is None and layer.lora_B is None
                 if layer.diagonal is not None:
                     close(layer.diagonal.grad, twin.weight.grad.diagonal())
-                if layer.bias is not None:
-                    close(layer.bias.grad, twin.bias.grad)
+                if layer.own_bias is not None:
+                    close(layer.own_bias.grad, twin.bias.grad)
     for mine, theirs in ((encoder.layers[i], dense_layers[i]) for i in range(DEPTH)):
         close(mine.final_layer_norm.weight.grad, theirs.final_layer_norm.weight.grad)
     if family == "whisper":
@@ -231,7 +232,7 @@ def test_low_rank_without_sharing_equals_the_explicit_dense_model(
             torch.testing.assert_close(parameter.grad, grads[name])
         assert (linear.bias is None) == (twin.bias is None)
     assert not any("shared" in key for key in model.state_dict())
-    assert parameter_report(model).components["shared"].unique == 0
+    assert size_report(model).components["shared"].unique == 0
     model.float()
     assert_same_outputs(model, model.merge(), family)
     model.save_pretrained(tmp_path)
@@ -270,7 +271,7 @@ def test_a_dict_of_group_sizes_shares_only_what_it_names():
     assert type(encoder.layers[0].self_attn.q_proj) is nn.Linear
     assert encoder.layers[2].fc2.shared is encoder.layers[0].fc2.shared is not encoder.layers[3].fc2.shared
     assert_same_outputs(model, model.merge(), "whisper")
-    count = parameter_report(model).components
+    count = size_report(model).components
     assert count["shared"].unique == 3 * 32 * 64 and count["shared"].dense == 8 * 32 * 64
     assert count["other"].unique == count["other"].dense == 16 * 32 * 32
 
@@ -303,17 +304,17 @@ def test_sharing_shows_in_identity_count_and_effect(family):
         assert [linear.shared is bank[0] for linear in linears] == [True, True, True, False]
         assert linears[3].shared is bank[1]
         assert linears[0].lora_B is not linears[1].lora_B
-        before = [linear.merged_weight().detach() for linear in linears]
+        before = [linear.weight.detach() for linear in linears]
         with torch.no_grad():
             bank[0].weight.add_(1.0)
-        after = [linear.merged_weight().detach() for linear in linears]
+        after = [linear.weight.detach() for linear in linears]
         moved = [float((b - a).mean()) for a, b in zip(before, after, strict=True)]
         assert moved == pytest.approx([1, 1, 1, 0], abs=1e-5)
         assert sum(p.numel() for p in bank.parameters()) == 2 * out_features * in_features
     biases = 3 if family == "whisper" else 4  # Whisper's keys have none
     matrices = 4 * 32 * 32 + 2 * 32 * 64
     per_layer = 4 * 2 * (32 + 32) + 2 * 2 * (32 + 64) + 4 * 32 + (biases * 32 + 64 + 32) + 2 * 2 * 32
-    report = parameter_report(model)
+    report = size_report(model)
     assert report.encoder.unique == 2 * matrices + 4 * per_layer
     assert report.encoder.dense == 4 * (matrices + biases * 32 + 64 + 32 + 2 * 2 * 32)
     dense = model.merge()
@@ -322,12 +323,45 @@ def test_sharing_shows_in_identity_count_and_effect(family):
 
 
 def test_the_report_prints_counts_and_refuses_models_without_residual_layers():
-    report = parameter_report(build("whisper"))
+    report = size_report(build("whisper"))
     assert json.loads(json.dumps(report.to_dict()))["encoder"]["ratio"] == report.encoder.ratio
     assert sum(count.unique for count in report.components.values()) == report.encoder.unique
     assert f"{report.encoder.unique:,}" in str(report) and f"{report.encoder.ratio:.1%}" in str(report)
+    assert list(report.to_dict()) == ["model_bytes", "encoder_bytes", "model", "encoder"]
+    for name in ("model_bytes", "encoder_bytes"):
+        assert report.to_dict()[name] == getattr(report, name).to_dict()
     with pytest.raises(ValueError, match="`model` must have residual layers, got WhisperModel"):
-        parameter_report(WhisperModel(tiny_whisper_config()))
+        size_report(WhisperModel(tiny_whisper_config()))
+
+
+def test_the_report_leads_with_the_bytes_of_the_whole_model():
+    report = size_report(build("whisper"))
+    header, whole, layers, _, parameters, *_ = str(report).splitlines()
+    assert header.split() == ["bytes", "when", "saved", "compressed", "dense", "ratio"]
+    assert whole.startswith("whole model") and whole.endswith(f"{report.model_bytes.ratio:.1%}")
+    assert f"{report.model_bytes.unique / 1e3:,.1f} kB" in whole
+    assert f"{report.encoder_bytes.dense / 1e3:,.1f} kB" in layers
+    assert parameters.split() == ["parameters", "compressed", "dense", "ratio"]
+    assert [format_bytes(number) for number in (999_949, 1e6, 105_260_000)] == [
+        "999.9 kB",
+        "1.0 MB",
+        "105.3 MB",
+    ]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reported_bytes_of_the_model_are_those_of_the_saved_tensors(family, bits, tmp_path):
+    model = build(family, ResidualConfig(group_size=2, rank=3, shared_bits=bits))
+    report = size_report(model)
+    model.half().save_pretrained(tmp_path / "residual")
+    model.merge().save_pretrained(tmp_path / "dense")
+    assert report.model_bytes.unique == tensor_bytes(tmp_path / "residual" / "model.safetensors")
+    assert report.model_bytes.dense == tensor_bytes(tmp_path / "dense" / "model.safetensors")
+
+
+def tensor_bytes(path):
+    return sum(tensor.nbytes for tensor in load_file(path).values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -671,7 +705,7 @@ def test_scratch_layers_of_a_group_start_as_their_u_with_the_dense_classs_spread
     model_class = ResidualWhisperForConditionalGeneration if family == "whisper" else ResidualWav2Vec2ForCTC
     model = model_class(config(residual_config=ResidualConfig(group_size=2, rank=4, diagonal="all"))).eval()
     for path, linear in residual_linears(model):
-        assert torch.equal(linear.merged_weight(), linear.shared.weight), path
+        assert torch.equal(linear.weight, linear.shared.weight), path
         assert float(linear.shared.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
         assert 0 < linear.lora_A.std() < linear.in_features**-0.5
         assert linear.bias is None or not linear.bias.any()
@@ -693,7 +727,7 @@ def test_scratch_layers_without_sharing_start_at_the_scale_of_lecuns_initialisat
         tiny_wav2vec2_config(residual_config=ResidualConfig(None, 16, diagonal="all"))
     )
     for path, linear in residual_linears(model):
-        std = float(linear.merged_weight().detach().std())
+        std = float(linear.weight.detach().std())
         assert std == pytest.approx(linear.in_features**-0.5, rel=0.25), path
         assert not linear.diagonal.any()
 

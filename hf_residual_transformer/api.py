@@ -1,0 +1,436 @@
+"""The three verbs of this package: `compress`, `distill` and `evaluate`, from names or objects.
+
+Each is a short way through the rooms below it, which are imported when a verb is called, so that loading and running a
+compact model needs nothing but transformers. `from_dense`, the Trainers and `evaluate_asr` are the precise forms.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from .modeling import ResidualMixin
+from .quantization import BITS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .configuration import ResidualConfig
+    from .speech.metrics import EvaluationResult
+
+logger = logging.get_logger(__name__)
+SHUFFLE_BUFFER = 200  # clips of a stream
+EXTRAS = {
+    "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
+    "train": ("accelerate", "datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm", "yaml"),
+}
+
+
+def compress(
+    model: str | PreTrainedModel,
+    audio: Any,
+    size: float | None = None,
+    *,
+    processor: Any = None,
+    split: str = "train",
+    language: str | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    num_windows: int = 16,
+    batch_size: int = 1,
+    pack: float = 0.75,
+    seed: int = 0,
+    bits: int | None = BITS,
+    residual_config: ResidualConfig | None = None,
+    start: str = "calibrated",
+    iterations: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Any:
+    """A compact model from a trained one and recordings like those that it will hear; transcripts are not read.
+
+    Args:
+        model: the id or folder of a dense speech model, or such a model, whose `processor` is then needed.
+        audio: a folder of recordings, a data set id on the Hub, a table file, a `datasets` data set, or rows
+            `{"audio": {"array", "sampling_rate"}}`. A few minutes are enough, but of several speakers. None for the
+            start "svd", which needs none.
+        size: bytes of the encoder's layers relative to dense, where every parameter that is not quantised counts 16
+            bits; by default 0.34, or 0.7 with `bits=None`, or what `residual_config` makes.
+        processor: the model's; by default the one saved with it. It becomes `model.processor` of the result, and is
+            saved with it.
+        split: of the data to calibrate on.
+        language: as the data writes it; keeps only its clips where the data says which language they are in.
+        data_options: further options of `load_speech_dataset`, such as `{"streaming": True}`.
+        num_windows: windows of 30 seconds to calibrate on, as many inputs of the model.
+        batch_size: windows at a time, which changes memory and speed, but not the result.
+        pack: part of the windows in which short clips are joined.
+        seed: of the choice of recordings.
+        bits: the most bits that a full matrix may have, or None for matrices in floating point.
+        residual_config: what to share, instead of what `size` chooses; `size` then chooses the ranks alone.
+        start: "calibrated", or "svd", which looks at weights alone and is far worse.
+        iterations: rounds of alternation for groups of layers that have no closed form.
+        device: where a model that is given by name is put; by default a GPU if there is one.
+        progress: whether to show progress bars.
+
+    Returns:
+        A residual model in float32 and eval mode; see `from_dense`. `save_pretrained` saves it.
+
+    Raises:
+        ImportError: when the packages of the extra "speech" are missing.
+        ValueError: for a model that has no residual form, a missing processor, and as in `from_dense`.
+    """
+    require_extra("speech")
+    from .speech.windows import calibration_batches
+
+    if residual_config is not None and bits != BITS:
+        raise ValueError(
+            f"`bits` must not be set beside `residual_config`, which has its own `shared_bits`, got {bits!r}"
+        )
+    dense, processor = load_dense(model, processor, device=device)
+    calibration = None
+    if audio is not None:
+        rows = rows_of(audio, processor, split, language=language, text_column=None, options=data_options)
+        # Among all of the data, which may be in order of speakers or languages.
+        rows = _shuffled(rows, seed)
+        calibration = calibration_batches(
+            rows, processor, num_windows=num_windows, batch_size=batch_size, pack=pack
+        )
+    options: dict[str, Any] = {} if residual_config is not None else {"shared_bits": bits}
+    if iterations is not None:
+        options["iterations"] = iterations
+    residual = residual_class_of(dense).from_dense(
+        dense,
+        residual_config,
+        calibration=calibration,
+        start=start,
+        budget=size,
+        progress=progress,
+        **options,
+    )
+    residual.processor = processor
+    return residual
+
+
+def distill(
+    student: str | PreTrainedModel,
+    audio: Any,
+    teacher: str | PreTrainedModel | None = None,
+    *,
+    steps: int = 60,
+    processor: Any = None,
+    split: str = "train",
+    validation: Any = None,
+    language: str | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    window_seconds: float | None = None,
+    **training: Any,
+) -> Any:
+    """The compact model after a short distillation on recordings, whose transcripts are not read.
+
+    Only the encoder of `student` learns, in place. A wav2vec2 student that is given by name is trained without dropout,
+    LayerDrop and SpecAugment, as the teacher runs.
+
+    Args:
+        student: a residual model, or the id or folder of one.
+        audio: as in `compress`.
+        teacher: the dense model that it was compressed from, or the id or folder of it. It is frozen, and put into
+            eval mode.
+        steps: of the optimizer.
+        processor: the student's; by default the one that it has, or that is saved with it.
+        split: of the data to train on.
+        validation: recordings that are not trained on, such as the name of another split of `audio`, or rows. The
+            student keeps its weights where the loss on them does not fall, and a warning says so.
+        language: as in `compress`.
+        data_options: as in `compress`.
+        window_seconds: length of the windows that whole clips are packed into, by default 10 seconds.
+        training: options of transformers' `Seq2SeqTrainingArguments`, such as `learning_rate`, which by default fits
+            the student's size, and `per_device_train_batch_size`.
+
+    Raises:
+        ImportError: when the packages of the extra "train" are missing.
+        ValueError: when the teacher is missing or does not fit the student.
+    """
+    require_extra("train")
+    from .speech.windows import WindowCollator
+    from .training.recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, short_distillation
+
+    if teacher is None:
+        raise ValueError("`teacher` must be the dense model that the student was compressed from, got None")
+    model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
+    if isinstance(teacher, str | Path):
+        teacher = load_model(teacher)
+    longest = getattr(processor.feature_extractor, "chunk_length", WINDOW_SECONDS)
+    seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
+    read = partial(rows_of, processor=processor, language=language, text_column=None, options=data_options)
+    rows = read(audio, split=split)
+    if isinstance(validation, str) and isinstance(audio, str | Path):
+        validation = read(audio, split=validation)
+    elif validation is not None:
+        validation = read(validation, split="validation")
+    settings = {
+        "max_steps": steps,
+        "learning_rate": default_learning_rate(model, teacher),
+        "report_to": "none",
+        **training,
+    }
+    device, was_training = model.device, model.training
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = short_distillation(
+            model,
+            teacher,
+            list(rows) if isinstance(rows, Iterator) else rows,
+            Path(settings.pop("output_dir", folder)),
+            collator=WindowCollator(processor, seconds),
+            validation=list(validation) if isinstance(validation, Iterator) else validation,
+            **settings,
+        )
+    if not outcome.is_kept:
+        logger.warning(
+            f"the student keeps its weights: the loss on the validation clips did not fall in {steps} steps "
+            f"({outcome.loss_before:.4f} before, {outcome.loss_after:.4f} after)"
+        )
+    model.processor = processor
+    return model.to(device).train(was_training)
+
+
+def evaluate(
+    model: str | PreTrainedModel,
+    data: Any,
+    *,
+    processor: Any = None,
+    split: str = "test",
+    language: str | None = None,
+    task: str = "transcribe",
+    text_column: str = "text",
+    data_options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "float32",
+    progress: bool = True,
+) -> EvaluationResult:
+    """Word and character error rates of a model, dense or residual, on recordings with transcripts.
+
+    Args:
+        model: a Whisper or CTC model, or the id or folder of one.
+        data: as `audio` in `compress`, with transcripts.
+        processor: the model's; by default the one that it has, or that is saved with it.
+        split: of the data to evaluate on.
+        language: as the data writes it; see `evaluate_asr`.
+        task: of a multilingual Whisper, "transcribe", or "translate" for references in English.
+        text_column: the column with the transcripts.
+        data_options: further options of `load_speech_dataset`.
+        batch_size: clips at a time.
+        max_new_tokens: limit of a transcript's length in tokens; by default the model's own.
+        device: where a model that is given by name is put; by default a GPU if there is one.
+        dtype: of a model that is given by name.
+        progress: shows a progress bar.
+
+    Raises:
+        ImportError: when the packages of the extra "speech" are missing.
+        ValueError: as in `evaluate_asr`, and when the processor is missing.
+    """
+    require_extra("speech")
+    from .speech.metrics import evaluate_asr
+
+    recognizer, processor = _load_recognizer(model, processor, device=device, dtype=dtype)
+    rows = rows_of(data, processor, split, language=language, text_column=text_column, options=data_options)
+    return evaluate_asr(
+        recognizer,
+        processor,
+        rows,
+        batch_size=batch_size,
+        language=language,
+        task=task,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+
+
+def require_extra(extra: str) -> None:
+    """Raises ImportError with the command that installs them where packages of an extra are missing."""
+    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'this needs {", ".join(missing)}: pip install "hf-residual-transformer[{extra}]"',
+            name=missing[0],
+        )
+
+
+def residual_classes() -> list[type[ResidualMixin]]:
+    """Every residual class of this package."""
+    return [cls for cls in ResidualMixin.__subclasses__() if cls.__module__.startswith(f"{__package__}.")]
+
+
+def residual_class_of(dense: PreTrainedModel) -> Any:
+    """The residual class whose dense class is the model's.
+
+    Raises:
+        ValueError: for a model that has none, or is residual already.
+    """
+    if isinstance(dense, ResidualMixin):
+        raise ValueError(
+            f"`model` must be a dense model, got {type(dense).__name__}, a {type(dense.config).model_type}; "
+            "merge() gives the dense form of a residual one"
+        )
+    for cls in residual_classes():
+        if cls.dense_class() is type(dense):
+            return cls
+    raise ValueError(
+        f"`model` must be a dense {' or '.join(_supported())} model, got {type(dense).__name__}, a "
+        f"{dense.config.model_type}"
+    )
+
+
+def load_dense(
+    model: str | Path | PreTrainedModel, processor: Any = None, *, device: Any = None
+) -> tuple[Any, Any]:
+    """A dense model in float32 that has a residual form, and its processor.
+
+    Raises:
+        ValueError: for a model without a residual form, or one that is given without a processor.
+    """
+    import torch
+    from transformers import AutoConfig, AutoProcessor
+
+    if not isinstance(model, str | Path):
+        residual_class_of(model)
+        processor = _processor_of(model, processor)
+        # A copy, since the caller's model is not to change.
+        return model if model.dtype == torch.float32 else copy.deepcopy(model).float(), processor
+    config = AutoConfig.from_pretrained(model)
+    dense_class = _dense_class_for(config, str(model))
+    if processor is None:
+        processor = AutoProcessor.from_pretrained(model)
+    return dense_class.from_pretrained(model, dtype=torch.float32).to(device or _best_device()), processor
+
+
+def load_model(model: str | Path, *, dtype: str = "float32", **overrides: Any) -> Any:
+    """A speech recogniser through the Auto class that its config calls for; `overrides` are of a CTC model's config."""
+    from transformers import AutoConfig, AutoModelForCTC, AutoModelForSpeechSeq2Seq
+
+    if AutoConfig.from_pretrained(model).is_encoder_decoder:
+        return AutoModelForSpeechSeq2Seq.from_pretrained(model, dtype=dtype)
+    return AutoModelForCTC.from_pretrained(model, dtype=dtype, **overrides)
+
+
+def rows_of(
+    audio: Any,
+    processor: Any,
+    split: str,
+    *,
+    language: str | None = None,
+    text_column: str | None = "text",
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Rows of decoded recordings at the model's rate, from whatever form of `audio` the verbs take."""
+    from datasets import Audio, Dataset, DatasetDict, IterableDataset
+
+    from .speech.datasets import load_speech_dataset, prepare_speech_dataset
+
+    rate = processor.feature_extractor.sampling_rate
+    options = {"sampling_rate": rate, "text_column": text_column, "language": language, **(options or {})}
+    if isinstance(audio, str | Path):
+        return load_speech_dataset(audio, split, **options)
+    if isinstance(audio, DatasetDict):
+        if split not in audio:
+            raise ValueError(f"`split` must be one of {', '.join(audio)}, got {split!r}")
+        audio = audio[split]
+    if isinstance(audio, Dataset | IterableDataset):
+        column = options.get("audio_column", "audio")
+        if isinstance((audio.features or {}).get(column), Audio):
+            return prepare_speech_dataset(audio, **options)
+        return audio
+    if isinstance(audio, Mapping) or not isinstance(audio, Iterable):
+        raise ValueError(
+            "`audio` must be a folder, a data set id, a table file, a data set, or rows with an 'audio' each, got "
+            f"{type(audio).__name__}"
+        )
+    rows = (_at_rate(row, rate) for row in audio)
+    return list(rows) if isinstance(audio, Sequence) else rows
+
+
+def _at_rate(row: Any, rate: int) -> Any:
+    from .speech.audio import decode_audio
+
+    if not isinstance(row, Mapping) or not isinstance(row.get("audio"), Mapping):
+        raise ValueError(
+            'each row must be a dict such as {"audio": {"array": samples, "sampling_rate": 16000}}, got '
+            f"{str(row)[:80]}"
+        )
+    audio = row["audio"]
+    if "array" in audio and audio.get("sampling_rate") == rate:
+        return row
+    return {
+        **row,
+        "audio": {"array": decode_audio(audio, rate), "sampling_rate": rate, "path": audio.get("path")},
+    }
+
+
+def _shuffled(rows: Any, seed: int) -> Any:
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(rows, IterableDataset):
+        return rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows
+
+
+def _load_recognizer(
+    model: Any, processor: Any, *, device: Any = None, dtype: str = "float32", overrides: Any = None
+) -> tuple[Any, Any]:
+    from transformers import AutoProcessor
+
+    if not isinstance(model, str | Path):
+        return model, _processor_of(model, processor)
+    if processor is None:
+        processor = AutoProcessor.from_pretrained(model)
+    loaded = load_model(model, dtype=dtype, **(overrides or {}))
+    return loaded.to(device or _best_device()), processor
+
+
+def _processor_of(model: Any, processor: Any) -> Any:
+    processor = getattr(model, "processor", None) if processor is None else processor
+    if processor is None:
+        raise ValueError(
+            "`processor` must be the model's where a model is given, got None; "
+            "AutoProcessor.from_pretrained(...) loads it"
+        )
+    return processor
+
+
+def _dense_class_for(config: Any, name: str) -> Any:
+    """The dense class to load a checkpoint with: the one that it was saved from, or its family's recogniser."""
+    from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
+
+    known = {cls.dense_class().__name__: cls.dense_class() for cls in residual_classes()}
+    # The class's, since a residual model's config calls itself dense.
+    model_type = type(config).model_type
+    names = list(config.architectures or ())
+    if not names:
+        mappings: list[Any] = [auto._model_mapping for auto in (AutoModelForSpeechSeq2Seq, AutoModelForCTC)]
+        names = [found.__name__ for mapping in mappings if (found := mapping.get(type(config), None))]
+    for architecture in names if model_type in _supported() else ():
+        if architecture in known:
+            return known[architecture]
+    raise ValueError(
+        f"`model` must be a dense {' or '.join(_supported())} model, got {name!r}, a {model_type} "
+        f"({', '.join(names) or 'of no known class'})"
+    )
+
+
+def _supported() -> list[str]:
+    """Model types that have a residual form."""
+    return sorted({cls.config_class.model_type.removeprefix("residual_") for cls in residual_classes()})
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

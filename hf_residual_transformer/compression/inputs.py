@@ -1,0 +1,125 @@
+"""The dense model as a compression sees it, the batches of inputs, and runs that end where enough is known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import frame_mask
+
+INPUT_NAMES = ("input_features", "input_values")
+Batch = dict[str, Tensor]
+Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer beside its hidden states
+
+
+def frozen_view(model: Any) -> Any:
+    """A second model over the same weights, in eval mode and without gradients.
+
+    Modules and hooks are its own, so nothing that is done to it reaches `model`. Weights of fewer than 32 bits are
+    converted to float32; all others are the tensors of `model`, and take no further memory.
+    """
+
+    def detached(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return (
+            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            if tensor.is_floating_point()
+            else tensor
+        )
+
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(detached(parameter), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    memo |= {id(buffer): detached(buffer) for buffer in model.buffers()}
+    return copy.deepcopy(model, memo).eval()
+
+
+def as_batches(calibration: Any) -> list[Batch]:
+    """Checked batches of model inputs; a single batch needs no list around it."""
+    if calibration is None:
+        return []
+    if isinstance(calibration, (Mapping, Tensor)):
+        calibration = [calibration]
+    batches = []
+    for index, batch in enumerate(calibration):
+        batch = {"input_features": batch} if isinstance(batch, Tensor) and batch.dim() == 3 else batch
+        batch = {"input_values": batch} if isinstance(batch, Tensor) else batch
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"`calibration[{index}]` must be a dict of model inputs, got {type(batch).__name__}"
+            )
+        batch = {key: batch[key] for key in (*INPUT_NAMES, "attention_mask") if batch.get(key) is not None}
+        inputs = [batch[name] for name in INPUT_NAMES if name in batch]
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise ValueError(
+                f"`calibration[{index}]` must have a tensor {' or '.join(INPUT_NAMES)}, got {sorted(batch)}"
+            )
+        if not inputs[0].numel():
+            raise ValueError(f"`calibration[{index}]` must not be empty, got shape {tuple(inputs[0].shape)}")
+        if not torch.isfinite(inputs[0]).all():
+            raise ValueError(f"`calibration[{index}]` must be finite, but it has NaN or infinite values")
+        batches.append(batch)
+    return batches
+
+
+def to_model(model: Any, batch: Mapping[str, Tensor]) -> Batch:
+    """The batch on the model's device; floating-point values get the model's dtype."""
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for key, value in batch.items()
+    }
+
+
+def mask_of(model: Any, hidden_states: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(batch_size, num_frames), false for frames of padding; None where the family does not mask."""
+    if "attention_mask" not in batch or not hasattr(model, "_get_feature_vector_attention_mask"):
+        return None
+    return frame_mask(model, hidden_states.shape[1], batch["attention_mask"])
+
+
+class Reached(Exception):
+    """Ends a forward pass at the point after which nothing is needed."""
+
+
+def run_until_reached(run: Callable[[], Any], handles: list[Any]) -> Any:
+    """The result of `run`, or None if a hook raised `Reached`. The hooks are removed."""
+    try:
+        return run()
+    except Reached:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def final_states(model: Any, owner: nn.Module, batch: Batch) -> Tensor:
+    """The output of the stack that `owner` holds, (batch_size, num_frames, hidden_size). Nothing after it runs."""
+    states: list[Tensor] = []
+
+    def catch(_module: nn.Module, _args: Any, output: Any) -> None:
+        states.append(output[0])
+        raise Reached
+
+    run_until_reached(lambda: model(**batch), [owner.register_forward_hook(catch)])
+    return states[0]
+
+
+def first_call(model: Any, layer: nn.Module, batch: Batch) -> tuple[Tensor, Context]:
+    """The hidden states that `layer` gets for a batch, and its other arguments. The layer itself does not run."""
+    seen: list[tuple[Tensor, Context]] = []
+
+    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            seen.append((args[0], (args[1:], kwargs)))
+        else:
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            seen.append((kwargs["hidden_states"], ((), rest)))
+        raise Reached
+
+    run_until_reached(lambda: model(**batch), [layer.register_forward_pre_hook(catch, with_kwargs=True)])
+    return seen[0]

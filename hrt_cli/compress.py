@@ -1,0 +1,147 @@
+"""Compresses a Whisper or wav2vec2 model, with recordings like those that it will hear:
+
+    hrt compress openai/whisper-base --audio my-recordings --size 0.34 --out compact
+
+Transcripts are not read. A few minutes are enough, but of several speakers. By default --size chooses everything else.
+The folder gets the model, its processor, and compression.json with settings, sizes and the error of each matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .options import add_data_arguments, add_output_arguments, data_options, described_data
+
+HELP = "make a model smaller"
+USAGE = "hrt compress MODEL --audio DATA --out DIR [options]"
+RANK = 32  # where neither it nor a size is given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what")
+    what.add_argument("model", metavar="MODEL", help="a dense model's id on the Hub, or its folder")
+    add_output_arguments(what, "folder for the compact model; it must be empty or new")
+    add_data_arguments(parser, split="train", required=False)
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--size", type=float, help="of the encoder's layers in bytes, relative to dense (default: 0.34)"
+    )
+    how.add_argument("--bits", help="most bits of a full matrix, 2 to 8 or none (default: 4)")
+    how.add_argument("--num-windows", type=int, default=16, metavar="N", help="inputs of 30 s (default: 16)")
+    how.add_argument("--pack", type=float, default=0.75, help="part of them that joins clips (default: 0.75)")
+    how.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)")
+    how.add_argument("--seed", type=int, default=0, help="of the choice of recordings (default: 0)")
+    how.add_argument("--device", help="where to compute (default: a GPU if there is one)")
+    how.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of what is saved and not quantised (default: float16)",
+    )
+    form = parser.add_argument_group("precise form", "instead of what --size chooses, as the paper gives it")
+    form.add_argument("--group-size", metavar="K", help="layers that share a matrix, null, or JSON by module")
+    form.add_argument("--rank", type=int, metavar="R", help=f"of what each layer adds (default: {RANK})")
+    form.add_argument("--rank-pattern", metavar="JSON", help="other ranks by module: '{\"fc2\": 64}'")
+    form.add_argument("--diagonal", choices=("none", "square", "all"), help="matrices with a diagonal")
+    form.add_argument("--share-biases", action="store_true", help="one bias a group, not one a layer")
+    form.add_argument("--target-modules", nargs="+", metavar="NAME", help="such as fc1 fc2 (default: all)")
+    form.add_argument(
+        "--start", choices=("calibrated", "svd"), default="calibrated", help="svd needs no audio"
+    )
+    form.add_argument("--iterations", type=int, metavar="N", help="rounds for groups without a closed form")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together, before anything is loaded."""
+    from hf_residual_transformer.api import compress, load_dense, require_extra
+
+    require_extra("speech")
+    import torch
+
+    from hf_residual_transformer import size_report
+    from hf_residual_transformer.folders import (
+        model_bytes,
+        prepare_output_dir,
+        require_space,
+        save_processor,
+    )
+    from hf_residual_transformer.provenance import portable, provenance
+    from hf_residual_transformer.quantization import BITS
+
+    bits = _bits(args)
+    residual_config = _residual_config(args, bits)
+    calibrated = args.num_windows > 0 and args.audio is not None
+    if not calibrated and args.start == "calibrated":
+        raise ValueError(
+            "--audio and --num-windows above 0 are needed, since matrices are fitted to recordings; `--start svd` "
+            "needs none and is far worse"
+        )
+    output_dir = prepare_output_dir(args.output_dir, args.overwrite)
+    dense, processor = load_dense(args.model, device=args.device)
+    require_space(output_dir, model_bytes(dense))
+    options: dict[str, Any] = {}
+    if residual_config is None:
+        options["bits"] = BITS if args.bits is None else bits
+    model = compress(
+        dense,
+        args.audio if calibrated else None,
+        args.size,
+        processor=processor,
+        split=args.split,
+        language=args.language,
+        data_options=data_options(args),
+        num_windows=args.num_windows,
+        batch_size=args.batch_size,
+        pack=args.pack,
+        seed=args.seed,
+        residual_config=residual_config,
+        start=args.start,
+        iterations=args.iterations,
+        **options,
+    )
+    parameters = size_report(model)
+    print(model.conversion_report, parameters, sep="\n\n")
+    model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
+    save_processor(processor, output_dir)
+    report = {
+        "model": portable(args.model),
+        "residual_config": model.config.residual_config.to_dict(),
+        "parameters": parameters.to_dict(),
+        "conversion": model.conversion_report.to_dict(),
+        "data": described_data(args, portable) if calibrated else None,
+        **provenance(),
+    }
+    (output_dir / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"\nthe compact model is in {output_dir}")
+
+
+def _bits(args: argparse.Namespace) -> Any:
+    from hf_residual_transformer.training.arguments import read_json
+
+    return None if args.bits in (None, "none") else read_json("bits", args.bits)
+
+
+def _residual_config(args: argparse.Namespace, bits: Any) -> Any:
+    """The config that was given by hand; None where the size, or its default, chooses."""
+    from hf_residual_transformer import ResidualConfig
+    from hf_residual_transformer.training.arguments import read_json
+
+    chosen = [args.group_size, args.rank, args.rank_pattern, args.diagonal, args.target_modules]
+    if all(choice is None for choice in chosen) and not args.share_biases and args.start == "calibrated":
+        return None
+    if args.size is not None and args.group_size is None:
+        raise ValueError(
+            "--rank, --rank-pattern, --diagonal, --share-biases and --target-modules must not be set with --size "
+            "alone, which chooses all of them: give --group-size too, or leave them out"
+        )
+    return ResidualConfig(
+        group_size=read_json("group_size", args.group_size or "2"),
+        rank=RANK if args.rank is None else args.rank,
+        rank_pattern=read_json("rank_pattern", args.rank_pattern or "{}"),
+        diagonal=args.diagonal or "square",
+        share_biases=args.share_biases,
+        target_modules=None if args.target_modules is None else tuple(args.target_modules),
+        shared_bits=bits,
+    )

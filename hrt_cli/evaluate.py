@@ -1,0 +1,77 @@
+"""Word and character error rates of a Whisper or CTC model, compact or dense, on recordings with transcripts:
+
+    hrt evaluate compact --audio my-recordings --split test --language en --out results
+
+The folder, if there is one, gets evaluation.json with the rates, the command, versions and hardware, and
+predictions.jsonl with every transcript.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import add_data_arguments, add_output_arguments, data_options, described_data
+
+HELP = "measure word error rates"
+USAGE = "hrt evaluate MODEL --audio DATA [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what")
+    what.add_argument("model", metavar="MODEL", help="folder or id of a model, with its processor")
+    add_output_arguments(what, "folder for the results; it must be empty or new", required=False)
+    add_data_arguments(parser, split="test", texts="column with the transcripts (default: text)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--task",
+        choices=("transcribe", "translate"),
+        default="transcribe",
+        help="translate where texts are English translations (default: transcribe)",
+    )
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips at a time (default: 8)")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of a transcript in tokens")
+    how.add_argument("--device", help="where to compute (default: a GPU if there is one)")
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of weights and activations (default: float32)",
+    )
+    how.add_argument("--seed", type=int, default=0, help="for models that sample (default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hf_residual_transformer.api import evaluate, require_extra
+
+    require_extra("speech")
+    from transformers import set_seed
+
+    from hf_residual_transformer.folders import prepare_output_dir
+    from hf_residual_transformer.provenance import portable
+
+    output_dir = args.output_dir and prepare_output_dir(args.output_dir, args.overwrite)
+    set_seed(args.seed)
+    result = evaluate(
+        args.model,
+        args.audio,
+        split=args.split,
+        language=args.language,
+        task=args.task,
+        text_column=args.text_column,
+        data_options=data_options(args),
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    rates = f"{result.rates.clips} clips: WER {100 * result.wer:.2f} %, CER {100 * result.cer:.2f} %"
+    if output_dir is None:
+        print(rates)
+        return
+    path = result.save(
+        output_dir,
+        model=portable(args.model),
+        data={**described_data(args, portable), "text_column": args.text_column},
+        settings={name: getattr(args, name) for name in ("task", "batch_size", "device", "dtype", "seed")},
+    )
+    print(f"{rates}; see {path}")

@@ -1,0 +1,241 @@
+"""The three verbs, from names and from objects, and what importing the package needs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import datasets
+import pytest
+import torch
+from conftest import (
+    SAMPLE,
+    speech,
+    tiny_wav2vec2_config,
+    tiny_whisper_config,
+    wav2vec2_processor,
+    whisper_generation_config,
+    whisper_processor,
+)
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    Wav2Vec2ForCTC,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+)
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.api import EXTRAS, require_extra
+from hf_residual_transformer.speech.datasets import load_speech_dataset
+
+OPTIONAL = ["datasets", "jiwer", "soundfile", "accelerate", "matplotlib", "scipy", "psutil", "peft"]
+SHORT = {"num_windows": 4, "progress": False}
+
+
+def rows(rate: int = 16_000, count: int = 6) -> list[dict]:
+    """Noise with the text that it stands for."""
+    return [
+        {"audio": {"array": speech(0.6, seed).numpy(), "sampling_rate": rate}, "text": "a bed"}
+        for seed in range(count)
+    ]
+
+
+def whisper(**kwargs) -> WhisperForConditionalGeneration:
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(tiny_whisper_config(**kwargs)).eval()
+    model.generation_config = whisper_generation_config()
+    return model
+
+
+@pytest.fixture(scope="module")
+def compact() -> hrt.ResidualWhisperForConditionalGeneration:
+    return hrt.compress(whisper(), rows(), 0.5, processor=whisper_processor(), **SHORT)
+
+
+BARE = """
+import sys
+for name in sys.argv[2:]:
+    sys.modules[name] = None
+import torch
+import hf_residual_transformer as hrt
+from transformers import AutoModelForSpeechSeq2Seq
+model = AutoModelForSpeechSeq2Seq.from_pretrained(sys.argv[1])
+assert isinstance(model, hrt.ResidualWhisperForConditionalGeneration)
+model(torch.zeros(1, 16, 100, dtype=model.dtype), decoder_input_ids=torch.tensor([[1]]))
+print(hrt.size_report(model))
+for verb in (hrt.compress, hrt.evaluate, hrt.distill):
+    try:
+        verb(model, [])
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_a_compact_model_runs_where_nothing_but_transformers_is_installed(compressed):
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, str(compressed["whisper"]), *OPTIONAL],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('pip install "hf-residual-transformer[speech]"') == 2
+    assert done.stdout.count('pip install "hf-residual-transformer[train]"') == 1
+
+
+def test_missing_packages_are_named():
+    require_extra("speech")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, "jiwer", None)
+        with pytest.raises(
+            ImportError, match=r"^this needs jiwer: pip install \"hf-residual-tr.*\[speech\]\"$"
+        ):
+            require_extra("speech")
+
+
+def test_the_packages_that_a_verb_asks_for_are_those_of_its_extra():
+    project = tomllib.loads((SAMPLE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", line)[0] for line in lines} for extra, lines in extras.items()}
+    names["train"] = names["train"] - {"hf-residual-transformer"} | names["speech"]
+    for extra, modules in EXTRAS.items():
+        assert {{"yaml": "pyyaml"}.get(module, module) for module in modules} == names[extra]
+
+
+class TestCompress:
+    def test_a_model_with_its_processor_becomes_the_residual_class_of_its_own(self, compact):
+        assert type(compact) is hrt.ResidualWhisperForConditionalGeneration
+        assert hrt.size_report(compact).encoder_bytes.ratio <= 0.5
+        assert compact.config.residual_config.shared_bits == 4
+        assert compact.processor.tokenizer
+        assert not compact.training
+
+    def test_it_is_what_from_dense_makes_of_the_same_windows(self, compact):
+        from hf_residual_transformer.speech.windows import calibration_batches
+
+        batches = calibration_batches(rows(), whisper_processor(), num_windows=4, batch_size=1)
+        expected = hrt.ResidualWhisperForConditionalGeneration.from_dense(
+            whisper(), calibration=batches, budget=0.5, progress=False
+        ).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in compact.state_dict().items())
+
+    def test_a_model_in_half_precision_is_converted_in_float32_and_left_as_it_is(self):
+        dense = whisper().half()
+        before = {name: value.clone() for name, value in dense.state_dict().items()}
+        model = hrt.compress(dense, rows(), processor=whisper_processor(), **SHORT)
+        assert model.dtype == torch.float32
+        assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+    def test_a_folder_is_loaded_by_its_config_and_audio_may_be_a_folder(self, dense_whisper, dense_wav2vec2):
+        options = {"language": "en", "data_options": {"max_seconds": 1.0, "max_samples": 6}, **SHORT}
+        config = hrt.ResidualConfig(rank=2)
+        model = hrt.compress(str(dense_whisper), SAMPLE, residual_config=config, device="cpu", **options)
+        assert type(model) is hrt.ResidualWhisperForConditionalGeneration
+        assert model.config.residual_config == config
+        model = hrt.compress(dense_wav2vec2, str(SAMPLE), bits=None, device="cpu", **options)
+        assert type(model) is hrt.ResidualWav2Vec2ForCTC
+        assert model.config.residual_config.shared_bits is None
+        assert 0.5 < hrt.size_report(model).encoder.ratio <= 0.7
+
+    def test_a_data_set_is_taken_as_it_is_loaded_or_with_its_audio_undecoded(self):
+        loaded = load_speech_dataset(SAMPLE, text_column=None, language="en", max_seconds=1.0, max_samples=6)
+        options = {"processor": whisper_processor(), "seed": 3, **SHORT}
+        ours = hrt.compress(whisper(), loaded, **options)
+        files = [str(SAMPLE / row["audio"]["path"]) for row in loaded]
+        raw = datasets.Dataset.from_dict({"audio": files}).cast_column("audio", datasets.Audio())
+        theirs = hrt.compress(whisper(), datasets.DatasetDict({"train": raw}), **options).state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+
+    def test_rows_of_another_rate_are_resampled(self):
+        options = {"processor": whisper_processor(), **SHORT}
+        slow = [{"audio": {**row["audio"], "sampling_rate": 8000}} for row in rows(count=2)]
+        for row in slow:
+            row["audio"]["array"] = row["audio"]["array"][::2]
+        assert hrt.compress(whisper(), iter(slow), **options).conversion_report.mean_error < 1
+
+    def test_the_class_of_a_model_decides_not_its_family_alone(self):
+        dense = WhisperForAudioClassification(tiny_whisper_config())
+        model = hrt.compress(dense, rows(), processor=whisper_processor(), **SHORT)
+        assert type(model) is hrt.ResidualWhisperForAudioClassification
+
+    def test_what_it_cannot_take_is_named(self, compact, compressed, tmp_path):
+        processor = whisper_processor()
+        with pytest.raises(ValueError, match=r"`processor` must be the model's where a model is given"):
+            hrt.compress(whisper(), rows())
+        with pytest.raises(ValueError, match=r"dense model, got ResidualWhisper.*merge"):
+            hrt.compress(compact, rows(), processor=processor)
+        bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+        with pytest.raises(ValueError, match=r"dense wav2vec2 or whisper model, got BertModel, a bert"):
+            hrt.compress(bert, rows(), processor=processor)
+        bert.save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"dense wav2vec2 or whisper model, got .*, a bert \(BertModel\)"
+        ):
+            hrt.compress(str(tmp_path), rows())
+        with pytest.raises(ValueError, match="a residual_whisper"):
+            hrt.compress(compressed["whisper"], rows())
+        with pytest.raises(ValueError, match="`bits` must not be set beside `residual_config`"):
+            config = hrt.ResidualConfig()
+            hrt.compress(whisper(), rows(), processor=processor, residual_config=config, bits=None)
+        for audio in ({"audio": []}, 3):
+            with pytest.raises(ValueError, match="`audio` must be a folder"):
+                hrt.compress(whisper(), audio, processor=processor)
+        with pytest.raises(ValueError, match="each row must be a dict"):
+            hrt.compress(whisper(), ["clip.wav"], processor=processor)
+        with pytest.raises(ValueError, match="`split` must be one of test, got 'train'"):
+            data = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"audio": ["a.wav"]})})
+            hrt.compress(whisper(), data, processor=processor)
+
+    def test_the_processor_is_saved_with_the_model(self, compact, tmp_path):
+        compact.save_pretrained(tmp_path)
+        assert AutoProcessor.from_pretrained(tmp_path).feature_extractor.chunk_length == 1
+        assert isinstance(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path), type(compact))
+
+
+class TestDistill:
+    def test_the_encoder_learns_in_place_and_the_model_comes_back(self):
+        teacher = whisper()
+        student = hrt.compress(teacher, rows(), 0.4, processor=whisper_processor(), **SHORT)
+        before = {name: value.clone() for name, value in student.state_dict().items()}
+        assert hrt.distill(student, rows(), teacher, steps=2, learning_rate=1e-3, use_cpu=True) is student
+        changed = {
+            name for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+        }
+        assert changed
+        assert all(name.startswith("model.encoder.") for name in changed)
+        assert not student.training
+        assert all(parameter.requires_grad for parameter in student.model.decoder.parameters())
+
+    def test_names_are_loaded_and_ctc_models_run_without_noise(self, compressed, dense_wav2vec2):
+        names = str(compressed["wav2vec2"]), SAMPLE, str(dense_wav2vec2)
+        data = {"language": "en", "data_options": {"max_seconds": 1.0, "max_samples": 4}}
+        student = hrt.distill(*names, steps=1, use_cpu=True, per_device_train_batch_size=2, **data)
+        assert type(student) is hrt.ResidualWav2Vec2ForCTC
+        assert student.config.layerdrop == 0
+        assert student.processor.tokenizer
+
+    def test_it_needs_a_teacher(self, compact):
+        with pytest.raises(ValueError, match="`teacher` must be the dense model"):
+            hrt.distill(compact, rows())
+
+
+class TestEvaluate:
+    def test_a_compact_model_has_its_processor(self, compact):
+        result = hrt.evaluate(compact, rows(count=2), language="en", progress=False)
+        assert (result.rates.clips, result.rates.words) == (2, 4)
+
+    def test_a_model_of_its_own_and_one_by_name_agree(self, tmp_path):
+        torch.manual_seed(0)
+        model, processor = Wav2Vec2ForCTC(tiny_wav2vec2_config()).eval(), wav2vec2_processor(tmp_path)
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        result = hrt.evaluate(model, rows(count=3), processor=processor, progress=False)
+        named = hrt.evaluate(str(tmp_path), rows(count=3), device="cpu", progress=False)
+        assert result.predictions == named.predictions
+        with pytest.raises(ValueError, match="`processor` must be the model's"):
+            hrt.evaluate(model, rows())

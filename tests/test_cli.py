@@ -1,0 +1,389 @@
+"""The command `hrt`, run in this process on tiny random models and a handful of the sample's clips."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from conftest import (
+    SAMPLE,
+    randomize_,
+    speech,
+    tiny_wav2vec2_config,
+    tiny_whisper_config,
+    wav2vec2_processor,
+    whisper_generation_config,
+    whisper_processor,
+)
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCTC,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    Wav2Vec2ForCTC,
+    WhisperForConditionalGeneration,
+)
+
+import hrt_cli
+from hf_residual_transformer import ResidualWav2Vec2ForCTC, ResidualWhisperForConditionalGeneration
+
+COMMANDS = list(hrt_cli.COMMANDS)
+DATA = ["--audio", SAMPLE, "--language", "en", "--max-seconds", "1.0", "--max-samples", "6"]
+TRAINING = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "3", "--logging_steps", "1"]
+TRAINING += ["--learning_rate", "1e-3", "--save_strategy", "no", "--disable_tqdm", "true"]
+# Of every command that needs more than a model, what is needed beside it.
+NEEDED = {
+    "compress": DATA,
+    "distill": ["--teacher", "nowhere/at-all", *DATA],
+    "finetune": DATA,
+    "evaluate": DATA,
+}
+
+
+def run(*words: Any) -> int:
+    return hrt_cli.main([str(word) for word in words])
+
+
+def refused(capsys, *words: Any) -> str:
+    """What a command that ends with status 2 says, on one line."""
+    assert run(*words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hrt ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"hrt {words[0]}: error: ")
+    return lines[0]
+
+
+def misused(capsys, *words: Any) -> str:
+    """What the parser says of words that it cannot read."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(*words)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+class TestHelp:
+    def test_no_parser_imports_torch_or_transformers(self):
+        code = "import sys, hrt_cli; hrt_cli.overview_parser().format_help(); "
+        code += "[hrt_cli.command_parser(name).format_help() for name in hrt_cli.COMMANDS]; "
+        code += "print({'torch', 'transformers', 'numpy', 'hf_residual_transformer'} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "set()"
+
+    def test_the_overview_names_every_command(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            run("--help")
+        assert exit_info.value.code == 0
+        text = capsys.readouterr().out
+        for name in COMMANDS:
+            assert re.search(rf"^    {name} +\w", text, re.MULTILINE)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_help_is_short_and_starts_with_one_example_on_its_own_lines(self, name, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as exit_info:
+            run(name, "--help")
+        assert exit_info.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        example = next(i for i, line in enumerate(lines) if line.startswith(f"    hrt {name} "))
+        assert example < 6
+        assert lines[example - 1] == ""
+        assert len(lines) < 70
+        assert max(map(len, lines)) <= 120
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_the_example_is_a_command_that_can_be_read(self, name):
+        example = re.search(r"^    hrt \w+ (.+(?:\\\n.+)*)", hrt_cli.COMMANDS[name].__doc__, re.MULTILINE)
+        words = re.sub(r"\\\n", " ", example[1]).split()
+        parser = hrt_cli.command_parser(name)
+        args, unknown = parser.parse_known_args(hrt_cli.options.expand(parser, words))
+        assert vars(args)
+        options = {word for word in unknown if word.startswith("--")}
+        assert options <= {"--max-steps", "--per-device-train-batch-size", "--learning-rate"}
+
+    def test_the_options_of_the_trainer_are_listed_on_request(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            run("distill", "--help-trainer")
+        assert exit_info.value.code == 0
+        assert "--warmup_steps" in capsys.readouterr().out
+
+    def test_defaults_that_help_states_are_those_of_the_package(self):
+        from hf_residual_transformer.compression.conversion import BUDGETS
+        from hf_residual_transformer.quantization import BITS
+        from hf_residual_transformer.training.arguments import DistillationArguments, TrainingDataArguments
+        from hf_residual_transformer.training.recipe import WINDOW_SECONDS
+
+        stated = {}
+        for name in ("compress", "distill"):
+            text = " ".join(hrt_cli.command_parser(name).format_help().split())
+            for option in text.split(" --"):
+                stated |= dict(re.findall(r"^([\w-]+) .*\(default: ([\d.]+)\)", option))
+        losses = DistillationArguments()
+        assert float(stated["size"]) == BUDGETS[BITS]
+        assert int(stated["bits"]) == BITS
+        assert float(stated["window-seconds"]) == WINDOW_SECONDS
+        for name in ("final", "hidden", "logits", "labels"):
+            assert float(stated[f"{name}-weight"]) == getattr(losses, f"{name}_weight")
+        assert float(stated["temperature"]) == losses.temperature
+        assert int(stated["shuffle-buffer"]) == TrainingDataArguments().shuffle_buffer
+
+    def test_it_runs_as_a_module(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "hrt_cli", "report", "--help"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0
+        assert "hrt report MODEL" in done.stdout
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", list(NEEDED))
+    def test_an_output_folder_with_files_is_left_alone(self, name, tmp_path, capsys):
+        (tmp_path / "model.safetensors").write_text("precious")
+        message = refused(capsys, name, "nowhere/at-all", *NEEDED[name], "--out", tmp_path)
+        assert "already holds files" in message and "--overwrite" in message
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+    @pytest.mark.parametrize("name", ["compress", "finetune"])
+    def test_a_full_disk_is_found_before_the_work(self, name, dense_whisper, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        monkeypatch.setattr("transformers.Trainer.train", None)
+        monkeypatch.setattr("hf_residual_transformer.compression.conversion.convert", None)
+        training = TRAINING if name != "compress" else ["--device", "cpu"]
+        message = refused(capsys, name, dense_whisper, *DATA, *training, "--out", tmp_path / "out")
+        assert re.search(r"0 MB free for the output folder .*out.* MB will be written; make room", message)
+        assert not list((tmp_path / "out").iterdir())
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (["--rank_pattern", "fc2=64"], "`rank_pattern` must be JSON"),
+            (["--bits", "four"], "`bits` must be JSON, got 'four'"),
+            (["--rank", "4", "--bits", "1"], "`shared_bits` must be from 2 to 8"),
+            (["--size", "0.5", "--rank", "4"], "must not be set with --size alone"),
+            (["--size", "0.5", "--target-modules", "fc1", "fc2"], "must not be set with --size alone"),
+            (["--size", "0.5", "--diagonal", "all"], "must not be set with --size alone"),
+            (["--size", "0.5", "--share-biases"], "must not be set with --size alone"),
+            (["--num-windows", "0"], "--num-windows above 0 are needed"),
+        ],
+    )
+    def test_compress_refuses_settings_before_it_makes_a_folder(self, options, problem, tmp_path, capsys):
+        message = refused(capsys, "compress", "a/b", *DATA, *options, "--out", tmp_path / "out")
+        assert problem in message
+        assert not (tmp_path / "out").exists()
+
+    def test_compress_needs_audio_but_for_the_start_from_weights(self, dense_whisper, tmp_path, capsys):
+        message = refused(capsys, "compress", dense_whisper, "--out", tmp_path / "out")
+        assert "--audio" in message and "--start svd" in message
+        options = ["--start", "svd", "--rank", 4, "--device", "cpu"]
+        assert run("compress", dense_whisper, *options, "--out", tmp_path / "out") == 0
+        assert json.loads((tmp_path / "out" / "compression.json").read_text())["data"] is None
+
+    def test_compress_refuses_models_that_are_compact(self, compressed, tmp_path, capsys):
+        for family, model in compressed.items():
+            words = ["compress", model, *DATA, "--out", tmp_path / f"{family} again"]
+            assert f"a residual_{family}" in refused(capsys, *words)
+
+    @pytest.mark.parametrize(
+        ("words", "problem"),
+        [
+            (["compress", "model", "--out", "out", "--rnak", "4"], "unrecognized arguments: --rnak"),
+            (["compress", "model"], "the following arguments are required: --out"),
+            (
+                ["distill", "s", "--teacher", "t", "--audio", "a", "--out", "o", "--max_step", "4"],
+                "--max-step;",
+            ),
+            (["distill", "s", "--audio", "a", "--out", "o"], "required: --teacher"),
+            (
+                ["finetune", "m", "--audio", "a", "--out", "o", "--max_steps", "few"],
+                "invalid int value: 'few'",
+            ),
+            (["squeeze"], "invalid choice: 'squeeze'"),
+        ],
+    )
+    def test_options_that_there_are_not_end_with_status_2(self, words, problem, capsys):
+        assert problem in misused(capsys, *words)
+
+    def test_a_model_that_no_hub_gives_has_one_line_with_the_way_without(self, tmp_path, capsys):
+        words = ["compress", "openai/whisper-base", *DATA, "--out", tmp_path / "a"]
+        message = refused(capsys, *words)
+        assert "`python research/pretrained.py openai/whisper-base`" in message
+        message = refused(capsys, "report", "nobody/nothing")
+        assert "cannot be loaded from the Hub" in message and "pretrained.py" not in message
+
+    def test_a_traceback_is_shown_on_request(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HRT_DEBUG", "1")
+        with pytest.raises(FileNotFoundError):
+            run("report", tmp_path / "options.json")
+
+    def test_options_of_another_family_are_refused(self, dense_whisper, dense_wav2vec2, tmp_path, capsys):
+        words = ["finetune", dense_whisper, *DATA, *TRAINING, "--remove", "x", "--out", tmp_path / "a"]
+        assert "--remove is for wav2vec2 models" in refused(capsys, *words)
+        words = ["finetune", dense_wav2vec2, *DATA, *TRAINING, "--task", "translate", "--out", tmp_path / "b"]
+        assert "--task is for Whisper models" in refused(capsys, *words)
+
+    def test_a_dense_model_has_no_report(self, dense_whisper, capsys):
+        assert "must have residual layers" in refused(capsys, "report", dense_whisper)
+
+
+def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed, dense_whisper):
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(compressed["whisper"])
+    assert isinstance(model, ResidualWhisperForConditionalGeneration)
+    assert model.dtype == torch.float16
+    assert model.config.residual_config.rank_pattern == {"fc2|output_dense": 6}
+    assert model.generation_config.is_multilingual
+    processor = AutoProcessor.from_pretrained(compressed["whisper"])
+    assert processor.tokenizer.english_spelling_normalizer == {"colour": "color"}
+    report = json.loads((compressed["whisper"] / "compression.json").read_text())
+    assert report["model"] == dense_whisper.name
+    assert 0 < report["parameters"]["encoder"]["ratio"] < 1
+    assert 0 <= report["conversion"]["mean_error"] < 1
+    assert (report["data"]["dataset"], report["data"]["split"]) == ("sample", "train")
+    assert isinstance(AutoModelForCTC.from_pretrained(compressed["wav2vec2"]), ResidualWav2Vec2ForCTC)
+
+
+def test_compress_reads_a_file_of_options_and_either_spelling(dense_whisper, tmp_path, capsys):
+    options = {"model": str(dense_whisper), "audio": str(SAMPLE), "language": "en", "max_samples": 6}
+    options |= {"size": 0.5, "bits": "none", "max_seconds": 1.0, "num_windows": 4, "streaming": False}
+    (tmp_path / "options.json").write_text(json.dumps({**options, "overwrite": True, "device": "cpu"}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note.txt").write_text("kept")
+    words = ["--size=0.7", "--batch_size", 2, "--dtype", "float32", "--out", tmp_path / "out"]
+    assert run("compress", tmp_path / "options.json", *words) == 0
+    text = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert report["parameters"]["encoder"]["ratio"] == pytest.approx(0.7, abs=0.05)
+    assert report["residual_config"]["shared_bits"] is None
+    assert (tmp_path / "out" / "note.txt").read_text() == "kept"
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32
+    run("report", tmp_path / "out")
+    assert capsys.readouterr().out.strip() in text
+
+
+def test_distill_trains_on_packed_windows_without_transcripts(tmp_path, compressed, dense_whisper):
+    output = tmp_path / "out"
+    options = ["--window-seconds", 0.8, "--eval-split", "validation", "--out", output]
+    # An option of the Trainer's may come first, and take nothing for itself.
+    words = ["distill", "--seed", "1", compressed["whisper"], "--teacher", dense_whisper]
+    assert run(*words, *DATA, *TRAINING, *options) == 0
+    assert all(name.startswith("model.encoder.") for name in moved(compressed["whisper"], output))
+    assert len(logged(output, "loss_final")) == 2
+    assert "eval_loss" in json.loads((output / "eval_results.json").read_text())
+    assert AutoProcessor.from_pretrained(output).tokenizer.english_spelling_normalizer
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(output)
+    assert isinstance(loaded, ResidualWhisperForConditionalGeneration)
+
+
+def test_distill_takes_transcripts_where_a_loss_needs_them(tmp_path, compressed, dense_whisper, capsys):
+    words = ["distill", compressed["whisper"], "--teacher", dense_whisper, *DATA, *TRAINING]
+    options = ["--labels-weight", 0.5, "--logits_weight", 1, "--out", tmp_path / "out"]
+    assert run(*words, *options) == 0
+    assert any(name.startswith("model.decoder.") for name in moved(compressed["whisper"], tmp_path / "out"))
+    for loss in ("final", "logits", "labels"):
+        assert len(logged(tmp_path / "out", f"loss_{loss}")) == 2
+    options = ["--labels-weight", 1, "--window-seconds", 0.5, "--out", tmp_path / "other"]
+    assert "window_seconds" in refused(capsys, *words, *options)
+
+
+def test_distill_trains_ctc_models_and_reads_a_file_of_options(tmp_path, compressed, dense_wav2vec2):
+    options = {"student": str(compressed["wav2vec2"]), "teacher": str(dense_wav2vec2), "hidden_weight": 2.0}
+    options |= {"learning_rates": {"shared": 0.0}, "out": str(tmp_path / "out")}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    assert run("distill", tmp_path / "options.json", *DATA, *TRAINING) == 0
+    names = moved(compressed["wav2vec2"], tmp_path / "out")
+    assert names
+    assert all(name.startswith("wav2vec2.encoder.") and ".shared." not in name for name in names)
+
+
+def test_an_interrupted_distillation_goes_on_as_if_nothing_had_been(tmp_path, compressed, dense_whisper):
+    words = ["distill", compressed["whisper"], "--teacher", dense_whisper, *DATA, *TRAINING]
+    words += ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert run(*words, "--out", tmp_path / "resumed", "--resume_from_checkpoint", "last") == 0
+    assert not moved(tmp_path / "whole", tmp_path / "resumed")
+    assert logged(tmp_path / "whole", "loss_final") == logged(tmp_path / "resumed", "loss_final")
+
+
+@pytest.mark.parametrize("kind", ["dense", "residual"])
+def test_finetune_trains_whichever_whisper_it_is_given(tmp_path, kind, compressed, dense_whisper):
+    model = dense_whisper if kind == "dense" else compressed["whisper"]
+    options = ["--freeze", "encoder", "--eval-split", "train", "--out", tmp_path / "out"]
+    assert run("finetune", model, *DATA, *TRAINING, *options) == 0
+    names = moved(model, tmp_path / "out")
+    assert names
+    assert all(name.startswith("model.decoder.") for name in names)
+    assert "eval_loss" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, ResidualWhisperForConditionalGeneration) == (kind == "residual")
+
+
+@pytest.mark.parametrize("kind", ["dense", "residual"])
+def test_finetune_trains_whichever_ctc_model_it_is_given(tmp_path, kind, compressed, dense_wav2vec2):
+    model = dense_wav2vec2 if kind == "dense" else compressed["wav2vec2"]
+    options = ["--text-case", "lower", "--remove", "[^a-z ]"]
+    options += ["--config_overrides", '{"ctc_loss_reduction": "mean"}', "--out", tmp_path / "out"]
+    assert run("finetune", model, *DATA, *TRAINING, *options) == 0
+    names = moved(model, tmp_path / "out")
+    assert "lm_head.weight" in names
+    assert not any(name.startswith("wav2vec2.feature_extractor.") for name in names)
+    loaded = AutoModelForCTC.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, ResidualWav2Vec2ForCTC) == (kind == "residual")
+    assert loaded.config.ctc_loss_reduction == "mean"
+
+
+def test_finetune_refuses_characters_that_the_vocabulary_lacks(tmp_path, dense_wav2vec2, capsys):
+    words = ["finetune", dense_wav2vec2, *DATA, *TRAINING, "--out", tmp_path / "out"]
+    assert "the tokenizer has no" in refused(capsys, *words)
+
+
+def test_streamed_data_trains_too(tmp_path, dense_whisper):
+    options = ["--streaming", "--shuffle-buffer", 4, "--out", tmp_path / "out"]
+    assert run("finetune", dense_whisper, *DATA, *TRAINING, *options) == 0
+    assert moved(dense_whisper, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_evaluate_writes_its_results_and_overwrites_nothing(tmp_path, monkeypatch, family, capsys):
+    torch.manual_seed(0)
+    if family == "whisper":
+        model = randomize_(WhisperForConditionalGeneration(tiny_whisper_config()))
+        model.generation_config, processor = whisper_generation_config(), whisper_processor()
+    else:
+        model, processor = Wav2Vec2ForCTC(tiny_wav2vec2_config()), wav2vec2_processor(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    soundfile.write(tmp_path / "one.wav", speech(0.2).numpy(), 16_000)
+    (tmp_path / "data.csv").write_text("file_name,text\none.wav,a bad cab\none.wav,bed\n")
+    words = ["evaluate", tmp_path / "model", "--audio", tmp_path / "data.csv", "--split", "all"]
+    words += ["--language", "en", "--max_new_tokens", "4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/hrt", *map(str, words)])
+    assert run(*words) == 0
+    assert re.search(r"2 clips: WER \d+\.\d\d %, CER \d+\.\d\d %$", capsys.readouterr().out.strip())
+    words += ["--out", tmp_path / "out"]
+    assert run(*words) == 0
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
+    assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
+    assert saved["command"].startswith("hrt evaluate model --audio data.csv")
+    assert "already holds files" in refused(capsys, *words)

@@ -1,0 +1,34 @@
+"""A short distillation is kept only where it helps on clips that it does not train on."""
+
+import torch
+from test_distillation import collate, ctc_data, ctc_pair, whisper_data, whisper_pair
+
+from hf_residual_transformer.training.recipe import short_distillation
+
+
+def distil(pair, data, tmp_path, **options):
+    student, teacher = pair()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "seed": 0, **options}
+    outcome = short_distillation(student, teacher, data, tmp_path, collator=collate, **settings)
+    same = all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    return outcome, same
+
+
+def test_a_distillation_that_lowers_the_loss_on_validation_clips_is_kept(tmp_path):
+    data = ctc_data(8, labels=False)
+    outcome, same = distil(ctc_pair, data, tmp_path, validation=data[:4], learning_rate=1e-3)
+    assert outcome.loss_after < outcome.loss_before
+    assert outcome.is_kept and not same
+
+
+def test_a_distillation_that_does_not_is_undone(tmp_path):
+    data = whisper_data(8, labels=False)
+    outcome, same = distil(whisper_pair, data, tmp_path, validation=data[:4], learning_rate=10.0)
+    assert outcome.loss_after > outcome.loss_before
+    assert not outcome.is_kept and same
+
+
+def test_without_validation_clips_the_result_is_kept(tmp_path):
+    outcome, same = distil(ctc_pair, ctc_data(8, labels=False), tmp_path, learning_rate=1e-3)
+    assert outcome.is_kept and not same and outcome.loss_before is None
