@@ -1,6 +1,6 @@
 """The Python code of README.md and of the guide runs, and every link of the docs leads to a file.
 
-Code runs on a tiny random Whisper instead of `openai/whisper-base`, and on a second of noise a clip instead of `sample`.
+The code runs on a tiny random Whisper instead of `openai/whisper-base`, and on clips of noise instead of `sample`.
 """
 
 from __future__ import annotations
