@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint floor latest wheel clean
+.PHONY: demo test lint floor latest wheel docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,5 +40,13 @@ latest: pyproject.toml  ## the tests with the newest versions that pyproject.tom
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
+docs: .venv-docs/.installed  ## the site in site/; docstrings are read from the source, so that torch is not needed
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-floor .venv-latest build dist *.egg-info
+	rm -rf $(VENV) .venv-docs .venv-floor .venv-latest build dist site *.egg-info

@@ -1,0 +1,94 @@
+"""The Python code of README.md and of the guide runs, and every link of the docs leads to a file.
+
+The code runs on a tiny random Whisper instead of `openai/whisper-base`, and on clips of noise instead of `sample`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+from conftest import (
+    SAMPLING_RATE,
+    randomize_,
+    speech,
+    tiny_whisper_config,
+    whisper_generation_config,
+    whisper_processor,
+)
+from transformers import WhisperForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = re.compile(
+    r"https://(?:github\.com/hf-residual-transformer/hf-residual-transformer/(?:blob|tree)/main"
+    r"|raw\.githubusercontent\.com/hf-residual-transformer/hf-residual-transformer/main)/"
+)
+# A wheel's tests run in a folder that has no documents.
+pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="documents are not here")
+
+
+def python_blocks(document: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def tiny_whisper(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    model = randomize_(WhisperForConditionalGeneration(tiny_whisper_config()))
+    model.generation_config = whisper_generation_config()
+    model.save_pretrained(folder)
+    whisper_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_sample(tmp_path_factory) -> Path:
+    """Eight clips to train on and two to test on, shorter than the tiny model's window of one second."""
+    folder = tmp_path_factory.mktemp("recordings")
+    names = [f"audio/train/en/{i}.ogg" for i in range(8)]
+    names += [f"audio/test/en/{name}.ogg" for name in ("agent-incorrect", "added")]
+    rows = []
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, speech(0.8, seed).numpy(), SAMPLING_RATE, format="OGG", subtype="VORBIS")
+        rows.append({"file_name": name, "text": "Added.", "language": "en", "split": name.split("/")[1]})
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_the_code_of_a_document_runs(document, tiny_whisper, tiny_sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(document)
+    assert blocks
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        code = block.replace('"openai/whisper-base"', repr(str(tiny_whisper)))
+        code = re.sub(r'"sample(/[^"]*)?"', lambda found: repr(f"{tiny_sample}{found[1] or ''}"), code)
+        code = code.replace("steps=60", "steps=2")
+        exec(compile(code, f"{document}, block {number}", "exec"), namespace)
+    assert (tmp_path / "compact" / "model.safetensors").is_file()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")
+)])  # fmt: skip
+def test_links_of_a_document_lead_to_files(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path = target.partition("#")[0]
+        if REPOSITORY.match(path):
+            linked = ROOT / REPOSITORY.sub("", path)
+        elif "://" in path or not path:
+            continue
+        else:
+            linked = (ROOT / document).parent / path
+        assert linked.exists(), f"{document} links to {target}"
