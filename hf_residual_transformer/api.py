@@ -300,6 +300,9 @@ def load_dense(
     import torch
     from transformers import AutoConfig, AutoProcessor
 
+    from .compression.inputs import refuse_adapter
+
+    refuse_adapter(model)
     if not isinstance(model, str | Path):
         residual_class_of(model)
         processor = _processor_of(model, processor)

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
 
 from ..configuration import ResidualConfig
 from ..families import LayerStack
@@ -31,7 +30,7 @@ from ..reporting import ConversionReport, ModuleError
 from .alignment import match_neurons, reorder_neurons
 from .allocation import Options, allocate, curves_of, open_options, size_without_ranks
 from .fitting import ITERATIONS, fit_group
-from .inputs import Batch, as_batches, frozen_view
+from .inputs import Batch, as_batches, frozen_view, refuse_adapter
 from .refinement import Streams
 from .statistics import Group, Statistics, collect, groups_with, metric_of, runs_of_layers
 
@@ -325,12 +324,8 @@ def _groups(options: Options, num_layers: int) -> list[Group]:
 def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
     """The dense model, loaded in float32 where an id or a folder is given, and checked."""
     dense_class = cls.dense_class()
+    refuse_adapter(dense)
     if isinstance(dense, (str, Path)):
-        if find_adapter_config_file(str(dense)) is not None:
-            raise ValueError(
-                f"`dense` must be a whole model, but {str(dense)!r} is an adapter: load it with PEFT, and pass what "
-                "merge_and_unload() gives"
-            )
         model_type = AutoConfig.from_pretrained(dense).to_dict()["model_type"]
         if model_type != cls.family.name:
             raise ValueError(
@@ -341,8 +336,7 @@ def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
         raise ValueError(f"`dense` must be a dense model, got a {type(dense).__name__}; merge() it first")
     if not isinstance(dense, dense_class):
         raise ValueError(
-            f"`dense` must be a {dense_class.__name__} for {cls.__name__}, got {type(dense).__name__}; if it carries "
-            "an adapter, merge it first, as with merge_and_unload()"
+            f"`dense` must be a {dense_class.__name__} for {cls.__name__}, got {type(dense).__name__}"
         )
     source = LayerStack(cls.family.encoder, dense)
     for layer in range(len(source)):

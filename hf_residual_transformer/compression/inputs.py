@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import find_adapter_config_file
 
 from ..families import frame_mask
 
 INPUT_NAMES = ("input_features", "input_values")
 Batch = dict[str, Tensor]
 Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer beside its hidden states
+
+
+def refuse_adapter(dense: Any) -> None:
+    """Raises ValueError for a model that PEFT wraps, and for the folder or id of an adapter."""
+    if isinstance(dense, (str, Path)):
+        is_adapter = find_adapter_config_file(str(dense)) is not None
+        name = repr(str(dense))
+    else:
+        is_adapter, name = hasattr(dense, "peft_config"), f"a {type(dense).__name__} with an adapter"
+    if is_adapter:
+        raise ValueError(
+            f"`dense` must be a whole model without an adapter, got {name}: merge the adapter first, and pass the "
+            "model that merge_and_unload() of PEFT gives"
+        )
 
 
 def frozen_view(model: Any) -> Any:

@@ -727,12 +727,18 @@ def test_what_an_adapter_adds_is_refused_and_never_lost(tmp_path):
         adapted.add_adapter(LoraConfig(r=2, target_modules=targets))
         with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
             from_dense(adapted)
+        del adapted.peft_config  # as if another library had wrapped its layers
+        with pytest.raises(ValueError, match=r"plain floating-point nn\.Linear|has no use for the weight"):
+            from_dense(adapted)
     wrapped = get_peft_model(dense_whisper(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"got PeftModel; .* merge it first"):
+    with pytest.raises(ValueError, match=r"got a PeftModel with an adapter: merge the adapter first"):
         from_dense(wrapped)
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is an adapter: load it with PEFT"):
+    with pytest.raises(ValueError, match=r"without an adapter, got .*: merge the adapter first"):
         from_dense(str(tmp_path))
+    for model in (wrapped, str(tmp_path)):
+        with pytest.raises(ValueError, match=r"merge the adapter first"):
+            hrt.compress(model, [], processor=object())
 
 
 def test_a_model_without_a_bias_that_its_class_has_is_refused():
