@@ -30,19 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--bits", help="most bits of a full matrix, 2 to 8 or none (default: 4)")
     how.add_argument("--num-windows", type=int, default=16, metavar="N", help="inputs of 30 s (default: 16)")
-    how.add_argument("--pack", type=float, default=0.75, help="part of them that joins clips (default: 0.75)")
+    how.add_argument(
+        "--pack", type=float, default=0.75, help="part of the windows that hold several clips (default: 0.75)"
+    )
     how.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)")
-    how.add_argument("--seed", type=int, default=0, help="of the choice of recordings (default: 0)")
+    how.add_argument("--seed", type=int, default=0, help="seed of the choice of recordings (default: 0)")
     how.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     how.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         default="float16",
-        help="of what is saved and not quantised (default: float16)",
+        help="dtype of weights that are not quantised (default: float16)",
     )
-    form = parser.add_argument_group("precise form", "instead of what --size chooses, as the paper gives it")
+    form = parser.add_argument_group(
+        "precise form", "settings by hand, as in the paper, where --size does not choose them"
+    )
     form.add_argument("--group-size", metavar="K", help="layers that share a matrix, null, or JSON by module")
-    form.add_argument("--rank", type=int, metavar="R", help=f"of what each layer adds (default: {RANK})")
+    form.add_argument(
+        "--rank", type=int, metavar="R", help=f"rank of each layer's low-rank part (default: {RANK})"
+    )
     form.add_argument("--rank-pattern", metavar="JSON", help="other ranks by module: '{\"fc2\": 64}'")
     form.add_argument("--diagonal", choices=("none", "square", "all"), help="matrices with a diagonal")
     form.add_argument("--share-biases", action="store_true", help="one bias a group, not one a layer")

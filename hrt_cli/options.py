@@ -38,14 +38,16 @@ def add_data_arguments(
         "--audio", required=required, metavar="DATA", help="folder or table of recordings, or data set id"
     )
     group.add_argument("--split", default=split, help=f"split of the data (default: {split})")
-    group.add_argument("--language", help="such as en; keeps its clips alone")
+    group.add_argument("--language", help="such as en; other clips are left out")
     if texts is not None:
         group.add_argument("--text-column", default="text", metavar="NAME", help=texts)
     group.add_argument("--config", metavar="NAME", help="configuration of a data set on the Hub")
     group.add_argument("--revision", metavar="NAME", help="revision of a data set on the Hub")
     group.add_argument("--audio-column", metavar="NAME", help="column with the audio (default: audio)")
     group.add_argument("--language-column", metavar="NAME", help="column with each clip's language")
-    group.add_argument("--source-sampling-rate", type=int, metavar="HZ", help="rate of rows with bare arrays")
+    group.add_argument(
+        "--source-sampling-rate", type=int, metavar="HZ", help="sampling rate of rows with bare arrays"
+    )
     group.add_argument("--max-seconds", type=float, metavar="S", help="leave out longer clips")
     group.add_argument("--max-samples", type=int, metavar="N", help="read only the first N clips")
     group.add_argument("--streaming", action="store_true", help="read while downloading, keeping nothing")
