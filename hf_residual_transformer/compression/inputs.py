@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import find_adapter_config_file
 
 from ..families import frame_mask
 
@@ -19,9 +18,9 @@ Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer bes
 
 
 def refuse_adapter(dense: Any) -> None:
-    """Raises ValueError for a model that PEFT wraps, and for the folder or id of an adapter."""
+    """Raises ValueError for a model that PEFT wraps, and for the folder of an adapter."""
     if isinstance(dense, (str, Path)):
-        is_adapter = find_adapter_config_file(str(dense)) is not None
+        is_adapter = (Path(dense) / "adapter_config.json").is_file()
         name = repr(str(dense))
     else:
         is_adapter, name = hasattr(dense, "peft_config"), f"a {type(dense).__name__} with an adapter"
