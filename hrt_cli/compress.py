@@ -71,7 +71,6 @@ def run(args: argparse.Namespace) -> None:
         model_bytes,
         prepare_output_dir,
         require_space,
-        save_processor,
     )
     from hf_residual_transformer.provenance import portable, provenance
     from hf_residual_transformer.quantization import BITS
@@ -110,7 +109,6 @@ def run(args: argparse.Namespace) -> None:
     parameters = size_report(model)
     print(model.conversion_report, parameters, sep="\n\n")
     model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
-    save_processor(processor, output_dir)
     report = {
         "model": portable(args.model),
         "residual_config": model.config.residual_config.to_dict(),
