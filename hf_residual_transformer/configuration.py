@@ -12,18 +12,34 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .quantization import FEWEST, MOST
+from .quantization import BLOCK, BLOCKS, FEWEST, MOST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as DenseConfig
 else:
     DenseConfig = object
 
+RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits")
 DIAGONALS = ("none", "square", "all")
 
 
 def _is_int(value: Any, minimum: int, maximum: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def _checked_pattern(name: str, pattern: Any, least: int, most: float) -> dict[str, int]:
+    """A copy of a dict from module names, or regular expressions of them, to integers."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"`{name}` must be a dict of integers by module name, got {pattern!r}")
+    bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+    for key, value in pattern.items():
+        if not _is_int(value, least, most):
+            raise ValueError(f"`{name}[{key!r}]` must be an integer {bounds}, got {value!r}")
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"`{name}` keys must be module names or regular expressions, got {key!r}") from error
+    return dict(pattern)
 
 
 def values_of(setting: Any) -> list[Any]:
@@ -47,6 +63,9 @@ class ResidualConfig:
         rank_pattern: ranks that differ from `rank`, in PEFT's form. A key is a regular expression for a module name
             or the end of a module path: `{"fc2": 64, r"layers\.0\.fc1": 128}`. The first key that matches
             counts; a key that never counts is an error when the model is built.
+        bits_pattern: bits of `U` that differ from `shared_bits`, in the same form. A group has the bits of its first
+            layer.
+        block_size: the number of weights in a row of a quantised `U` that have one scale: 32, 64 or 128.
         diagonal: the matrices that have a `D_l`: "none", "square" or "all". In a rectangular matrix, `D_l` has
             one entry for each position of the main diagonal.
         share_biases: whether the layers of a group share one bias, rather than having one each.
@@ -68,6 +87,8 @@ class ResidualConfig:
     share_biases: bool = False
     target_modules: tuple[str, ...] | None = None
     shared_bits: int | dict[str, int] | None = None
+    bits_pattern: dict[str, int] = field(default_factory=dict)
+    block_size: int = BLOCK
 
     def __post_init__(self) -> None:
         sizes = values_of(self.group_size)
@@ -78,19 +99,12 @@ class ResidualConfig:
             )
         if not _is_int(self.rank, 0):
             raise ValueError(f"`rank` must be an integer of at least 0, got {self.rank!r}")
-        if not isinstance(self.rank_pattern, dict):
+        for name, least, most in (("rank_pattern", 0, math.inf), ("bits_pattern", FEWEST, MOST)):
+            object.__setattr__(self, name, _checked_pattern(name, getattr(self, name), least, most))
+        if self.block_size not in BLOCKS or isinstance(self.block_size, bool):
             raise ValueError(
-                f"`rank_pattern` must be a dict of ranks by module name, got {self.rank_pattern!r}"
+                f"`block_size` must be one of {', '.join(map(str, BLOCKS))}, got {self.block_size!r}"
             )
-        for key, rank in self.rank_pattern.items():
-            if not _is_int(rank, 0):
-                raise ValueError(f"`rank_pattern[{key!r}]` must be an integer of at least 0, got {rank!r}")
-            try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"`rank_pattern` keys must be module names or regular expressions, got {key!r}"
-                ) from error
         if self.diagonal not in DIAGONALS:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
         if not isinstance(self.share_biases, bool):
@@ -111,7 +125,6 @@ class ResidualConfig:
                 f"`shared_bits` must be None where `group_size` leaves out `U`, got {self.shared_bits!r}; a "
                 "`group_size` of 1 gives each layer a `U` of its own"
             )
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         for name in ("group_size", "shared_bits"):
             if isinstance(getattr(self, name), dict):
                 object.__setattr__(self, name, dict(getattr(self, name)))
@@ -177,19 +190,24 @@ class ResidualConfig:
         """The number of adjacent layers that share a `U` of the modules called `role`; None if they have no `U`."""
         return self.group_size[role] if isinstance(self.group_size, dict) else self.group_size
 
-    def bits_of(self, role: str) -> int | None:
-        """The bits of each weight of `U` in the modules called `role`; None if `U` has floats or there is no `U`."""
+    def bits_of(self, role: str, path: str | None = None) -> int | None:
+        """The bits of each weight of `U`; None if `U` has floats or there is no `U`.
+
+        Args:
+            role: name of the module.
+            path: path of the matrix in the first layer of its group, such as `layers.3.self_attn.q_proj`. Without it,
+                `bits_pattern` does not count.
+        """
         if self.group_size_of(role) is None:
             return None
+        key = None if path is None else key_of(self.bits_pattern, path)
+        if key is not None:
+            return self.bits_pattern[key]
         return self.shared_bits.get(role) if isinstance(self.shared_bits, dict) else self.shared_bits
-
-    def pattern_of(self, path: str) -> str | None:
-        """The first key of `rank_pattern` that matches the matrix at `path`; None if no key matches."""
-        return next((key for key in self.rank_pattern if re.fullmatch(rf"(.*\.)?({key})", path)), None)
 
     def rank_of(self, path: str) -> int:
         """The rank of the matrix at `path`, such as `layers.3.self_attn.q_proj`."""
-        key = self.pattern_of(path)
+        key = key_of(self.rank_pattern, path)
         return self.rank if key is None else self.rank_pattern[key]
 
     def has_diagonal(self, out_features: int, in_features: int) -> bool:
@@ -197,14 +215,25 @@ class ResidualConfig:
         return self.diagonal == "all" or (self.diagonal == "square" and out_features == in_features)
 
 
+def key_of(pattern: dict[str, int], path: str) -> str | None:
+    """The first key of a `rank_pattern` or `bits_pattern` that matches the matrix at `path`; None if no key matches."""
+    return next((key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", path)), None)
+
+
 class ResidualConfigMixin(DenseConfig):
-    """Adds `residual_config` to a dense config class. It comes before the dense class in the bases.
+    """Adds `residual_config`, that of the encoder, to a dense config class. It comes before the dense class in the bases.
+
+    Classes with a decoder have two fields more. `decoder_residual_config` is the decoder's, or None where its layers
+    stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays
+    dense; its blocks have the `block_size` of the decoder, or else of the encoder.
 
     Each class has a `model_type` of its own, which is saved and by which the Auto classes find it. Instances have the
     dense `model_type`, by which the generation and the ASR pipeline of transformers recognise a Whisper.
     """
 
     residual_config: Any
+    decoder_residual_config: Any
+    embedding_bits: int | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = (type(self).model_type, self.dense_class().model_type)
@@ -220,11 +249,28 @@ class ResidualConfigMixin(DenseConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "residual_config" and not isinstance(value, ResidualConfig):
             value = ResidualConfig() if value is None else ResidualConfig.from_dict(value)
+        if name == "decoder_residual_config" and value is not None and not isinstance(value, ResidualConfig):
+            value = ResidualConfig.from_dict(value)
+        if name == "embedding_bits" and value is not None and not _is_int(value, FEWEST, MOST):
+            raise ValueError(f"`embedding_bits` must be from {FEWEST} to {MOST} or None, got {value!r}")
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain values of the dense config, and `residual_config` as a dict."""
-        return super().to_dict() | {"residual_config": self.residual_config.to_dict()}
+        """The plain values of the dense config, and the residual ones as dicts."""
+        values = super().to_dict() | {"residual_config": self.residual_config.to_dict()}
+        decoder = getattr(self, "decoder_residual_config", None)
+        return values if decoder is None else values | {"decoder_residual_config": decoder.to_dict()}
+
+    def residual_config_of(self, stack_name: str) -> ResidualConfig | None:
+        """The settings of the "encoder" or of the "decoder"; None for a stack that stays dense."""
+        name = "residual_config" if stack_name == "encoder" else "decoder_residual_config"
+        found: ResidualConfig | None = getattr(self, name, None)
+        return found
+
+    @property
+    def embedding_block_size(self) -> int:
+        """The number of weights of the token embedding that have one scale."""
+        return (self.residual_config_of("decoder") or self.residual_config).block_size
 
     @classmethod
     def dense_class(cls) -> type[DenseConfig]:
@@ -232,14 +278,15 @@ class ResidualConfigMixin(DenseConfig):
         return next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
 
     @classmethod
-    def from_dense_config(cls, config: DenseConfig, residual: ResidualConfig) -> Any:
-        """Makes a residual config that has every value of a dense model's config."""
-        return cls(**_portable(config), residual_config=residual)
+    def from_dense_config(cls, config: DenseConfig, residual: ResidualConfig, **fields: Any) -> Any:
+        """Makes a residual config that has every value of a dense model's config; `fields` are those of a decoder."""
+        return cls(**_portable(config), residual_config=residual, **fields)
 
     def to_dense_config(self) -> DenseConfig:
         """Makes a dense config that has every value of this one."""
         values = _portable(self)
-        del values["residual_config"]
+        for name in RESIDUAL_FIELDS:
+            values.pop(name, None)
         return self.dense_class()(**values)
 
 

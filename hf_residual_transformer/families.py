@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Encoder, Wav2Vec2EncoderStableLayerNorm
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stack:
     """A sequence of layers of one shape.
 
     Args:
-        name: "encoder".
+        name: "encoder" or "decoder".
         classes: classes of the module that owns the `layers`; the shared weights are registered on it.
         blocks: branches of one layer, in the order in which they run.
         post_norm: those of `classes` whose layers normalise the residual stream itself, after each addition.
@@ -109,6 +109,10 @@ class Stack:
         names = " or ".join(cls.__name__ for cls in self.classes)
         raise ValueError(f"{type(model).__name__} has no {self.name} ({names})")
 
+    def is_in(self, model: nn.Module) -> bool:
+        """Whether `model` has such layers; a classifier over an encoder has no decoder."""
+        return any(isinstance(module, self.classes) for module in model.modules())
+
 
 @dataclass(frozen=True)
 class Family:
@@ -116,7 +120,7 @@ class Family:
 
     Args:
         name: the dense `model_type`.
-        stacks: its stacks; the first is the encoder.
+        stacks: its stacks, in the order in which they run; the first is the encoder.
     """
 
     name: str
@@ -124,8 +128,15 @@ class Family:
 
     @property
     def encoder(self) -> Stack:
-        """The stack whose layers share weights."""
+        """The stack that hears the recording."""
         return self.stacks[0]
+
+    @property
+    def decoder(self) -> Stack | None:
+        """The stack that writes the text, if the family has one. Its owner has the `embed_tokens` for look-up and,
+        tied, for logits.
+        """
+        return self.stacks[1] if len(self.stacks) > 1 else None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -178,6 +189,24 @@ WHISPER = Family(
                     readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                     writer="self_attn.out_proj",
                     keys="self_attn.k_proj",
+                ),
+                Block(readers=("fc1",), writer="fc2", pointwise=True),
+            ),
+        ),
+        Stack(
+            name="decoder",
+            classes=(WhisperDecoder,),
+            blocks=(
+                Block(
+                    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                    writer="self_attn.out_proj",
+                    keys="self_attn.k_proj",
+                ),
+                Block(
+                    readers=("encoder_attn.q_proj",),
+                    memory=("encoder_attn.k_proj", "encoder_attn.v_proj"),
+                    writer="encoder_attn.out_proj",
+                    keys="encoder_attn.k_proj",
                 ),
                 Block(readers=("fc1",), writer="fc2", pointwise=True),
             ),

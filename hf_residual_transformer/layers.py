@@ -1,7 +1,8 @@
 """The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
 
 `SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
-`ResidualLinear` holds the components that belong to one layer. `modeling.py` puts them into a model.
+`ResidualLinear` holds the components that belong to one layer. `QuantizedEmbedding` holds a table of tokens in few bits,
+and `TiedOutput` computes logits with it. `modeling.py` puts them into a model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .quantization import BITS, BLOCK, dequantize, lowest
+from .quantization import BITS, BLOCK, Quantized, dequantize, lowest
 
 
 class SharedLinear(nn.Linear):
@@ -57,20 +58,20 @@ class SharedLinear(nn.Linear):
         return self.weight, None
 
 
-class QuantizedSharedLinear(nn.Module):
-    """A `SharedLinear` whose `U` is kept in few bits (`quantization.py`).
+class QuantizedWeight(nn.Module):
+    """A matrix that is kept in few bits (`quantization.py`).
 
     Training moves the scales and leaves the whole numbers, as in PEQA (https://arxiv.org/abs/2305.14152, section 3).
     It is not an `nn.Linear`, so that adapters which would be merged into its weight are refused.
 
     Args:
-        in_features: a multiple of 32.
-        out_features: any number.
-        bias: whether the group shares one.
+        in_features: number of columns, a multiple of `block_size`.
+        out_features: number of rows.
         device: of its tensors.
-        dtype: of scales and bias, and so of the dequantised weight. float16 holds the scales that `quantize` finds
+        dtype: of the scales, and so of the dequantised weight. float16 holds the scales that `quantize` finds
             exactly.
         bits: of each weight, from 2 to 8.
+        block_size: the number of weights in a row that have one scale.
     """
 
     weight_packed: Tensor
@@ -79,55 +80,139 @@ class QuantizedSharedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
         device: torch.device,
         dtype: torch.dtype,
         bits: int = BITS,
+        block_size: int = BLOCK,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.in_features, self.out_features, self.bits, self.block_size = (
+            in_features,
+            out_features,
+            bits,
+            block_size,
+        )
         shape = (out_features, in_features * bits // 8)
         self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
-        shape = (out_features, in_features // BLOCK)
+        shape = (out_features, in_features // block_size)
         self.weight_scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-
-    forward = SharedLinear.forward
 
     @property
     def weight(self) -> Tensor:
-        """`U`, (out_features, in_features), computed at each call."""
-        return dequantize(self.weight_packed, self.weight_scale)
+        """The matrix, (out_features, in_features), computed at each access."""
+        return dequantize(self.weight_packed, self.weight_scale, self.bits)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """`packed` and `scale`."""
         return self.weight_packed, self.weight_scale
 
+    @torch.no_grad()
+    def write(self, quantized: Quantized) -> None:
+        """Copies a quantised matrix of the same shape, bits and block size into the tensors."""
+        self.weight_packed.copy_(quantized.packed)
+        self.weight_scale.copy_(quantized.scale)
+
     def reset_parameters(self) -> None:
         """Random numbers of about the size that `nn.Linear` begins with; loaded ones are left alone."""
         init.copy_(self.weight_packed, torch.randint_like(self.weight_packed, 256))
         init.constant_(self.weight_scale, self.in_features**-0.5 / -lowest(self.bits))
+
+    def extra_repr(self) -> str:
+        """Shape for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"block_size={self.block_size}"
+        )
+
+
+class QuantizedSharedLinear(QuantizedWeight):
+    """A `SharedLinear` whose `U` is kept in few bits.
+
+    Args:
+        in_features: a multiple of `block_size`.
+        out_features: any number.
+        bias: whether the group shares one.
+        options: further arguments of `QuantizedWeight`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, *options: Any) -> None:
+        super().__init__(in_features, out_features, *options)
+        scale = self.weight_scale
+        self.bias = nn.Parameter(scale.new_empty(out_features)) if bias else None
+
+    forward = SharedLinear.forward
+
+    def reset_parameters(self) -> None:
+        """As in `QuantizedWeight`, with a bias of zeros."""
+        super().reset_parameters()
         if self.bias is not None:
             init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}"
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """A table of token vectors in few bits, (num_tokens, hidden_size), used for look-up and for logits.
+
+    Args:
+        dense: the embedding that it takes the place of.
+        bits: of each weight, from 2 to 8.
+        block_size: the number of weights that have one scale.
+    """
+
+    def __init__(self, dense: nn.Embedding, bits: int, block_size: int = BLOCK) -> None:
+        weight = dense.weight
+        super().__init__(
+            dense.embedding_dim, dense.num_embeddings, weight.device, weight.dtype, bits, block_size
         )
+        self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
+        self.padding_idx = dense.padding_idx
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
+        ids = input_ids.flatten()
+        rows = dequantize(self.weight_packed[ids], self.weight_scale[ids], self.bits)
+        return rows.unflatten(0, input_ids.shape)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
+        output: Tensor = _ComposedLinear.apply(hidden_states, None, *self.stored(), None, None, None)
+        return output
+
+
+class TiedOutput(nn.Module):
+    """The output projection that is tied to a `QuantizedEmbedding`, and has no weights of its own.
+
+    Args:
+        model: the model that owns the embedding; it is looked up at each call, and not registered here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_model"] = model
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's matrix, (num_tokens, hidden_size), computed at each access."""
+        weight: Tensor = self.__dict__["_model"].get_input_embeddings().weight
+        return weight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) to logits, (..., num_tokens)."""
+        logits: Tensor = self.__dict__["_model"].get_input_embeddings().logits(hidden_states)
+        return logits
 
 
 SHARED = (SharedLinear, QuantizedSharedLinear)
 
 
 def quantized_weights(module: nn.Module) -> Counter[int]:
-    """Number of weights that the `QuantizedSharedLinear`s in `module` hold, by their bits. For torch, only the scales
-    are parameters.
-    """
+    """Number of weights that `module` holds in few bits, by these bits. For torch, only the scales are parameters."""
     found: Counter[int] = Counter()
     for part in module.modules():
-        if isinstance(part, QuantizedSharedLinear):
+        if isinstance(part, QuantizedWeight):
             found[part.bits] += part.out_features * part.in_features
     return found
 
@@ -167,7 +252,8 @@ class _ComposedLinear(torch.autograd.Function):
     def forward(
         hidden_states: Tensor, bias: Tensor | None, stored: Tensor, scale: Tensor | None, *components: Any
     ) -> Tensor:
-        return F.linear(hidden_states, compose(_full(stored, scale), *components), bias)
+        weight = compose(_full(stored, scale, hidden_states.shape[-1]), *components)
+        return F.linear(hidden_states, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,7 +266,8 @@ class _ComposedLinear(torch.autograd.Function):
         hidden_states, stored, scale, lora_A, lora_B, diagonal = ctx.saved_tensors
         of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal = [None] * 7
         if ctx.needs_input_grad[0]:
-            of_input = grad @ compose(_full(stored, scale), lora_A, lora_B, diagonal).to(grad.dtype)
+            weight = compose(_full(stored, scale, hidden_states.shape[-1]), lora_A, lora_B, diagonal)
+            of_input = grad @ weight.to(grad.dtype)
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
             of_bias = rows.sum(0)
@@ -192,15 +279,15 @@ class _ComposedLinear(torch.autograd.Function):
             if diagonal is not None:
                 of_diagonal = of_shared.diagonal()
             if ctx.needs_input_grad[3]:
-                numbers = dequantize(stored, torch.ones_like(scale))
-                of_scale = (of_shared * numbers).unflatten(1, (-1, BLOCK)).sum(2)
+                numbers = _full(stored, torch.ones_like(scale), hidden_states.shape[-1])
+                of_scale = (of_shared * numbers).unflatten(1, (scale.shape[1], -1)).sum(2)
         of_shared = of_shared if ctx.needs_input_grad[2] else None
         return of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal
 
 
-def _full(stored: Tensor, scale: Tensor | None) -> Tensor:
+def _full(stored: Tensor, scale: Tensor | None, in_features: int) -> Tensor:
     """`U` from the tensors that hold it, see `SharedLinear.stored`."""
-    return stored if scale is None else dequantize(stored, scale)
+    return stored if scale is None else dequantize(stored, scale, stored.shape[1] * 8 // in_features)
 
 
 def compose(

@@ -1,5 +1,5 @@
-"""Turns a dense transformers class into its residual one: `ResidualMixin` swaps the encoder's linear modules
-after the dense class has built itself, so that no modelling code is copied.
+"""Turns a dense transformers class into its residual one: `ResidualMixin` swaps the linear modules of its layers, and
+its token embedding, after the dense class has built itself, so that no modelling code is copied.
 
 The layer is in `layers.py`, the way from trained dense weights in `conversion.py`.
 """
@@ -20,11 +20,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .configuration import ResidualConfig
-from .families import Family, groups_of
+from .configuration import ResidualConfig, key_of
+from .families import Family, Stack, groups_of
 from .folders import save_processor
-from .layers import SHARED, LowRankLinear, QuantizedSharedLinear, ResidualLinear, SharedLinear
-from .quantization import BLOCK
+from .layers import (
+    SHARED,
+    LowRankLinear,
+    QuantizedEmbedding,
+    QuantizedSharedLinear,
+    QuantizedWeight,
+    ResidualLinear,
+    SharedLinear,
+    TiedOutput,
+)
 
 if TYPE_CHECKING:
     DenseModel = PreTrainedModel
@@ -35,8 +43,8 @@ else:
 class ResidualMixin(DenseModel):
     """Makes a residual class of a dense one; it stands before the dense class in the bases.
 
-    `U` of every group is registered on the encoder, as `encoder.shared.<module>.<group>`, and everything
-    else keeps the name that it has in the dense model.
+    `U` of every group is registered on the encoder, as `encoder.shared.<module>.<group>`, or likewise on the decoder,
+    and everything else keeps the name that it has in the dense model.
     """
 
     family: ClassVar[Family]
@@ -53,11 +61,32 @@ class ResidualMixin(DenseModel):
                 f"dense model's weights, use {type(self).__name__}.from_dense(...)"
             )
         super().__init__(config, *args, **kwargs)
-        encoder = self.family.find_encoder(self)
-        _share_layers(encoder, self.family, config.residual_config)
-        # A group's layers may not be separated from its U by a `device_map` or an FSDP wrap policy.
-        self._no_split_modules = {type(encoder).__name__, *(self._no_split_modules or ())}
+        for stack in self.family.stacks:
+            residual = config.residual_config_of(stack.name)
+            if residual is None or not stack.is_in(self):
+                continue
+            owner = stack.find(self)
+            _share_layers(owner, self.family, stack, residual)
+            # A group's layers may not be separated from its U by a `device_map` or an FSDP wrap policy.
+            self._no_split_modules = {type(owner).__name__, *(self._no_split_modules or ())}
+        if getattr(config, "embedding_bits", None) and self.family.decoder and self.family.decoder.is_in(self):
+            self._quantize_embedding(config.embedding_bits, config.embedding_block_size)
         self.post_init()
+
+    def _quantize_embedding(self, bits: int, block_size: int) -> None:
+        """Puts a `QuantizedEmbedding` in the place of the token embedding, and of the output that is tied to it."""
+        embedding, output = self.get_input_embeddings(), self.get_output_embeddings()
+        if output is not None and not self.config.tie_word_embeddings:
+            raise ValueError("`embedding_bits` must be None for a model whose output is not tied to its embedding")
+        if embedding.embedding_dim % block_size:
+            raise ValueError(
+                f"`embedding_bits` must be None for an embedding of {embedding.embedding_dim} columns, which is no "
+                f"multiple of {block_size}, got {bits}"
+            )
+        self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size))
+        if output is not None:
+            self.set_output_embeddings(TiedOutput(self))
+            self._tied_weights_keys = None  # the output has no weight that could be tied
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -71,7 +100,7 @@ class ResidualMixin(DenseModel):
         """Initialises the residual components, wherever they are, and all else as the dense class does."""
         for module in self.modules():
             is_new = not getattr(module, "_is_hf_initialized", False)
-            if is_new and isinstance(module, (ResidualLinear, QuantizedSharedLinear)):
+            if is_new and isinstance(module, (ResidualLinear, QuantizedWeight)):
                 module.reset_parameters()
         super().initialize_weights()
 
@@ -103,16 +132,15 @@ class ResidualMixin(DenseModel):
                 "config.json (`residual_config`, sizes, labels) says; the report logged above lists them"
             ) from error
         model, info = loaded
-        encoder = cls.family.find_encoder(model)
-        encoder_name = next(
-            path.rpartition(".")[2] for path, module in model.named_modules() if module is encoder
-        )
+        owners = [stack.find(model) for stack in cls.family.stacks if stack.is_in(model)]
+        names = {path.rpartition(".")[2] for path, module in model.named_modules() if module in owners}
+        of_layers_or_table = re.compile(rf"\b({'|'.join(names)})\.(layers|shared|embed_tokens)\.|\bproj_out\.")
         for problem, keys in (
             ("lacks", info["missing_keys"]),
             ("has the wrong shape for", {key for key, *_ in info["mismatched_keys"]}),
             ("has no use for its", info["unexpected_keys"]),
         ):
-            of_layers = sorted(key for key in keys if re.search(rf"\b{encoder_name}\.(layers|shared)\.", key))
+            of_layers = sorted(key for key in keys if of_layers_or_table.search(key))
             if of_layers:
                 raise ValueError(
                     f"{checkpoint} does not fit {cls.__name__}: it {problem} {of_layers[0]!r} "
@@ -120,7 +148,7 @@ class ResidualMixin(DenseModel):
                     "from_dense(...); of a residual one, check `residual_config` in its config.json"
                 )
         for module in model.modules():
-            if isinstance(module, QuantizedSharedLinear) and not module.weight_packed.is_meta:
+            if isinstance(module, QuantizedWeight) and not module.weight_packed.is_meta:
                 # It is not cast to another dtype, so that without a copy it would keep the whole file mapped.
                 module.weight_packed = module.weight_packed.clone()
         return loaded if wants_info else model
@@ -153,7 +181,7 @@ class ResidualMixin(DenseModel):
         own = {
             f"{path}.{name}"
             for path, module in self.named_modules()
-            if isinstance(module, (ResidualLinear, *SHARED))
+            if isinstance(module, (ResidualLinear, *SHARED, QuantizedWeight))
             for name in module.state_dict()
         }
         weights = {key: value.clone() for key, value in self.state_dict().items() if key not in own}
@@ -162,6 +190,11 @@ class ResidualMixin(DenseModel):
             bias = linear.bias
             if bias is not None:
                 weights[f"{path}.bias"] = bias.clone()
+        for path, module in self.named_modules():
+            if isinstance(module, QuantizedEmbedding):
+                weights[f"{path}.weight"] = module.weight.clone()
+            if isinstance(module, TiedOutput):
+                weights[f"{path}.weight"] = module.weight.clone()
         with init.no_init_weights():
             dense = self.dense_class()(self.config.to_dense_config())
         dense.load_state_dict(weights, assign=True)
@@ -178,67 +211,73 @@ def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:
             yield path, module
 
 
-def _share_layers(encoder: Any, family: Family, config: ResidualConfig) -> None:
-    """Replaces the targeted `nn.Linear`s of every layer, and registers their shared weights on `encoder`."""
-    roles = family.encoder.roles
+def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConfig) -> None:
+    """Replaces the targeted `nn.Linear`s of every layer of a stack, and registers their shared weights on its owner."""
+    roles, place = stack.roles, f"{family.name} {stack.name} layer"
     for field, names in config.names().items():
         for name in names:
             if name not in roles:
                 raise ValueError(
-                    f"`{field}` must name modules of a {family.name} encoder layer ({', '.join(roles)}), "
-                    f"got {name!r}"
+                    f"`{field}` must name modules of a {place} ({', '.join(roles)}), got {name!r}"
                 )
-    used_patterns = set()
-    encoder.shared = nn.ModuleDict()
+    used: dict[str, set[str | None]] = {"rank_pattern": set(), "bits_pattern": set()}
+    owner.shared = nn.ModuleDict()
     for role, module_path in roles.items():
         if not config.is_target(role):
             continue
         group_size = config.group_size_of(role)
         bank = nn.ModuleList()
         if group_size is not None:
-            encoder.shared[module_path.replace(".", "_")] = bank
-        for group_idx, group in enumerate(groups_of(len(encoder.layers), group_size or 1)):
-            dense = encoder.layers[group[0]].get_submodule(module_path)
-            out_features, in_features = dense.weight.shape
+            owner.shared[module_path.replace(".", "_")] = bank
+        for group_idx, group in enumerate(groups_of(len(owner.layers), group_size or 1)):
+            dense = owner.layers[group[0]].get_submodule(module_path)
             has_bias = dense.bias is not None
             shares_bias = has_bias and config.share_biases and group_size is not None
             if group_size is not None:
-                bits = config.bits_of(role)
-                if bits and in_features % BLOCK:
-                    raise ValueError(
-                        f"`shared_bits` must be None for {module_path}, whose {in_features} inputs are no multiple of "
-                        f"{BLOCK}, got {bits}"
-                    )
-                weight = dense.weight
-                shape = (in_features, out_features, shares_bias, weight.device, weight.dtype)
-                bank.append(QuantizedSharedLinear(*shape, bits) if bits else SharedLinear(*shape))
+                first = f"layers.{group[0]}.{module_path}"
+                used["bits_pattern"].add(key_of(config.bits_pattern, first))
+                bank.append(_shared_like(dense, config, config.bits_of(role, first), shares_bias, module_path))
             for layer_idx in group:
                 path = f"layers.{layer_idx}.{module_path}"
-                used_patterns.add(config.pattern_of(path))
-                rank = _checked_rank(config, path, out_features, in_features, least=int(group_size is None))
-                own = {
-                    "diagonal": config.has_diagonal(out_features, in_features),
-                    "bias": has_bias and not shares_bias,
-                }
+                used["rank_pattern"].add(key_of(config.rank_pattern, path))
+                rank = _checked_rank(config, path, *dense.weight.shape, least=int(group_size is None))
+                own = {"diagonal": config.has_diagonal(*dense.weight.shape), "bias": has_bias and not shares_bias}
                 linear = (
                     LowRankLinear(dense.weight, layer_idx, rank, **own)
                     if group_size is None
                     else ResidualLinear(bank, group_idx, rank, **own)
                 )
-                encoder.layers[layer_idx].set_submodule(module_path, linear)
-    for key in config.rank_pattern:
-        if key not in used_patterns:
-            raise ValueError(
-                f"`rank_pattern` must name modules of the encoder ({', '.join(roles)}, or paths that end so) "
-                f"that no earlier key names, got {key!r}"
-            )
+                owner.layers[layer_idx].set_submodule(module_path, linear)
+    for field, keys in used.items():
+        for key in getattr(config, field):
+            if key not in keys:
+                raise ValueError(
+                    f"`{field}` must name modules of the {stack.name} ({', '.join(roles)}, or paths that end so) "
+                    f"that no earlier key names, got {key!r}"
+                )
+
+
+def _shared_like(
+    dense: nn.Linear, config: ResidualConfig, bits: int | None, bias: bool, module_path: str
+) -> SharedLinear | QuantizedSharedLinear:
+    """The module for the `U` of a group of matrices like `dense`."""
+    weight = dense.weight
+    shape = (dense.in_features, dense.out_features, bias, weight.device, weight.dtype)
+    if bits is None:
+        return SharedLinear(*shape)
+    if dense.in_features % config.block_size:
+        raise ValueError(
+            f"`shared_bits` must be None for {module_path}, whose {dense.in_features} inputs are no multiple of "
+            f"{config.block_size}, got {bits}"
+        )
+    return QuantizedSharedLinear(*shape, bits, config.block_size)
 
 
 def _checked_rank(config: ResidualConfig, path: str, out_features: int, in_features: int, least: int) -> int:
     rank = config.rank_of(path)
     most = min(out_features, in_features)
     if not least <= rank <= most:
-        field = "rank" if config.pattern_of(path) is None else "rank_pattern"
+        field = "rank" if key_of(config.rank_pattern, path) is None else "rank_pattern"
         bounds = f"at most {most}" if rank > most else f"at least {least} where nothing is shared"
         raise ValueError(
             f"`{field}` must be {bounds} for {path} of shape ({out_features}, {in_features}), got {rank}"

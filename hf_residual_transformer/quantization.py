@@ -1,6 +1,6 @@
-"""Quantises `U`: each weight becomes an integer of a few bits, and each block of 32 weights in a row has one scale.
+"""Quantises a matrix: each weight becomes an integer of a few bits, and each block of weights in a row has one scale.
 
-Integers of four bits range from -8 to 7, and blocks then hold the same numbers as Q4_0 in GGUF. The integers of a row
+Integers of four bits range from -8 to 7, and blocks of 32 then hold the same numbers as Q4_0 in GGUF. The integers of a row
 are packed without gaps, from the lowest bits of the first byte on. Columns are rounded one after another, and later
 columns compensate for the error that rounding a column makes in the outputs, as in GPTQ
 (https://arxiv.org/abs/2210.17323, section 3).
@@ -9,26 +9,41 @@ columns compensate for the error that rounding a column makes in the outputs, as
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BITS = 4  # by default
 FEWEST, MOST = 2, 8
-BLOCK = 32  # the number of weights that have one scale
+BLOCK = 32  # the number of weights that have one scale, by default
+SWEEPS = 4
+BLOCKS = (32, 64, 128)  # those that MatMulNBits of ONNX Runtime also has
 # Candidate scales, relative to the scale that maps the weight of the largest magnitude to the lowest integer. Smaller
 # scales clip that weight and make finer steps; negative scales map it to the highest integer.
 CANDIDATES = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, -1.0, -0.9, -0.8)
 
 
-def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
-    """The weight, of shape (out_features, in_features), in the dtype of `scale`.
+class Quantized(NamedTuple):
+    """A matrix of shape (out_features, in_features) in few bits.
 
     Args:
         packed: the packed integers as uint8, of shape (out_features, in_features * bits / 8).
-        scale: the scale of each block, of shape (out_features, in_features / BLOCK).
+        scale: the scale of each block, of shape (out_features, in_features / block_size).
+        bits: the bits of each weight.
     """
-    bits = packed.shape[1] * 8 // (scale.shape[1] * BLOCK)
+
+    packed: Tensor
+    scale: Tensor
+    bits: int
+
+    def weight(self) -> Tensor:
+        """The matrix, of shape (out_features, in_features), in the dtype of `scale`."""
+        return dequantize(*self)
+
+
+def dequantize(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The matrix that `Quantized` describes, in the dtype of `scale`."""
     places = _places(bits)
     numbers = packed.unflatten(1, (-1, len(places) * bits // 8))
     values = scale.new_empty(*numbers.shape[:2], len(places))
@@ -41,7 +56,7 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
         if shift + bits != 8:
             code = code & 2**bits - 1
         values[..., index] = code
-    return values.view(*scale.shape, BLOCK).add_(lowest(bits)).mul_(scale.unsqueeze(-1)).flatten(1)
+    return values.view(*scale.shape, -1).add_(lowest(bits)).mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 def lowest(bits: int) -> int:
@@ -49,37 +64,100 @@ def lowest(bits: int) -> int:
     return -(2 ** (bits - 1))
 
 
-def quantize(weight: Tensor, covariance: Tensor | None = None, bits: int = BITS) -> tuple[Tensor, Tensor]:
-    """Quantises a matrix, and returns `packed` and `scale` for `dequantize`. float16 holds the scales exactly.
+def quantize(
+    weight: Tensor,
+    covariance: Tensor | None = None,
+    bits: int = BITS,
+    block_size: int = BLOCK,
+    sweeps: int = SWEEPS,
+) -> Quantized:
+    """Quantises a matrix. float16 holds the scales exactly.
 
     Args:
-        weight: a matrix of shape (out_features, in_features); `in_features` must be a multiple of BLOCK.
+        weight: a matrix of shape (out_features, in_features); `in_features` must be a multiple of `block_size`.
         covariance: the covariance of the inputs, positive definite, of shape (in_features, in_features). With it, the
             error of the outputs is kept small; without it, each weight is rounded on its own.
         bits: the bits of each weight, from FEWEST to MOST.
+        block_size: the number of weights that have one scale.
+        sweeps: with a covariance, how often all scales and then all integers are improved, after the first rounding.
     """
-    weight = weight.double().clone()
+    weight = weight.double()
+    if covariance is None:
+        codes, scales = _round_onward(weight, None, bits, block_size)
+    else:
+        codes, scales = _round_onward(weight, covariance, bits, block_size)
+        for _ in range(sweeps):
+            scales = _best_scales(weight, codes, scales, covariance)
+            codes = _best_codes(weight, codes, scales, covariance, bits)
+    return Quantized(_pack((codes - lowest(bits)).to(torch.uint8), bits), scales, bits)
+
+
+def _round_onward(
+    weight: Tensor, covariance: Tensor | None, bits: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Integers, (out_features, in_features), and scales, by rounding one column after another, as in GPTQ."""
+    weight = weight.clone()
     matter = torch.ones_like(weight[0]) if covariance is None else covariance.diagonal()
     onward = None  # row j: how later columns compensate for the error of column j
     if covariance is not None:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
         onward = torch.linalg.cholesky(inverse, upper=True)
-    values, scales = torch.empty_like(weight), []
-    for start in range(0, weight.shape[1], BLOCK):
-        end = start + BLOCK
+    codes, scales = torch.empty_like(weight), []
+    for start in range(0, weight.shape[1], block_size):
+        end = start + block_size
         scale = _scale(weight[:, start:end], matter[start:end], bits)
+        scales.append(scale)
+        if onward is None:
+            codes[:, start:end] = _round(weight[:, start:end], scale.unsqueeze(1), bits)
+            continue
         lacking = torch.zeros_like(weight[:, start:end])
         for column in range(start, end):
             wanted = weight[:, column]
-            values[:, column] = _round(wanted, scale, bits)
-            if onward is not None:
-                missing = (wanted - values[:, column] * scale) / onward[column, column]
-                lacking[:, column - start] = missing
-                weight[:, column + 1 : end] -= torch.outer(missing, onward[column, column + 1 : end])
-        if onward is not None:
-            weight[:, end:] -= lacking @ onward[start:end, end:]
-        scales.append(scale)
-    return _pack((values - lowest(bits)).to(torch.uint8), bits), torch.stack(scales, dim=1)
+            codes[:, column] = _round(wanted, scale, bits)
+            missing = (wanted - codes[:, column] * scale) / onward[column, column]
+            lacking[:, column - start] = missing
+            weight[:, column + 1 : end] -= torch.outer(missing, onward[column, column + 1 : end])
+        weight[:, end:] -= lacking @ onward[start:end, end:]
+    return codes, torch.stack(scales, dim=1)
+
+
+def _best_scales(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tensor) -> Tensor:
+    """The scales that leave the smallest error of the outputs with these integers, by least squares for each row.
+
+    A scale that float16 cannot hold, or that would vanish, stays as it was.
+    """
+    blocks = codes.unflatten(1, (scales.shape[1], -1))  # (out_features, num_blocks, block_size)
+    rows = covariance.unflatten(0, (scales.shape[1], -1))  # (num_blocks, block_size, in_features)
+    gram = codes.new_empty(len(codes), scales.shape[1], scales.shape[1])
+    for index in range(scales.shape[1]):
+        product = blocks[:, index] @ rows[index]
+        gram[:, index] = (product.unflatten(1, (scales.shape[1], -1)) * blocks).sum(2)
+    wanted = ((weight @ covariance).unflatten(1, (scales.shape[1], -1)) * blocks).sum(2)
+    ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    found = torch.linalg.solve(gram, wanted).half().to(scales)
+    return torch.where(found.isfinite() & (found != 0), found, scales)
+
+
+def _best_codes(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tensor, bits: int) -> Tensor:
+    """The integers after one sweep of coordinate descent over the columns, as in QuantEase
+    (https://arxiv.org/abs/2309.01885): each integer becomes the best one, given all others of its row.
+    """
+    codes, block_size = codes.clone(), weight.shape[1] // scales.shape[1]
+    steps = scales.repeat_interleave(block_size, dim=1)
+    pull = (weight - codes * steps) @ covariance  # the gradient of the error, negated and halved
+    for start in range(0, weight.shape[1], block_size):
+        end = start + block_size
+        inside, moved = pull[:, start:end].clone(), torch.zeros_like(pull[:, start:end])
+        for column in range(start, end):
+            step = steps[:, column]
+            wanted = codes[:, column] + inside[:, column - start] / (covariance[column, column] * step)
+            found = _clamp(wanted.round(), bits)
+            moved[:, column - start] = change = (found - codes[:, column]) * step
+            codes[:, column] = found
+            inside -= torch.outer(change, covariance[column, start:end])
+        pull -= moved @ covariance[start:end]
+    return codes
 
 
 def _places(bits: int) -> list[tuple[int, int]]:
@@ -100,15 +178,19 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _round(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (values / scale).round().clamp(lowest(bits), -lowest(bits) - 1)
+    return _clamp((values / scale).round(), bits)
+
+
+def _clamp(codes: Tensor, bits: int) -> Tensor:
+    return codes.clamp(lowest(bits), -lowest(bits) - 1)
 
 
 def _scale(block: Tensor, matter: Tensor, bits: int) -> Tensor:
     """The candidate scale with the smallest squared error for each row, of shape (out_features,).
 
     Args:
-        block: the weights of one block, of shape (out_features, BLOCK).
-        matter: the weight of each column in the error, of shape (BLOCK,).
+        block: the weights of one block, of shape (out_features, block_size).
+        matter: the weight of each column in the error, of shape (block_size,).
         bits: the bits of each weight.
     """
     largest = block.gather(1, block.abs().argmax(1, keepdim=True))

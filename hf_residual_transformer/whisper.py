@@ -1,4 +1,4 @@
-"""Residual Whisper: the dense classes of transformers with shared encoder layers."""
+"""Residual Whisper: the dense classes of transformers with compact encoder and decoder layers and embedding."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from .modeling import ResidualMixin
 
 @strict
 class ResidualWhisperConfig(ResidualConfigMixin, WhisperConfig):
-    """`WhisperConfig` with a `residual_config`, a `ResidualConfig` or a dict of its fields."""
+    """`WhisperConfig` with a `residual_config` for the encoder and a `decoder_residual_config`, each a `ResidualConfig` or
+    a dict of its fields, and with `embedding_bits`; see `ResidualConfigMixin`.
+    """
 
     model_type = "residual_whisper"
     residual_config: ResidualConfig | dict | None = None
+    decoder_residual_config: ResidualConfig | dict | None = None
+    embedding_bits: int | None = None
 
 
 class ResidualWhisperModel(ResidualMixin, WhisperModel):
-    """`WhisperModel` whose encoder layers share weights."""
+    """`WhisperModel` in its compact form."""
 
     config_class = ResidualWhisperConfig
     family = WHISPER
 
 
 class ResidualWhisperForConditionalGeneration(ResidualMixin, WhisperForConditionalGeneration):
-    """`WhisperForConditionalGeneration` whose encoder layers share weights."""
+    """`WhisperForConditionalGeneration` in its compact form."""
 
     config_class = ResidualWhisperConfig
     family = WHISPER
 
 
 class ResidualWhisperForAudioClassification(ResidualMixin, WhisperForAudioClassification):
-    """`WhisperForAudioClassification` whose encoder layers share weights."""
+    """`WhisperForAudioClassification` in its compact form."""
 
     config_class = ResidualWhisperConfig
     family = WHISPER
