@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from .modeling import ResidualMixin
-from .quantization import BITS
+from .quantization import BLOCK
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,9 @@ def compress(
     batch_size: int = 1,
     pack: float = 0.75,
     seed: int = 0,
-    bits: int | None = BITS,
+    parts: Sequence[str] | None = None,
+    bits: int | Sequence[int] | str | None = "auto",
+    block_size: int = BLOCK,
     residual_config: ResidualConfig | None = None,
     start: str = "calibrated",
     iterations: int | None = None,
@@ -61,8 +63,9 @@ def compress(
         audio: a folder of recordings, a data set id on the Hub, a table file, a `datasets` data set, or rows
             `{"audio": {"array", "sampling_rate"}}`. A few minutes are enough, but of several speakers. None for the
             start "svd", which needs none.
-        size: bytes of the encoder's layers relative to dense, where every parameter that is not quantised counts 16
-            bits; by default 0.34, or 0.7 with `bits=None`, or what `residual_config` makes.
+        size: bytes of the whole saved model relative to dense in 16 bits; by default 0.31. With `parts=("encoder",)`,
+            `bits=None` or a `residual_config`, it is relative to the encoder's layers; by default 0.7 with `bits=None`,
+            or what `residual_config` makes.
         processor: the model's; by default the one saved with it. It becomes `model.processor` of the result, and is
             saved with it.
         split: of the data to calibrate on.
@@ -72,7 +75,10 @@ def compress(
         batch_size: windows at a time, which changes memory and speed, but not the result.
         pack: part of the windows in which short clips are joined.
         seed: of the choice of recordings.
-        bits: the most bits that a full matrix may have, or None for matrices in floating point.
+        parts: those of "encoder", "decoder" and "embed_tokens" that become compact; by default all that there are.
+        bits: the most bits that a full matrix may have, all numbers of bits that it may have, such as (4, 8), or None
+            for matrices in floating point; "auto" is 8.
+        block_size: the number of weights that have one scale: 32, 64 or 128.
         residual_config: what to share, instead of what `size` chooses; `size` then chooses the ranks alone.
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
         iterations: rounds of alternation for groups of layers that have no closed form.
@@ -89,7 +95,7 @@ def compress(
     require_extra("speech")
     from .speech.windows import calibration_batches
 
-    if residual_config is not None and bits != BITS:
+    if residual_config is not None and bits != "auto":
         raise ValueError(
             f"`bits` must not be set beside `residual_config`, which has its own `shared_bits`, got {bits!r}"
         )
@@ -102,7 +108,9 @@ def compress(
         calibration = calibration_batches(
             rows, processor, num_windows=num_windows, batch_size=batch_size, pack=pack
         )
-    options: dict[str, Any] = {} if residual_config is not None else {"shared_bits": bits}
+    options: dict[str, Any] = {}
+    if residual_config is None:
+        options = {"shared_bits": bits, "parts": parts, "block_size": block_size}
     if iterations is not None:
         options["iterations"] = iterations
     residual = residual_class_of(dense).from_dense(

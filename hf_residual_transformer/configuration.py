@@ -38,7 +38,9 @@ def _checked_pattern(name: str, pattern: Any, least: int, most: float) -> dict[s
         try:
             re.compile(key)
         except (re.error, TypeError) as error:
-            raise ValueError(f"`{name}` keys must be module names or regular expressions, got {key!r}") from error
+            raise ValueError(
+                f"`{name}` keys must be module names or regular expressions, got {key!r}"
+            ) from error
     return dict(pattern)
 
 
@@ -221,7 +223,7 @@ def key_of(pattern: dict[str, int], path: str) -> str | None:
 
 
 class ResidualConfigMixin(DenseConfig):
-    """Adds `residual_config`, that of the encoder, to a dense config class. It comes before the dense class in the bases.
+    """Adds `residual_config`, that of the encoder, to a dense config class. It comes before that class in the bases.
 
     Classes with a decoder have two fields more. `decoder_residual_config` is the decoder's, or None where its layers
     stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration import ResidualConfig, values_of
+from .configuration import RESIDUAL_FIELDS, ResidualConfig, values_of
 from .reporting import Count, format_bytes, size_report
 
 BODY = """---
@@ -17,10 +17,11 @@ BODY = """---
 
 # {name}
 
-{base_model} with a smaller encoder: {form}, as in
+{base_model} in fewer bytes: {form}, as in
 `W_l = U_g + B_l A_l + D_l` (ResidualTransformer, [arXiv 2310.02489](https://arxiv.org/abs/2310.02489)).
-The whole model takes {model}. The encoder's layers take {encoder}. Each number that is not
-quantised takes 16 bits; the decoder and the convolutions are unchanged.
+The whole model takes {model}.
+{parts}
+Each number that is not quantised takes 16 bits; everything else is unchanged.
 
 ## Use
 
@@ -134,7 +135,7 @@ def write_model_card(
         base_model=base_model,
         form=_form(model.config.residual_config),
         model=_size(sizes.model_bytes),
-        encoder=_size(sizes.encoder_bytes),
+        parts="\n".join(f"- {name}: {_size(count)}" for name, count in sizes.parts.items()),
         chosen=chosen,
         wer=evaluations[chosen],
         measured="\n".join(table),
@@ -142,14 +143,24 @@ def write_model_card(
         f"{hardware['cpu']} with {hardware['threads']} threads, transformers {details['versions']['transformers']} and "
         f"torch {details['versions']['torch']}.",
         made_by=f"`python {details['command']}` of hf-residual-transformer "
-        f"{details['versions']['hf_residual_transformer']}, with this `residual_config`:",
-        settings=json.dumps(model.config.residual_config.to_dict(), indent=2),
+        f"{details['versions']['hf_residual_transformer']}, with these settings:",
+        settings=json.dumps(settings_of(model.config), indent=2),
         distilled=" and distilled" if distilled else "",
         data=data,
     )
     path = folder / "README.md"
     ModelCard(text).save(path)
     return path
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of a residual config's compact parts, as plain values."""
+    values = {name: getattr(config, name, None) for name in RESIDUAL_FIELDS}
+    return {
+        name: value.to_dict() if isinstance(value, ResidualConfig) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _size(count: Count) -> str:
@@ -161,9 +172,10 @@ def _form(config: ResidualConfig) -> str:
     most = max((size for size in values_of(config.group_size) if size is not None), default=0)
     if not most:
         return "each layer has matrices of low rank"
-    bits = ""
-    if config.shared_bits:
-        bits = f" in {' or '.join(map(str, sorted(set(values_of(config.shared_bits)))))} bits"
+    numbers = set(config.bits_pattern.values())
+    if config.shared_bits is not None and (isinstance(config.shared_bits, dict) or not numbers):
+        numbers |= set(values_of(config.shared_bits))
+    bits = f" in {' or '.join(map(str, sorted(numbers)))} bits" if numbers else ""
     if most > 1:
         return f"layers share full matrices{bits} and keep a low-rank residual each"
     return f"each layer has its full matrices{bits} and a low-rank residual of its own"

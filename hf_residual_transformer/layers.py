@@ -1,8 +1,8 @@
 """The layer: `W_l = U_g + B_l A_l + D_l` (Wang & Li 2024, section 2, https://arxiv.org/abs/2310.02489).
 
 `SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
-`ResidualLinear` holds the components that belong to one layer. `QuantizedEmbedding` holds a table of tokens in few bits,
-and `TiedOutput` computes logits with it. `modeling.py` puts them into a model.
+`ResidualLinear` holds the components that belong to one layer. `QuantizedEmbedding` holds the vectors of tokens in few
+bits, and `TiedOutput` computes logits with it. `modeling.py` puts them into a model.
 """
 
 from __future__ import annotations

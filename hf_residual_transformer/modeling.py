@@ -69,15 +69,22 @@ class ResidualMixin(DenseModel):
             _share_layers(owner, self.family, stack, residual)
             # A group's layers may not be separated from its U by a `device_map` or an FSDP wrap policy.
             self._no_split_modules = {type(owner).__name__, *(self._no_split_modules or ())}
-        if getattr(config, "embedding_bits", None) and self.family.decoder and self.family.decoder.is_in(self):
+        if (
+            getattr(config, "embedding_bits", None)
+            and self.family.decoder
+            and self.family.decoder.is_in(self)
+        ):
             self._quantize_embedding(config.embedding_bits, config.embedding_block_size)
         self.post_init()
 
     def _quantize_embedding(self, bits: int, block_size: int) -> None:
         """Puts a `QuantizedEmbedding` in the place of the token embedding, and of the output that is tied to it."""
-        embedding, output = self.get_input_embeddings(), self.get_output_embeddings()
+        embedding: Any = self.get_input_embeddings()
+        output = self.get_output_embeddings()
         if output is not None and not self.config.tie_word_embeddings:
-            raise ValueError("`embedding_bits` must be None for a model whose output is not tied to its embedding")
+            raise ValueError(
+                "`embedding_bits` must be None for a model whose output is not tied to its embedding"
+            )
         if embedding.embedding_dim % block_size:
             raise ValueError(
                 f"`embedding_bits` must be None for an embedding of {embedding.embedding_dim} columns, which is no "
@@ -86,7 +93,7 @@ class ResidualMixin(DenseModel):
         self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size))
         if output is not None:
             self.set_output_embeddings(TiedOutput(self))
-            self._tied_weights_keys = None  # the output has no weight that could be tied
+            self._tied_weights_keys = {}  # the output has no weight that could be tied
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -134,7 +141,9 @@ class ResidualMixin(DenseModel):
         model, info = loaded
         owners = [stack.find(model) for stack in cls.family.stacks if stack.is_in(model)]
         names = {path.rpartition(".")[2] for path, module in model.named_modules() if module in owners}
-        of_layers_or_table = re.compile(rf"\b({'|'.join(names)})\.(layers|shared|embed_tokens)\.|\bproj_out\.")
+        of_layers_or_table = re.compile(
+            rf"\b({'|'.join(names)})\.(layers|shared|embed_tokens)\.|\bproj_out\."
+        )
         for problem, keys in (
             ("lacks", info["missing_keys"]),
             ("has the wrong shape for", {key for key, *_ in info["mismatched_keys"]}),
@@ -236,12 +245,17 @@ def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConf
             if group_size is not None:
                 first = f"layers.{group[0]}.{module_path}"
                 used["bits_pattern"].add(key_of(config.bits_pattern, first))
-                bank.append(_shared_like(dense, config, config.bits_of(role, first), shares_bias, module_path))
+                bank.append(
+                    _shared_like(dense, config, config.bits_of(role, first), shares_bias, module_path)
+                )
             for layer_idx in group:
                 path = f"layers.{layer_idx}.{module_path}"
                 used["rank_pattern"].add(key_of(config.rank_pattern, path))
-                rank = _checked_rank(config, path, *dense.weight.shape, least=int(group_size is None))
-                own = {"diagonal": config.has_diagonal(*dense.weight.shape), "bias": has_bias and not shares_bias}
+                rank = _checked_rank(config, path, dense.weight.shape, least=int(group_size is None))
+                own = {
+                    "diagonal": config.has_diagonal(*dense.weight.shape),
+                    "bias": has_bias and not shares_bias,
+                }
                 linear = (
                     LowRankLinear(dense.weight, layer_idx, rank, **own)
                     if group_size is None
@@ -273,8 +287,8 @@ def _shared_like(
     return QuantizedSharedLinear(*shape, bits, config.block_size)
 
 
-def _checked_rank(config: ResidualConfig, path: str, out_features: int, in_features: int, least: int) -> int:
-    rank = config.rank_of(path)
+def _checked_rank(config: ResidualConfig, path: str, shape: tuple[int, int], least: int) -> int:
+    rank, (out_features, in_features) = config.rank_of(path), shape
     most = min(out_features, in_features)
     if not least <= rank <= most:
         field = "rank" if key_of(config.rank_pattern, path) is None else "rank_pattern"

@@ -1,9 +1,9 @@
 """Quantises a matrix: each weight becomes an integer of a few bits, and each block of weights in a row has one scale.
 
-Integers of four bits range from -8 to 7, and blocks of 32 then hold the same numbers as Q4_0 in GGUF. The integers of a row
-are packed without gaps, from the lowest bits of the first byte on. Columns are rounded one after another, and later
+Integers of four bits range from -8 to 7, and blocks of 32 then hold the same numbers as Q4_0 in GGUF. The integers of a
+row are packed without gaps, from the lowest bits of the first byte on. Columns are rounded one after another, and later
 columns compensate for the error that rounding a column makes in the outputs, as in GPTQ
-(https://arxiv.org/abs/2210.17323, section 3).
+(https://arxiv.org/abs/2210.17323, section 3). Then scales and integers are improved in turns.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import SHARED, ResidualLinear, quantized_weights
+from .layers import SHARED, QuantizedEmbedding, ResidualLinear, quantized_weights
 
 FLOAT_BITS = 16
 COMPONENTS = ("shared", "lora", "diagonal", "biases", "layer_norms", "other")
@@ -47,8 +47,8 @@ class SizeReport:
 
     Args:
         model_bytes: bytes of the whole saved model.
-        encoder_bytes: bytes of the encoder's layers and of the matrices that they share. Embeddings, convolutions and
-            the norm after the last layer do not count.
+        parts: bytes of its compact parts: "encoder layers" and "decoder layers" with the matrices that they share, and
+            "token embedding". Convolutions, positions and the norms after the last layers belong to none.
         model: parameters of the whole model.
         encoder: parameters of the encoder's layers, the sum of `components`.
         components: parameters of the encoder's layers by component: "shared" (every `U`, with its scales where it is
@@ -57,10 +57,15 @@ class SizeReport:
     """
 
     model_bytes: Count
-    encoder_bytes: Count
+    parts: dict[str, Count]
     model: Count
     encoder: Count
     components: dict[str, Count]
+
+    @property
+    def encoder_bytes(self) -> Count:
+        """Bytes of the encoder's layers."""
+        return self.parts["encoder layers"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -70,12 +75,13 @@ class SizeReport:
         return {
             "model_bytes": self.model_bytes.to_dict(),
             "encoder_bytes": self.encoder_bytes.to_dict(),
+            "parts": {name: count.to_dict() for name, count in self.parts.items()},
             "model": self.model.to_dict(),
             "encoder": {**self.encoder.to_dict(), "components": components},
         }
 
     def __str__(self) -> str:
-        in_bytes = {"whole model": self.model_bytes, "encoder layers": self.encoder_bytes}
+        in_bytes = {"whole model": self.model_bytes, **self.parts}
         parameters = {"whole model": self.model, "encoder layers": self.encoder}
         parameters |= {f"  {name.replace('_', ' ')}": count for name, count in self.components.items()}
         return "\n\n".join(
@@ -108,18 +114,40 @@ def size_report(model: nn.Module) -> SizeReport:
     Raises:
         ValueError: if `model` has no residual layers.
     """
-    encoder: Any = next(
-        (m for m in model.modules() if isinstance(getattr(m, "shared", None), nn.ModuleDict)), None
-    )
-    if encoder is None:
+    owners = {name: module for name, module in model.named_modules() if hasattr(module, "shared")}
+    owners = {name: module for name, module in owners.items() if isinstance(module.shared, nn.ModuleDict)}
+    if not owners:
         raise ValueError(
             f"`model` must have residual layers, got {type(model).__name__}; make one with a residual "
             "class's from_dense(...)"
         )
+    saved = whole = sum(map(_saved_bytes, _saved_tensors(model)))
+    parts: dict[str, Count] = {}
+    parameters, components = [], []
+    for owner in owners.values():
+        layers, layer_bytes, of_layers = _layers_report(owner)
+        parts["decoder layers" if parts else "encoder layers"] = layer_bytes
+        parameters.append(layers)
+        components.append(of_layers)
+    for module in model.modules():
+        if isinstance(module, QuantizedEmbedding):
+            number = module.out_features * module.in_features
+            scales = module.weight_scale.numel()
+            in_bytes = module.weight_packed.nbytes + scales * FLOAT_BITS // 8
+            parts["token embedding"] = Count(in_bytes, number * FLOAT_BITS // 8)
+            parameters.append(Count(number + scales, number))
+    saved += sum(count.dense - count.unique for count in parts.values())
+    unique = sum(parameter.numel() for parameter in model.parameters()) + quantized_weights(model).total()
+    dense = unique + sum(count.dense - count.unique for count in parameters)
+    return SizeReport(Count(whole, saved), parts, Count(unique, dense), parameters[0], components[0])
+
+
+def _layers_report(owner: Any) -> tuple[Count, Count, dict[str, Count]]:
+    """Parameters and bytes of the layers of a stack and of the matrices that they share; parameters by component."""
     unique = dict.fromkeys(COMPONENTS, 0)
     dense = dict.fromkeys(COMPONENTS, 0)
-    quantized = quantized_weights(encoder.shared)
-    for module in _modules(encoder.layers, encoder.shared):
+    quantized = quantized_weights(owner.shared)
+    for module in _modules(owner.layers, owner.shared):
         for name, parameter in module.named_parameters(recurse=False):
             component = _component(module, name)
             unique[component] += parameter.numel()
@@ -132,15 +160,7 @@ def size_report(model: nn.Module) -> SizeReport:
     layers = Count(sum(unique.values()), sum(dense.values()))
     in_floats = layers.unique - quantized.total() + quantized_size(quantized)
     layer_bytes = Count(round(in_floats * FLOAT_BITS / 8), layers.dense * FLOAT_BITS // 8)
-    whole = sum(parameter.numel() for parameter in model.parameters()) + quantized.total()
-    saved = sum(map(_saved_bytes, _saved_tensors(model)))
-    return SizeReport(
-        model_bytes=Count(saved, saved - layer_bytes.unique + layer_bytes.dense),
-        encoder_bytes=layer_bytes,
-        model=Count(whole, whole - layers.unique + layers.dense),
-        encoder=layers,
-        components={name: Count(unique[name], dense[name]) for name in COMPONENTS},
-    )
+    return layers, layer_bytes, {name: Count(unique[name], dense[name]) for name in COMPONENTS}
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -196,6 +216,7 @@ class ModuleError:
     module: str
     rank: int
     error: float
+    stack: str = "encoder"
 
 
 @dataclass(frozen=True)
@@ -218,27 +239,34 @@ class ConversionReport:
         """The mean of the relative errors of all matrices."""
         return sum(entry.error for entry in self.errors) / len(self.errors)
 
-    def table(self) -> tuple[list[str], list[int], list[list[float]]]:
+    def table(self, stack: str = "encoder") -> tuple[list[str], list[int], list[list[float]]]:
         """Module names, layer indices, and a row of errors for each layer; NaN where a matrix stayed dense."""
-        modules = list(dict.fromkeys(entry.module for entry in self.errors))
-        layers = sorted({entry.layer for entry in self.errors})
-        values = {(entry.layer, entry.module): entry.error for entry in self.errors}
+        errors = [entry for entry in self.errors if entry.stack == stack]
+        modules = list(dict.fromkeys(entry.module for entry in errors))
+        layers = sorted({entry.layer for entry in errors})
+        values = {(entry.layer, entry.module): entry.error for entry in errors}
         return modules, layers, [[values.get((layer, m), float("nan")) for m in modules] for layer in layers]
+
+    @property
+    def stacks(self) -> list[str]:
+        """The stacks that have errors, "encoder" and "decoder"."""
+        return list(dict.fromkeys(entry.stack for entry in self.errors))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self) | {"mean_error": self.mean_error}
 
     def __str__(self) -> str:
-        modules, layers, rows = self.table()
-        width = max(len(m) for m in modules) + 2
         lines = [
             f"relative error of the {self.measured_on} ({self.start} start), mean {self.mean_error:.4f}",
-            "layer" + "".join(f"{m:>{width}}" for m in modules),
         ]
-        lines += [
-            f"{layer:>5}" + "".join(f"{v:>{width}.4f}" for v in row) for layer, row in zip(layers, rows)
-        ]
+        for stack in self.stacks:
+            modules, layers, rows = self.table(stack)
+            width = max(len(m) for m in modules) + 2
+            lines.append(f"{stack:<7}" + "".join(f"{m:>{width}}" for m in modules))
+            lines += [
+                f"{layer:>7}" + "".join(f"{v:>{width}.4f}" for v in row) for layer, row in zip(layers, rows)
+            ]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -250,22 +278,25 @@ class ConversionReport:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
-        modules, layers, rows = self.table()
-        seen = [value for row in rows for value in row if value > 0]
+        tables = {stack: self.table(stack) for stack in self.stacks}
+        seen = [value for _, _, rows in tables.values() for row in rows for value in row if value > 0]
         norm = LogNorm(max(min(seen, default=1e-6), 1e-6), max(max(seen, default=1.0), 1e-5))
-        figure = Figure(figsize=(1.2 * len(modules) + 2, 0.45 * len(layers) + 1.6), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(rows, norm=norm, aspect="auto", cmap="viridis_r")
-        axes.set_xticks(range(len(modules)), modules)
-        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-        axes.set_ylabel("encoder layer")
-        axes.set_title(f"relative error of the {self.measured_on}, {self.start} start")
-        for y, row in enumerate(rows):
-            for x, value in enumerate(row):
-                if not math.isnan(value):
-                    dark = value > 0 and norm(value) > 0.5
-                    axes.text(
-                        x, y, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black"
-                    )
-        figure.colorbar(image, ax=axes)
+        width = sum(1.2 * len(modules) + 1 for modules, _, _ in tables.values()) + 1
+        height = max(0.45 * len(layers) for _, layers, _ in tables.values()) + 1.8
+        figure = Figure(figsize=(width, height), layout="constrained")
+        grid = figure.subplots(
+            1, len(tables), squeeze=False, width_ratios=[len(modules) for modules, _, _ in tables.values()]
+        )
+        for axes, (stack, (modules, layers, rows)) in zip(grid[0], tables.items()):
+            image = axes.imshow(rows, norm=norm, aspect="auto", cmap="viridis_r")
+            axes.set_xticks(range(len(modules)), modules, rotation=30 if len(tables) > 1 else 0)
+            axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+            axes.set_ylabel(f"{stack} layer")
+            for y, row in enumerate(rows):
+                for x, value in enumerate(row):
+                    if not math.isnan(value):
+                        color = "white" if value > 0 and norm(value) > 0.5 else "black"
+                        axes.text(x, y, f"{value:.3f}", ha="center", va="center", color=color)
+        figure.suptitle(f"relative error of the {self.measured_on}, {self.start} start")
+        figure.colorbar(image, ax=grid[0])
         figure.savefig(path, dpi=120)

@@ -17,8 +17,8 @@ from .modeling import ResidualMixin
 
 @strict
 class ResidualWhisperConfig(ResidualConfigMixin, WhisperConfig):
-    """`WhisperConfig` with a `residual_config` for the encoder and a `decoder_residual_config`, each a `ResidualConfig` or
-    a dict of its fields, and with `embedding_bits`; see `ResidualConfigMixin`.
+    """`WhisperConfig` with a `residual_config` for the encoder and a `decoder_residual_config`, each a `ResidualConfig`
+    or a dict of its fields, and with `embedding_bits`; see `ResidualConfigMixin`.
     """
 
     model_type = "residual_whisper"

@@ -1,6 +1,6 @@
 """Compresses a Whisper or wav2vec2 model, with recordings like those that it will hear:
 
-    hrt compress openai/whisper-base --audio my-recordings --size 0.34 --out compact
+    hrt compress openai/whisper-base --audio my-recordings --size 0.31 --out compact
 
 Transcripts are not read. A few minutes are enough, but of several speakers. By default --size chooses everything else.
 The folder gets the model, its processor, and compression.json with settings, sizes and the error of each matrix.
@@ -26,9 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, split="train", required=False)
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--size", type=float, help="of the encoder's layers in bytes, relative to dense (default: 0.34)"
+        "--size", type=float, help="bytes of the whole saved model, relative to dense (default: 0.31)"
     )
-    how.add_argument("--bits", help="most bits of a full matrix, 2 to 8 or none (default: 4)")
+    how.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("encoder", "decoder", "embed_tokens"),
+        help="what becomes compact (default: all); with encoder alone, the size is that of its layers",
+    )
+    how.add_argument(
+        "--bits", help="most bits of a full matrix, 2 to 8, a JSON list such as [4, 8], or none (default: 8)"
+    )
+    how.add_argument(
+        "--block-size", type=int, default=32, help="weights that have one scale: 32, 64 or 128 (default: 32)"
+    )
     how.add_argument("--num-windows", type=int, default=16, metavar="N", help="inputs of 30 s (default: 16)")
     how.add_argument(
         "--pack", type=float, default=0.75, help="part of the windows that hold several clips (default: 0.75)"
@@ -72,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
         prepare_output_dir,
         require_space,
     )
+    from hf_residual_transformer.hub import settings_of
     from hf_residual_transformer.provenance import portable, provenance
-    from hf_residual_transformer.quantization import BITS
 
     bits = _bits(args)
     residual_config = _residual_config(args, bits)
@@ -88,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
     require_space(output_dir, model_bytes(dense))
     options: dict[str, Any] = {}
     if residual_config is None:
-        options["bits"] = BITS if args.bits is None else bits
+        options["bits"] = "auto" if args.bits is None else bits
+        options |= {"parts": args.parts, "block_size": args.block_size}
     model = compress(
         dense,
         args.audio if calibrated else None,
@@ -111,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
     report = {
         "model": portable(args.model),
-        "residual_config": model.config.residual_config.to_dict(),
+        **settings_of(model.config),
         "parameters": parameters.to_dict(),
         "conversion": model.conversion_report.to_dict(),
         "data": described_data(args, portable) if calibrated else None,

@@ -22,7 +22,7 @@ from baseline_parts import (
 )
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.compression.conversion import residual_like
+from hf_residual_transformer.compression.conversion import ENCODER, Plan, residual_like
 from hf_residual_transformer.compression.fitting import Components, quantize_for, truncate
 from hf_residual_transformer.families import WHISPER, groups_of
 from hf_residual_transformer.quantization import BITS
@@ -39,7 +39,8 @@ def ours(dense: Any, calibration: Calibration, budget: float) -> Any:
 
 def ours_in_four_bits(dense: Any, calibration: Calibration, budget: float) -> Any:
     """Lets `from_dense` choose, with at most four bits for `U` and 16 for everything else in the encoder's layers."""
-    model = _from_dense(dense, None, calibration=calibration.batches, budget=budget, shared_bits=BITS)
+    options: dict[str, Any] = {"shared_bits": BITS, "parts": (ENCODER,)}
+    model = _from_dense(dense, None, calibration=calibration.batches, budget=budget, **options)
     return _in_16_bits(model)
 
 
@@ -53,9 +54,7 @@ def rounded(dense: Any, calibration: Calibration, budget: float, *, bits: int, f
         for (layer, path), linear in linears_of(dense).items():
             products = calibration.moments[layer, path].products
             shared = model.get_encoder().layers[layer].get_submodule(path).shared
-            packed, scale = quantize_for(linear.weight.detach(), products, bits)
-            shared.weight_packed.copy_(packed)
-            shared.weight_scale.copy_(scale)
+            shared.write(quantize_for(linear.weight.detach(), products, bits, sweeps=0))
     return _in_16_bits(model)
 
 
@@ -122,7 +121,7 @@ def _tie(
     """Returns the squared error of the weights, and the model."""
     linears, model, left = (
         linears_of(dense),
-        residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, config),
+        residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, Plan({ENCODER: config})),
         0.0,
     )
     last = len(dense.get_encoder().layers) - 1

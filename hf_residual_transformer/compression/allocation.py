@@ -1,314 +1,373 @@
-"""Step 3: ranks, group sizes and bits for a budget, spent where a byte keeps the encoder's final states best.
+"""Step 3: group sizes, bits and ranks for a budget, spent where a byte keeps the objective best.
 
-The error that a rank leaves follows from the statistics of `statistics.py`, without fitting anything.
+The error that a rank leaves follows from the statistics of `statistics.py`, without fitting anything. All parts of a
+model have the same unit of error, so that one search serves encoder, decoder and embedding.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..configuration import ResidualConfig
-from ..families import LayerStack
-from ..quantization import BLOCK, FEWEST
+from ..families import LayerStack, groups_of
+from ..quantization import BLOCK, quantize
 from ..reporting import quantized_size
-from .fitting import rounded
-from .statistics import TINY, Group, Statistics, metric_of, parallel_sum
+from .fitting import quantize_for
+from .statistics import TINY, EmbeddingStatistics, Group, Statistics, metric_of, parallel_sum
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
 # The second fit, in `refinement.py`, removes more of the error of a matrix that belongs to one layer than of a shared
 # one. So when group sizes are compared, errors of shared matrices count more; docs/LOG.md has the measurements.
 SHARED_COST = 2.5
 HALVINGS = 50  # in the search for the price of a parameter
+REFERENCE_BITS = 3  # errors with other bits are estimated from those with this number
+SAMPLED_ROWS = 8  # every eighth row of a matrix is enough to compare numbers of bits
+EMBEDDING = "embed_tokens"
 
-Sharing = tuple[int | None, int | None]  # group size and bits of `U`
-Options = dict[str, list[Sharing]]  # to choose from, by module path
 
-
-def open_options(shared_bits: int | None, scarce: bool) -> list[Sharing]:
-    """Group sizes and bits to try for each module where the user leaves them open.
+@dataclass(frozen=True)
+class Search:
+    """What may be chosen for one stack.
 
     Args:
-        shared_bits: the most bits of a `U`; None for floating point. A quantised `U` for each single layer may pay.
-        scarce: whether the bytes are too few for a `U` of that many bits for each layer, so that fewer are tried.
+        source: the dense stack.
+        config: settings that are given, or whose ranks, sizes and bits are to be chosen.
+        numbers: the numbers of bits that a `U` may have where everything is open, None for floating point. Without
+            `is_open` they do not count.
+        is_open: whether group sizes and bits are to be chosen too.
     """
-    if shared_bits is None:
-        return [(None, None), (2, None)]
-    fewest = FEWEST if scarce else shared_bits
-    return [(None, None), *((1, bits) for bits in range(fewest, shared_bits + 1)), (2, shared_bits)]
+
+    source: LayerStack
+    config: ResidualConfig
+    numbers: tuple[int, ...] | None = None
+    is_open: bool = False
+
+    def sizes(self, path: str) -> list[int | None]:
+        """Group sizes of the matrices at a module path; none where they stay dense."""
+        if self.is_open:
+            return [None, 2] if self.numbers is None else [None, 1]
+        role = self.source.stack.role_of(path)
+        return [self.config.group_size_of(role)] if self.config.is_target(role) else []
+
+    def bits(self, group: Group) -> list[int | None]:
+        """Numbers of bits that the `U` of a group may have."""
+        if group.size is None:
+            return [None]
+        if self.is_open:
+            return [None] if self.numbers is None else list(self.numbers)
+        return [self.config.bits_of(self.source.stack.role_of(group.module_path), path_of(group))]
+
+    def groups(self) -> list[Group]:
+        """All groups that may be chosen."""
+        stack = self.source.stack
+        return [
+            Group(path, size, tuple(layers), stack.name)
+            for path in stack.modules
+            for size in self.sizes(path)
+            for layers in groups_of(len(self.source), size or 1)
+        ]
+
+
+def path_of(group: Group) -> str:
+    """Path of the first matrix of a group, as `rank_pattern` and `bits_pattern` know it."""
+    return f"layers.{group.layers[0]}.{group.module_path}"
 
 
 @dataclass
 class Curve:
-    """The error of a group as a function of its rank.
+    """The error of a group as a function of its rank, with one number of bits.
 
     Args:
         group: the layers, which all get the same rank.
+        bits: of the group's `U`.
         errors: `errors[R]` is the error at rank R, from 0 up to the largest rank that is worth its parameters.
         cost: parameters that one more rank takes in all layers of the group.
         fixed: parameters of the group's `U`; where it is quantised, its bytes in parameters of 16 bits.
-        rank: the rank that is chosen so far.
     """
 
     group: Group
-    errors: list[float]
+    bits: int | None
+    errors: np.ndarray
     cost: int
     fixed: float
-    rank: int = 0
 
-    @property
-    def least(self) -> int:
-        """The smallest rank: without `U`, a matrix needs one."""
-        return 0 if self.group.size else 1
-
-    @property
-    def weight(self) -> float:
-        """How much its errors count."""
-        return SHARED_COST if len(self.group.layers) > 1 else 1.0
-
-    def at_price(self, price: float) -> tuple[float, float]:
-        """The least cost of weighted error and parameters over all ranks, and the number of these parameters."""
-        errors, sizes = self._by_rank
-        costs = errors + price * sizes
-        best = int(costs.argmin())
-        return costs[best].item(), sizes[best].item()
-
-    @cached_property
-    def _by_rank(self) -> tuple[Tensor, Tensor]:
-        errors = self.weight * torch.tensor(self.errors, dtype=torch.float64)
-        sizes = self.fixed + self.cost * torch.arange(len(errors), dtype=torch.float64)
-        return errors[self.least :], sizes[self.least :]
-
-    def next_rank(self) -> int:
-        """The rank after one step."""
-        return min(self.rank + STEP, len(self.errors) - 1)
-
-    def gain(self) -> float:
-        """The error that the next step removes, for each parameter that it takes."""
-        following = self.next_rank()
-        if following == self.rank:
-            return 0.0
-        return (self.errors[self.rank] - self.errors[following]) / (self.cost * (following - self.rank))
+    def ranks(self) -> list[int]:
+        """Ranks to choose from. Without `U`, a matrix needs a rank of at least one."""
+        most, least = len(self.errors) - 1, 0 if self.group.size else 1
+        return sorted({least, *range(STEP, most, STEP), most} - {0} | {least})
 
 
-def allocate(
-    source: LayerStack,
-    residual_config: ResidualConfig,
-    options: Options,
-    curves: Iterable[tuple[Sharing, Curve]],
-    budget: float,
-) -> ResidualConfig:
-    """`residual_config` with the ranks, group sizes and bits of `options` that leave the smallest estimated error.
+@dataclass(frozen=True)
+class Choice:
+    """What a group gets."""
 
-    Args:
-        source: the dense stack.
-        residual_config: settings whose ranks are replaced, and where `options` leave a choice, also the others.
-        options: group sizes and bits to choose from, by module path.
-        curves: errors by rank, of every group that `options` make, see `curves_of`.
-        budget: bytes of the layers relative to those of the dense layers in 16 bits. Without a quantised `U` it is
-            also the ratio of their parameters.
+    group: Group
+    bits: int | None
+    rank: int
+
+
+class _Menu:
+    """All that one group may get: sizes in parameters, and errors."""
+
+    def __init__(self, curves: Sequence[Curve]) -> None:
+        self.choices = [(curve, rank) for curve in curves for rank in curve.ranks()]
+        self.sizes = np.array([curve.fixed + curve.cost * rank for curve, rank in self.choices])
+        count = SHARED_COST if len(curves[0].group.layers) > 1 else 1.0
+        self.errors = count * np.array([curve.errors[rank] for curve, rank in self.choices])
+
+    def at_price(self, price: float) -> int:
+        """The index with the least cost of error and size."""
+        return int((self.errors + price * self.sizes).argmin())
+
+    def upgrade(self, index: int, left: float) -> tuple[float, int]:
+        """The largest gain of error for each parameter, and the index that has it, with `left` more parameters."""
+        more = self.sizes - self.sizes[index]
+        gains = np.where((more > 0) & (more <= left), self.errors[index] - self.errors, 0.0) / np.maximum(
+            more, TINY
+        )
+        best = int(gains.argmax())
+        return gains[best].item(), best
+
+    def choice(self, index: int) -> Choice:
+        """The choice at an index."""
+        curve, rank = self.choices[index]
+        return Choice(curve.group, curve.bits, rank)
+
+
+Menus = dict[tuple[str, str], dict[int | None, list[_Menu]]]  # by stack and path, and by group size
+
+
+def choose(curves: Sequence[Curve], left: float) -> list[Choice]:
+    """The choice for each group that together leave the smallest estimated error.
+
+    All groups at one place, a stack and a module path, have the same size. The search gives a parameter a price, and
+    looks for the lowest price at which the best choices take at most `left` parameters. It spends the rest one by one.
+    Then it changes the group size of one place at a time as long as that helps.
 
     Raises:
-        ValueError: when the budget is below the size of everything that does not depend on ranks.
+        Lacking: when even the smallest choices take more than `left`.
     """
-    by_path: dict[str, dict[Sharing, list[Curve]]] = {
-        path: {sharing: [] for sharing in sharings} for path, sharings in options.items()
-    }
-    for sharing, curve in curves:
-        by_path[curve.group.module_path][sharing].append(curve)
-    dense = sum(parameter.numel() for parameter in source.layers.parameters())
-    left = budget * dense - unranked_parameters(source, residual_config, options)
-    (lacking, _), ranks, plan = _best_plan(by_path, left)
-    if lacking > 0:
-        raise ValueError(
-            f"`budget` must be at least {budget + lacking / dense:.3f} with this `residual_config`, "
-            f"whose shared and dense matrices take that much, got {budget}; share among more layers, or set group "
-            "sizes to None"
-        )
-    chosen = residual_config
-    if any(len(sharings) > 1 for sharings in options.values()):
-        role_of = source.stack.role_of
-        group_size = {role_of(path): size for path, (size, _) in plan.items()}
-        by_role = {role_of(path): bits for path, (_, bits) in plan.items() if bits is not None}
-        shared_bits = by_role if len(set(by_role.values())) > 1 else next(iter(by_role.values()), None)
-        chosen = replace(chosen, group_size=group_size, shared_bits=shared_bits)
-    return replace(chosen, rank_pattern=rank_pattern_of(ranks))
+    by_group: dict[Group, list[Curve]] = {}
+    for curve in curves:
+        by_group.setdefault(curve.group, []).append(curve)
+    menus: Menus = {}
+    for group, found in by_group.items():
+        place = menus.setdefault((group.stack, group.module_path), {})
+        place.setdefault(group.size, []).append(_Menu(found))
+    error, best = _solve(menus, left)
+    alternatives = [(key, size) for key, sizes in menus.items() for size in sizes if len(sizes) > 1]
+    improved = True
+    while improved:
+        improved = False
+        for key, size in alternatives:
+            if size != best[key][0]:
+                fixed = {other: {found[0]: menus[other][found[0]]} for other, found in best.items()}
+                try:
+                    tried_error, tried = _solve({**fixed, key: {size: menus[key][size]}}, left)
+                except Lacking:
+                    continue
+                if tried_error < error:
+                    error, best, improved = tried_error, tried, True
+    return [
+        menu.choice(index)
+        for place, (size, indices) in best.items()
+        for menu, index in zip(menus[place][size], indices)
+    ]
 
 
-def unranked_parameters(source: LayerStack, residual_config: ResidualConfig, options: Options) -> int:
-    """Parameters of the layers of a residual model, without every `U` and every `B A`.
+class Lacking(ValueError):
+    """A budget is too small.
 
     Args:
-        source: the dense stack.
-        residual_config: says which matrices have a diagonal, and whether groups share biases.
-        options: the module paths that are compressed.
+        parameters: how many parameters it lacks.
     """
+
+    def __init__(self, parameters: float) -> None:
+        super().__init__(f"{parameters:.0f} parameters are lacking")
+        self.parameters = parameters
+
+
+Picks = dict[
+    tuple[str, str], tuple[int | None, list[int]]
+]  # by place: group size, and an index for each menu
+
+
+def _solve(menus: Menus, left: float) -> tuple[float, Picks]:
+    """The estimated error, and the picks."""
+
+    def at_price(price: float) -> tuple[Picks, float]:
+        picks, total = {}, 0.0
+        for place, sizes in menus.items():
+            costs = {}
+            for size, found in sizes.items():
+                indices = [menu.at_price(price) for menu in found]
+                error = sum(menu.errors[index] for menu, index in zip(found, indices))
+                taken = sum(menu.sizes[index] for menu, index in zip(found, indices))
+                costs[size] = error + price * taken, taken, indices
+            best = min(costs, key=lambda size: costs[size][0])
+            picks[place] = best, costs[best][2]
+            total += costs[best][1]
+        return picks, total
+
+    most = max(menu.errors.max() for sizes in menus.values() for found in sizes.values() for menu in found)
+    low, high = math.log(TINY), math.log(max(most, TINY)) + 1
+    picks, size = at_price(math.exp(high))
+    if size > left:
+        raise Lacking(size - left)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found, taken = at_price(math.exp(middle))
+        if taken <= left:
+            high, picks, size = middle, found, taken
+        else:
+            low = middle
+    chosen = [menu for place, (group_size, _) in picks.items() for menu in menus[place][group_size]]
+    indices = [index for _, found in picks.values() for index in found]
+    left -= size
+    while True:
+        gains = [menu.upgrade(index, left) for menu, index in zip(chosen, indices)]
+        best = max(range(len(gains)), key=lambda position: gains[position][0])
+        if gains[best][0] <= 0:
+            break
+        left -= chosen[best].sizes[gains[best][1]] - chosen[best].sizes[indices[best]]
+        indices[best] = gains[best][1]
+    rest = iter(indices)
+    picks = {place: (size, [next(rest) for _ in found]) for place, (size, found) in picks.items()}
+    return sum(menu.errors[index] for menu, index in zip(chosen, indices)), picks
+
+
+def config_of(search: Search, choices: Sequence[Choice]) -> ResidualConfig:
+    """The settings of one stack with the choices for its groups."""
+    ranks = {
+        (layer, choice.group.module_path): choice.rank for choice in choices for layer in choice.group.layers
+    }
+    config = replace(search.config, rank_pattern=rank_pattern_of(ranks))
+    if not search.is_open:
+        return config
+    role_of = search.source.stack.role_of
+    sizes = {role_of(choice.group.module_path): choice.group.size for choice in choices}
+    bits = {re.escape(path_of(choice.group)): choice.bits for choice in choices if choice.bits is not None}
+    numbers = set(bits.values())
+    if len(numbers) <= 1 and None not in sizes.values():
+        return replace(config, group_size=sizes, shared_bits=next(iter(numbers), None), bits_pattern={})
+    return replace(config, group_size=sizes, shared_bits=None, bits_pattern=bits)
+
+
+def fixed_parameters(search: Search) -> int:
+    """Parameters of the layers of a residual model, without every `U` and every `B A`."""
+    source, config = search.source, search.config
     total = sum(parameter.numel() for parameter in source.layers.parameters())
-    for path in options:
-        size = residual_config.group_size_of(source.stack.role_of(path))
+    for path in source.stack.modules:
+        if not search.sizes(path):
+            continue
+        size = config.group_size_of(source.stack.role_of(path)) if not search.is_open else 1
         for layer in range(len(source)):
             linear = source.linear(layer, path)
             total -= linear.weight.numel()
-            if residual_config.has_diagonal(*linear.weight.shape):
+            if config.has_diagonal(*linear.weight.shape):
                 total += min(linear.weight.shape)
             is_first = size is None or layer % size == 0
-            if residual_config.share_biases and linear.bias is not None and not is_first:
+            if config.share_biases and linear.bias is not None and not is_first:
                 total -= linear.bias.numel()
     return total
 
 
-def size_without_ranks(source: LayerStack, bits: int | None) -> float:
-    """Bytes of the layers relative to dense, with a `U` of so many bits for each layer and nothing beside it."""
-    total = sum(parameter.numel() for parameter in source.layers.parameters())
-    matrices = sum(
-        source.linear(layer, path).weight.numel()
-        for layer in range(len(source))
-        for path in source.stack.modules
-    )
-    return 1.0 if bits is None else (total - matrices + quantized_parameters(matrices, bits)) / total
-
-
-def quantized_parameters(number: int, bits: int) -> float:
+def quantized_parameters(number: int, bits: int, block_size: int = BLOCK) -> float:
     """Size of so many weights of a quantised `U`, scales included, in parameters of 16 bits."""
-    return quantized_size({bits: number}) + number / BLOCK
+    return quantized_size({bits: number}) + number / block_size
 
 
 def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
     """A `rank_pattern` that gives each matrix, by layer and module path, its rank."""
-    return {re.escape(f"layers.{layer}.{path}"): rank for (layer, path), rank in ranks.items()}
+    ordered = sorted(ranks, key=lambda key: key[0])
+    return {re.escape(f"layers.{layer}.{path}"): ranks[layer, path] for layer, path in ordered}
 
 
-def _best_plan(
-    curves: dict[str, dict[Sharing, list[Curve]]], left: float
-) -> tuple[tuple[float, float], dict[tuple[int, str], int], dict[str, Sharing]]:
-    """The best plan that the search finds: its outcome as `_allocate` gives it, its ranks, and a sharing for each path.
+def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -> list[Curve]:
+    """The error of each group as a function of its rank, for each number of bits that it may have.
 
-    The search gives a parameter a price, and looks for the lowest price at which the best plan costs at most `left`
-    parameters. Then it changes one module at a time as long as that helps.
+    The error after the first fit is exact for a layer alone in floating point and, with equal ranks, for a pair without
+    diagonals. For larger groups it is the error with the best `U` of rank 0, which more rounds would improve. Where
+    layers share a quantised `U`, the error of its rounding is added, since nothing makes up for it.
     """
-
-    def outcome(plan: dict[str, Sharing]) -> Any:
-        return *_allocate([curve for path in plan for curve in curves[path][plan[path]]], left), plan
-
-    def at_price(price: float) -> tuple[dict[str, Sharing], float]:
-        plan, size = {}, 0.0
-        for path, sharings in curves.items():
-            costs = {}
-            for sharing, found in sharings.items():
-                points = [curve.at_price(price) for curve in found]
-                costs[sharing] = sum(cost for cost, _ in points), sum(size for _, size in points)
-            plan[path] = min(costs, key=costs.__getitem__)
-            size += costs[plan[path]][1]
-        return plan, size
-
-    most = max(
-        curve.errors[0] for sharings in curves.values() for found in sharings.values() for curve in found
-    )
-    low, high = math.log(TINY), math.log(max(most, TINY))
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if at_price(math.exp(middle))[1] <= left else (middle, high)
-    best = outcome(at_price(math.exp(high))[0])
-    while True:
-        plan = best[-1]
-        tried = [
-            outcome({**plan, path: sharing})
-            for path, sharings in curves.items()
-            for sharing in sharings
-            if sharing != plan[path]
-        ]
-        better = min(tried, key=lambda found: found[0], default=best)
-        if better[0] >= best[0]:
-            return best
-        best = better
-
-
-def _allocate(curves: list[Curve], left: float) -> tuple[tuple[float, float], dict[tuple[int, str], int]]:
-    """Spends `left` parameters on ranks, the largest gain first.
-
-    Returns:
-        The number of parameters that are missing for the least ranks, with the weighted error that remains; and the
-        rank of each matrix, by layer and module path.
-    """
-    for curve in curves:
-        curve.rank = curve.least
-        left -= curve.fixed + curve.rank * curve.cost
-    lacking = max(0.0, -left)
-    queue = [(-curve.gain(), index) for index, curve in enumerate(curves)]
-    heapq.heapify(queue)
-    while queue:
-        gain, index = heapq.heappop(queue)
-        curve = curves[index]
-        price = curve.cost * (curve.next_rank() - curve.rank)
-        if gain < 0 and price <= left:
-            curve.rank, left = curve.next_rank(), left - price
-            heapq.heappush(queue, (-curve.gain(), index))
-    ranks = {
-        (layer, curve.group.module_path): curve.rank
-        for curve in sorted(curves, key=lambda curve: curve.group.layers)
-        for layer in curve.group.layers
-    }
-    return (lacking, sum(curve.weight * curve.errors[curve.rank] for curve in curves)), ranks
-
-
-def curves_of(
-    source: LayerStack, groups: Iterable[Group], statistics: Statistics, options: Options
-) -> list[tuple[Sharing, Curve]]:
-    """The error of each group as a function of its rank, for each sharing that `options` allow it."""
-    found: list[tuple[Sharing, Curve]] = []
+    found = []
     for group in groups:
-        sharings = [sharing for sharing in options[group.module_path] if sharing[0] == group.size]
-        curves = _curves(source, group, statistics, [bits for _, bits in sharings])
-        found += zip(sharings, curves, strict=True)
+        weights = [search.source.linear(layer, group.module_path).weight.double() for layer in group.layers]
+        covariances, importance = metric_of(group, statistics)
+        root = torch.linalg.cholesky(importance).T
+        out_features, in_features = weights[0].shape
+        inputs = torch.stack(covariances).sum(0)
+        mean = weights[0]
+        if group.size is None:
+            most = max(1, out_features * in_features // (out_features + in_features))
+            errors = _tails(root @ mean, inputs)[: most + 1]
+        elif len(weights) == 1:
+            errors = torch.zeros(1)
+        else:
+            total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
+            mean = torch.linalg.solve(inputs, total.T).T
+            if len(weights) == 2:
+                errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
+            else:
+                errors = torch.stack(
+                    [_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]
+                ).sum(0)
+        cost = len(weights) * (out_features + in_features)
+        numbers, block_size = search.bits(group), search.config.block_size
+        floating = [bits for bits in numbers if bits is None]
+        number = 0 if group.size is None else mean.numel()
+        found += [Curve(group, None, errors.cpu().numpy(), cost, float(number)) for _ in floating]
+        few = [bits for bits in numbers if bits is not None]
+        if not few:
+            continue
+        reference = REFERENCE_BITS if REFERENCE_BITS in few else few[0]
+        quantized = quantize_for(mean, inputs, reference, block_size, sweeps=0)
+        missing = root @ (mean - quantized.weight())
+        alone = len(weights) == 1
+        left = _tails(missing, inputs) if alone else ((missing @ inputs) * missing).sum()
+        for bits, ratio in rounding_ratios(mean, inputs.diagonal(), few, reference, block_size).items():
+            of_bits = (ratio * left if alone else errors + ratio * left).cpu().numpy()
+            found.append(Curve(group, bits, of_bits, cost, quantized_parameters(number, bits, block_size)))
     return found
 
 
-def _curves(
-    source: LayerStack, group: Group, statistics: Statistics, numbers: list[int | None]
+def embedding_curves(
+    table: Tensor, statistics: EmbeddingStatistics, numbers: Sequence[int], block_size: int
 ) -> list[Curve]:
-    """One curve of a group for each number of bits.
+    """The error of a token embedding for each number of bits."""
+    group = Group(EMBEDDING, 1, (0,), EMBEDDING)
+    metric = statistics.metric()
+    reference = REFERENCE_BITS if REFERENCE_BITS in numbers else numbers[0]
+    rounded = quantize_for(table, metric, reference, block_size, sweeps=0).weight()
+    error = statistics.error(rounded - table.double())
+    ratios = rounding_ratios(table, metric.diagonal(), numbers, reference, block_size)
+    return [
+        Curve(
+            group, bits, np.array([ratio * error]), 0, quantized_parameters(table.numel(), bits, block_size)
+        )
+        for bits, ratio in ratios.items()
+    ]
 
-    The error after the first fit is exact for a layer alone and, with equal ranks, for a pair without diagonals. For
-    larger groups it is the error with the best `U` of rank 0, which more rounds would improve. Where layers share a
-    quantised `U`, the error of its rounding is added, since nothing makes up for it.
-    """
-    weights = [source.linear(layer, group.module_path).weight.double() for layer in group.layers]
-    covariances, importance = metric_of(group, statistics)
-    root = torch.linalg.cholesky(importance).T
-    out_features, in_features = weights[0].shape
-    shared = 0 if group.size is None else out_features * in_features
-    inputs = torch.stack(covariances).sum(0)
-    mean = weights[0]
-    if group.size is None:
-        errors = _tails(root @ mean, inputs)[: out_features * in_features // (out_features + in_features) + 1]
-    elif len(weights) == 1:
-        errors = torch.zeros(1)
-    else:
-        total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
-        mean = torch.linalg.solve(inputs, total.T).T
-        if len(weights) == 2:
-            errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
-        else:
-            errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
-    cost = len(weights) * (out_features + in_features)
-    curves = []
-    for bits in numbers:
-        left, fixed = errors, float(shared)
-        if bits is not None:
-            fixed = quantized_parameters(shared, bits)
-            missing = root @ (mean - rounded(mean, inputs, bits))
-            alone = len(weights) == 1
-            left = _tails(missing, inputs) if alone else errors + ((missing @ inputs) * missing).sum()
-        curves.append(Curve(group, left.tolist(), cost, fixed))
-    return curves
+
+def rounding_ratios(
+    weight: Tensor, variances: Tensor, numbers: Sequence[int], reference: int, block_size: int
+) -> dict[int, float]:
+    """By number of bits, the error of rounding relative to that with `reference` bits, from some of the rows."""
+    sample = weight[::SAMPLED_ROWS].double()
+
+    def error(bits: int) -> float:
+        difference = quantize(sample, None, bits, block_size).weight() - sample
+        return (difference.square() @ variances).sum().item()
+
+    base = error(reference) if len(numbers) > 1 else 1.0
+    return {bits: 1.0 if bits == reference else error(bits) / max(base, TINY) for bits in numbers}
 
 
 def _tails(matrix: Tensor, covariance: Tensor) -> Tensor:

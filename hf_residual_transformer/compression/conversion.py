@@ -1,19 +1,23 @@
-"""Dense to residual: all steps in order, from trained dense weights to `U`, `B A`, `D` and biases of every group.
+"""Dense to residual: all steps in order, from trained dense weights to the compact form of every part.
+
+The parts are the encoder's layers, the token embedding, and the decoder's layers. They are fitted in this order, each
+to what the compact parts before it produce.
 
 There are two starts. "svd" takes the mean of a group's weights and the truncated SVD of the rest of each layer, as in
 Relaxed Recursive Transformers (https://arxiv.org/abs/2410.20672, section 2.2). "calibrated" takes the components that,
-over real inputs, change the encoder's final states least, matrix by matrix: they minimise `sum_l tr(G E_l C_l E_lᵀ)`
+over real inputs, change the objective least, matrix by matrix: they minimise `sum_l tr(G E_l C_l E_lᵀ)`
 for the errors `E_l = W_l - Ŵ_l`, all components of a group together, and the bias absorbs the mean. `C_l` and `G` are
-those of `statistics.MatrixStatistics`. Layers of trained speech encoders are uncorrelated weight by weight, so only the
-second start gives a model that a short distillation can repair.
+those of `statistics.MatrixStatistics`. The objective is the distribution of the decoder's tokens over the model's own
+transcripts, or where there is no decoder, the encoder's final states. Layers of trained speech encoders are
+uncorrelated weight by weight, so only the second start gives a model that a short distillation can repair.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +29,68 @@ from transformers import AutoConfig, PreTrainedModel
 from ..configuration import ResidualConfig
 from ..families import LayerStack
 from ..modeling import ResidualMixin
-from ..quantization import BITS
+from ..quantization import BITS, BLOCK, FEWEST, MOST
 from ..reporting import ConversionReport, ModuleError
 from .alignment import match_neurons, reorder_neurons
-from .allocation import Options, allocate, curves_of, open_options, size_without_ranks
-from .fitting import ITERATIONS, fit_group
-from .inputs import Batch, as_batches, frozen_view, refuse_adapter
+from .allocation import (
+    EMBEDDING,
+    Curve,
+    Lacking,
+    Search,
+    choose,
+    config_of,
+    curves_of,
+    embedding_curves,
+    fixed_parameters,
+)
+from .fitting import ITERATIONS, fit_group, quantize_for
+from .inputs import Batch, as_batches, frozen_view, refuse_adapter, with_labels
 from .refinement import Streams
-from .statistics import Group, Statistics, collect, groups_with, metric_of, runs_of_layers
+from .statistics import (
+    EmbeddingStatistics,
+    Group,
+    LogitsObjective,
+    Objective,
+    StatesObjective,
+    Statistics,
+    collect,
+    metric_of,
+    runs_of_layers,
+)
 
 STARTS = ("calibrated", "svd")
 AUTO = "auto"
+ENCODER, DECODER = "encoder", "decoder"
+PARTS = (ENCODER, DECODER, EMBEDDING)
 COMPONENT_NAMES = ("lora_A", "lora_B", "diagonal")  # parameters of a `ResidualLinear` that no dense model has
-# The default budget by `shared_bits`: bytes relative to dense with a `U` of four bits, otherwise parameters.
-BUDGETS: dict[int | None, float] = {BITS: 0.34, None: 0.7}
+# The default budget by `shared_bits`: bytes relative to dense with matrices of few bits, otherwise parameters.
+BUDGETS: dict[Any, float] = {BITS: 0.31, None: 0.7}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each part becomes.
+
+    Args:
+        configs: settings by the name of the stack; stacks that are not there stay dense.
+        embedding_bits: bits of the token embedding; None where it stays dense.
+    """
+
+    configs: dict[str, ResidualConfig]
+    embedding_bits: int | None = None
 
 
 @dataclass(frozen=True)
 class Request:
     """The checked options of `convert`."""
 
-    residual_config: ResidualConfig | None
+    plan: Plan | None
+    parts: tuple[str, ...] | None
     batches: list[Batch]
     start: str
     budget: float | None
-    shared_bits: int | None
+    numbers: tuple[int, ...] | None
+    block_size: int
     iterations: int
     progress: bool
 
@@ -60,9 +101,13 @@ def convert(
     residual_config: ResidualConfig | None = None,
     calibration: Iterable[Any] | None = None,
     *,
+    decoder_residual_config: ResidualConfig | None = None,
+    embedding_bits: int | None = None,
+    parts: Sequence[str] | None = None,
     start: str = "calibrated",
     budget: float | None = None,
-    shared_bits: int | str | None = AUTO,
+    shared_bits: int | Sequence[int] | str | None = AUTO,
+    block_size: int = BLOCK,
     iterations: int = ITERATIONS,
     progress: bool = True,
 ) -> Any:
@@ -76,21 +121,27 @@ def convert(
     Args:
         cls: the residual class; `from_dense` passes its own.
         dense: a model of `cls.dense_class()`, or the id or folder of one.
-        residual_config: which matrices share, and ranks. By default `budget` chooses it, or with the "svd" start it is
-            `ResidualConfig()`.
+        residual_config: what the encoder's layers share, and their ranks. By default `budget` chooses it, or with the
+            "svd" start it is `ResidualConfig()`. With it, the other parts stay dense unless the next two say otherwise.
         calibration: batches of the model's inputs, `{"input_features": ...}` or
             `{"input_values": ..., "attention_mask": ...}`, of tens of recordings of the kind that the model
-            will hear. Masked frames do not count. The "svd" start uses them for its report alone.
+            will hear. Masked frames do not count. The "svd" start uses them for its report alone. A decoder also reads
+            token ids of transcripts, `labels`; by default the dense model transcribes the recordings.
+        decoder_residual_config: the same for the decoder's layers.
+        embedding_bits: bits of the token embedding.
+        parts: those of "encoder", "decoder" and "embed_tokens" that become compact, where `budget` chooses everything.
+            By default all that the model has, or the encoder alone with `shared_bits=None`, which leaves the embedding
+            dense.
         start: "calibrated" or "svd".
-        budget: size of the encoder's layers relative to dense, above 0 and at most 1. By default it is that of
-            `BUDGETS` where there is no `residual_config`. The rank of each matrix is then chosen by the effect of its
-            error on the encoder's final states, and replaces that of `residual_config`. Without `residual_config`,
-            group sizes and bits are chosen as well: for each kind of matrix a low rank for each layer alone, or a `U`
-            for each layer or for each two, whichever pays. The model's config has the choice. The size is in bytes,
-            with 16 bits for every parameter that is not quantised.
-        shared_bits: the most bits that a `U` has where `budget` chooses all settings. "auto" is 4. None keeps `U` in
-            floating point, to be trained and exported as any matrix. A `residual_config` states its own bits, so it
-            must be "auto" beside one.
+        budget: bytes of the whole saved model relative to dense in 16 bits, above 0 and at most 1. With
+            `parts=("encoder",)`, or a `residual_config` alone, it is relative to the encoder's layers, as in the paper.
+            By default it is that of `BUDGETS` where there is no `residual_config`. The rank of each matrix is then
+            chosen by the effect of its error on the objective, and replaces that of `residual_config`. Where no
+            settings are given, group sizes and bits are chosen as well.
+        shared_bits: the most bits that a `U` has where `budget` chooses all settings, or all numbers of bits that it
+            may have, such as (4, 8). "auto" is 8. None keeps `U` in floating point, to be trained and exported as any
+            matrix. A `residual_config` states its own bits, so it must be "auto" beside one.
+        block_size: the number of weights of a quantised `U` that have one scale, where `budget` chooses all settings.
         iterations: rounds of alternation for groups without a closed form.
         progress: whether to show progress bars.
 
@@ -103,29 +154,51 @@ def convert(
             weights that are not finite; for a calibrated start without calibration inputs, or with empty or
             non-finite ones; for options that contradict each other.
     """
-    request = _checked(residual_config, calibration, start, budget, shared_bits, iterations, progress)
+    plan = _given_plan(residual_config, decoder_residual_config, embedding_bits, start)
+    request = _checked(plan, parts, calibration, start, budget, shared_bits, block_size, iterations, progress)
     loaded = _load_dense(cls, dense)
     view = frozen_view(loaded)
     with torch.no_grad():
-        model, errors = _convert(cls, view, request)
+        model, errors = _Conversion(cls, view, request).run()
     model = model.to(loaded.dtype).eval()
     model.conversion_report = ConversionReport(start, "outputs" if request.batches else "weights", errors)
     return model
 
 
+def _given_plan(
+    residual_config: Any, decoder_residual_config: Any, embedding_bits: int | None, start: str
+) -> Plan | None:
+    """The settings that the user gives; None where `budget` chooses all."""
+    configs = {}
+    for name, value in ((ENCODER, residual_config), (DECODER, decoder_residual_config)):
+        field_name = "residual_config" if name == ENCODER else "decoder_residual_config"
+        if value is not None and not isinstance(value, ResidualConfig):
+            raise ValueError(f"`{field_name}` must be a ResidualConfig, got {value!r}")
+        if value is not None:
+            configs[name] = value
+    if ENCODER not in configs and (configs or embedding_bits):
+        raise ValueError(
+            "`residual_config`, which is that of the encoder, must be given beside `decoder_residual_config` or "
+            "`embedding_bits`, got None"
+        )
+    if not configs and start == "svd":
+        configs = {ENCODER: ResidualConfig()}
+    return Plan(configs, embedding_bits) if configs else None
+
+
 def _checked(
-    residual_config: Any,
+    plan: Plan | None,
+    parts: Sequence[str] | None,
     calibration: Any,
     start: str,
     budget: float | None,
     shared_bits: Any,
+    block_size: int,
     iterations: int,
     progress: bool,
 ) -> Request:
     if start not in STARTS:
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}")
-    if residual_config is not None and not isinstance(residual_config, ResidualConfig):
-        raise ValueError(f"`residual_config` must be a ResidualConfig, got {residual_config!r}")
     batches = as_batches(calibration)
     if start == "calibrated" and not batches:
         raise ValueError(
@@ -137,57 +210,235 @@ def _checked(
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
     if isinstance(shared_bits, dict):
         raise ValueError(
-            f"`shared_bits` must be one number, the most that is tried, or None, got {shared_bits!r}; a "
-            "`residual_config` may have a number for each module"
+            f"`shared_bits` must be the most bits that are tried, a list of all that are tried, or None, got "
+            f"{shared_bits!r}; a `residual_config` may have a number for each module"
         )
-    if residual_config is not None and shared_bits not in (AUTO, residual_config.shared_bits):
+    if plan is not None and shared_bits not in (AUTO, plan.configs[ENCODER].shared_bits):
         raise ValueError(
             f"`shared_bits` must be left out beside a `residual_config`, which has its own "
-            f"({residual_config.shared_bits!r}), got {shared_bits!r}"
+            f"({plan.configs[ENCODER].shared_bits!r}), got {shared_bits!r}"
         )
-    bits = BITS if shared_bits == AUTO else shared_bits
-    ResidualConfig(shared_bits=bits)  # refuses a number of bits that cannot be
-    if residual_config is None and start == "calibrated" and budget is None:
-        budget = BUDGETS[bits and BITS]
-    return Request(residual_config, batches, start, budget, bits, iterations, progress)
+    numbers = _numbers(MOST if shared_bits == AUTO else shared_bits)
+    for bits in numbers or (None,):
+        ResidualConfig(shared_bits=bits, block_size=block_size)  # refuses numbers that cannot be
+    if parts is not None:
+        parts = (parts,) if isinstance(parts, str) else tuple(parts)
+        unknown = [part for part in parts if part not in PARTS]
+        if unknown or ENCODER not in parts or plan is not None:
+            raise ValueError(
+                f"`parts` must be of {', '.join(PARTS)}, with the encoder, and without a `residual_config`, "
+                f"got {parts!r}"
+            )
+        if numbers is None and EMBEDDING in parts:
+            raise ValueError(
+                "`parts` must be without embed_tokens where `shared_bits` is None, since it takes few bits"
+            )
+    if plan is None and start == "calibrated" and budget is None:
+        budget = BUDGETS[None if numbers is None else BITS]
+    return Request(plan, parts, batches, start, budget, numbers, block_size, iterations, progress)
 
 
-def _convert(cls: type[ResidualMixin], dense: Any, request: Request) -> tuple[Any, list[ModuleError]]:
-    """The residual model and the error of each matrix, from a `frozen_view` of the dense model."""
-    source = LayerStack(cls.family.encoder, dense)
-    residual_config, options = request.residual_config, _options(source, request)
-    groups = _groups(options, len(source))
-    runs = runs_of_layers(source, groups) if request.batches else [groups]
+def _numbers(shared_bits: Any) -> tuple[int, ...] | None:
+    """All numbers of bits that may be chosen; None for floating point."""
+    if shared_bits is None:
+        return None
+    if isinstance(shared_bits, (list, tuple, set)) and shared_bits:
+        return tuple(sorted(shared_bits))
+    ResidualConfig(shared_bits=shared_bits)  # refuses numbers that cannot be
+    return tuple(range(FEWEST, shared_bits + 1))
 
-    def observe(run_idx: int) -> Statistics:
-        if not request.batches:
+
+@dataclass
+class _Part:
+    """One stack on its way.
+
+    Args:
+        search: the dense stack, and what may be chosen for it.
+        objective: makes the objective of one pass over the calibration.
+        groups: all groups that may be chosen.
+        runs: these in runs of layers whose statistics are held together.
+        observe: the statistics of a run.
+    """
+
+    search: Search
+    objective: Callable[[], Objective]
+    groups: list[Group] = field(default_factory=list)
+    runs: list[list[Group]] = field(default_factory=list)
+    observe: Callable[[int], Statistics] = lambda run_idx: {}
+
+
+class _Conversion:
+    """The steps of one conversion, which share the dense model and the request.
+
+    Args:
+        cls: the residual class.
+        dense: a `frozen_view` of the dense model.
+        request: the checked options.
+    """
+
+    def __init__(self, cls: type[ResidualMixin], dense: Any, request: Request) -> None:
+        self.cls, self.dense, self.request = cls, dense, request
+        family = cls.family
+        self.stacks = {s.name: LayerStack(s, dense) for s in family.stacks if s.is_in(dense)}
+        names = self._part_names()
+        self.batches = request.batches
+        if request.batches and len(names) > 1:
+            self.batches = with_labels(dense, request.batches, request.progress)
+        self.embedding: EmbeddingStatistics | None = None
+        if EMBEDDING in names and request.batches:
+            table = dense.get_input_embeddings().weight
+            self.embedding = EmbeddingStatistics(table.shape[0], table.shape[1], table.device)
+        self.memory_gradients: list[torch.Tensor] | None = None
+        self.parts = {name: self._part(name) for name in self.stacks if name in names}
+        self.names = names
+
+    def _part_names(self) -> tuple[str, ...]:
+        """The parts that become compact."""
+        plan, request = self.request.plan, self.request
+        has = (*self.stacks, *([EMBEDDING] if DECODER in self.stacks else []))
+        if plan is not None:
+            names: tuple[str, ...] = tuple(plan.configs) + ((EMBEDDING,) if plan.embedding_bits else ())
+        elif request.parts is not None:
+            names = request.parts
+        else:
+            return has if request.numbers is not None else (ENCODER,)
+        missing = [name for name in names if name not in has]
+        if missing:
+            raise ValueError(
+                f"`parts` must be of those that a {type(self.dense).__name__} has ({', '.join(has)}), "
+                f"got {missing[0]!r}"
+            )
+        return names
+
+    def _part(self, name: str) -> _Part:
+        request, source = self.request, self.stacks[name]
+        if request.plan is not None:
+            search = Search(source, request.plan.configs[name])
+            if request.budget is not None:
+                search = replace(search, config=replace(search.config, rank=1, rank_pattern={}))
+        else:
+            config = ResidualConfig(
+                group_size=1,
+                rank=0,
+                diagonal="none",
+                shared_bits=None if request.numbers is None else request.numbers[-1],
+                block_size=request.block_size,
+            )
+            search = Search(source, config, request.numbers, is_open=True)
+        part = _Part(search, functools.partial(self._objective, name), search.groups())
+        part.runs = runs_of_layers(source, part.groups) if request.batches else [part.groups]
+        observe = functools.partial(self._observe, part)
+        # Where everything fits into memory, it is collected once.
+        part.observe = functools.cache(observe) if len(part.runs) == 1 else observe
+        return part
+
+    def _objective(self, name: str) -> Objective:
+        if name == DECODER:
+            return LogitsObjective(self.stacks[DECODER], self.stacks[ENCODER], self.embedding)
+        return StatesObjective(self.stacks[ENCODER], self.memory_gradients)
+
+    def _observe(self, part: _Part, run_idx: int) -> Statistics:
+        if not self.batches:
             return {}
-        statistics = collect(source, dense, runs[run_idx], request.batches, progress=request.progress)
-        if request.start == "calibrated":
-            reorder_neurons(source, statistics, match_neurons(source, runs[run_idx], statistics))
+        source, groups, objective = part.search.source, part.runs[run_idx], part.objective()
+        statistics = collect(
+            source, self.dense, groups, self.batches, objective, progress=self.request.progress
+        )
+        if isinstance(objective, LogitsObjective):
+            self.memory_gradients = objective.memory_gradients
+            self.embedding = None  # it has seen all batches once
+        if self.request.start == "calibrated":
+            reorder_neurons(source, statistics, match_neurons(source, groups, statistics))
         return statistics
 
-    if len(runs) == 1:  # everything fits into memory, and is collected once
-        observe = functools.cache(observe)
-    if request.budget is not None:
-        curves = [
-            pair
-            for run_idx, run in enumerate(runs)
-            for pair in curves_of(source, run, observe(run_idx), options)
-        ]
-        residual_config = allocate(source, _unranked(request), options, curves, request.budget)
-    residual_config = residual_config or ResidualConfig()
-    model = residual_like(cls, dense, residual_config)
-    target = LayerStack(cls.family.encoder, model)
-    chosen = _groups(options_of(source, residual_config), len(source))
-    streams = Streams(source, target, (dense, model), request.batches)
-    errors: list[ModuleError] = []
-    with tqdm(total=len(source), desc="converting", unit="layer", disable=not request.progress) as bar:
-        for run_idx, run in enumerate(runs):
-            layers = sorted({layer for group in run for layer in group.layers})
-            of_run = [group for group in chosen if group.layers[0] in layers]
-            errors += _fit_run(source, target, streams, of_run, observe(run_idx), request, bar)
-    return model, errors
+    def run(self) -> tuple[Any, list[ModuleError]]:
+        """The residual model, and the error of each matrix."""
+        embedding = self.embedding
+        if len(self.names) > 1 and DECODER in self.parts and self.batches:
+            self.parts[DECODER].observe(0)  # the decoder says which of the encoder's frames matter
+        plan = self.request.plan
+        if self.request.budget is not None:
+            plan = self._allocate(embedding)
+        assert plan is not None
+        model = residual_like(self.cls, self.dense, plan)
+        errors: list[ModuleError] = []
+        if ENCODER in self.parts:
+            errors += self._fit(self.parts[ENCODER], model, plan)
+        if plan.embedding_bits:
+            table, block_size = self.dense.get_input_embeddings(), model.config.embedding_block_size
+            metric = embedding.metric() if embedding is not None else torch.eye(table.embedding_dim).double()
+            quantized = quantize_for(table.weight, metric, plan.embedding_bits, block_size)
+            model.get_input_embeddings().write(quantized)
+        if DECODER in self.parts:
+            errors += self._fit(self.parts[DECODER], model, plan)
+        return model, errors
+
+    def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
+        request, budget = self.request, self.request.budget
+        assert budget is not None
+        curves: list[Curve] = []
+        for part in self.parts.values():
+            for run_idx, run in enumerate(part.runs):
+                curves += curves_of(part.search, run, part.observe(run_idx))
+        layers = [part.search.source.layers for part in self.parts.values()]
+        of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
+        dense = of_layers if self.names == (ENCODER,) else _saved_numbers(self.dense)
+        fixed = dense - of_layers + sum(fixed_parameters(part.search) for part in self.parts.values())
+        given_bits = None if request.plan is None else request.plan.embedding_bits
+        if EMBEDDING in self.names:
+            assert embedding is not None
+            table = self.dense.get_input_embeddings().weight
+            numbers = (given_bits,) if given_bits else request.numbers or ()
+            curves += embedding_curves(table, embedding, numbers, self._block_size())
+            fixed -= table.numel()
+        try:
+            choices = choose(curves, budget * dense - fixed)
+        except Lacking as lacking:
+            raise ValueError(
+                f"`budget` must be at least {budget + lacking.parameters / dense:.3f} with these settings, whose "
+                f"shared and dense matrices take that much, got {budget}; share among more layers, use fewer bits or "
+                "larger blocks, or set group sizes to None"
+            ) from lacking
+        by_stack: dict[str, list[Any]] = {}
+        for choice in choices:
+            by_stack.setdefault(choice.group.stack, []).append(choice)
+        configs = {name: config_of(part.search, by_stack[name]) for name, part in self.parts.items()}
+        return Plan(configs, by_stack[EMBEDDING][0].bits if EMBEDDING in by_stack else None)
+
+    def _block_size(self) -> int:
+        plan = self.request.plan
+        return (
+            self.request.block_size
+            if plan is None
+            else plan.configs.get(DECODER, plan.configs[ENCODER]).block_size
+        )
+
+    def _fit(self, part: _Part, model: Any, plan: Plan) -> list[ModuleError]:
+        """Fits all groups of one stack, whose parts before are fitted."""
+        source, name = part.search.source, part.search.source.stack.name
+        target = LayerStack(source.stack, model)
+        chosen = Search(source, plan.configs[name]).groups()
+        streams = Streams(source, target, (self.dense, model), self.batches)
+        errors: list[ModuleError] = []
+        with tqdm(
+            total=len(source), desc=f"converting {name}", unit="layer", disable=not self.request.progress
+        ) as bar:
+            for run_idx, run in enumerate(part.runs):
+                layers = sorted({layer for group in run for layer in group.layers})
+                of_run = [group for group in chosen if group.layers[0] in layers]
+                errors += _fit_run(source, target, streams, of_run, part.observe(run_idx), self.request, bar)
+        return errors
+
+
+def _saved_numbers(model: Any) -> int:
+    """Numbers in a saved file of the dense model, where tied weights count once."""
+    buffers = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    return sum(tensor.numel() for tensor in (*model.parameters(), *buffers))
 
 
 def _fit_run(
@@ -233,6 +484,7 @@ def _fit_group(
         diagonal=targets[0].diagonal is not None,
         shared=shared is not None,
         bits=None if shared is None else shared.bits,
+        block_size=BLOCK if shared is None or shared.bits is None else shared.block_size,
         iterations=request.iterations if calibrated else 0,
     )
     biases, errors = [], []
@@ -247,36 +499,54 @@ def _fit_group(
             if targets[index].own_bias is not None:
                 targets[index].own_bias.copy_(bias)
         error = (difference.norm() / weight.norm()).square().item()
-        errors.append(ModuleError(layer, source.stack.role_of(path), targets[index].rank, error))
+        stack = source.stack
+        errors.append(ModuleError(layer, stack.role_of(path), targets[index].rank, error, stack.name))
     if shared is not None and shared.bias is not None:
         shared.bias.copy_(torch.stack(biases).mean(0))
     return errors
 
 
-def residual_like(cls: type[ResidualMixin], dense: Any, residual_config: ResidualConfig) -> Any:
+def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
     """A model of class `cls` in eval mode with everything that a dense one has, and components still to be written.
 
     Raises:
         ValueError: when the dense model has a weight that the residual one has no place for, or lacks one.
     """
     residual_class: Any = cls
-    model = residual_class(cls.config_class.from_dense_config(dense.config, residual_config))
+    fields: dict[str, Any] = {}
+    if DECODER in plan.configs:
+        fields["decoder_residual_config"] = plan.configs[DECODER]
+    if plan.embedding_bits:
+        fields["embedding_bits"] = plan.embedding_bits
+    model = residual_class(cls.config_class.from_dense_config(dense.config, plan.configs[ENCODER], **fields))
     model = model.to(device=dense.device, dtype=dense.dtype).eval()
-    stack = LayerStack(cls.family.encoder, dense)
-    prefix = next(name for name, module in dense.named_modules() if module is stack.owner)
-    replaced = {
-        f"{prefix}.layers.{layer}.{path}.{name}".lstrip(".")
-        for layer in range(len(stack))
-        for path in stack.stack.modules
-        for name in ("weight", "bias")
-    }
+    names = {module: name for name, module in dense.named_modules()}
+    replaced, banks = set(), []
+    for stack in cls.family.stacks:
+        if stack.name not in plan.configs:
+            continue
+        view = LayerStack(stack, dense)
+        prefix = names[view.owner]
+        banks.append(f"{prefix}.shared.".lstrip("."))
+        replaced |= {
+            f"{prefix}.layers.{layer}.{path}.{name}".lstrip(".")
+            for layer in range(len(view))
+            for path in stack.modules
+            for name in ("weight", "bias")
+        }
     weights, own = dense.state_dict(), set(model.state_dict())
-    bank = f"{prefix}.shared.".lstrip(".")
+    if plan.embedding_bits:
+        tables = [dense.get_input_embeddings(), dense.get_output_embeddings()]
+        replaced |= {f"{names[table]}.weight" for table in tables if table is not None}
+        path = names[tables[0]]
+        banks += [f"{path}.weight_packed", f"{path}.weight_scale"]
     unused = [key for key in weights if key not in own and key not in replaced]
     missing = [
         key
         for key in own
-        if key not in weights and not key.startswith(bank) and key.rpartition(".")[2] not in COMPONENT_NAMES
+        if key not in weights
+        and not key.startswith(tuple(banks))
+        and key.rpartition(".")[2] not in COMPONENT_NAMES
     ]
     for problem, keys in (("has no use for", unused), ("needs", missing)):
         if keys:
@@ -289,36 +559,6 @@ def residual_like(cls: type[ResidualMixin], dense: Any, residual_config: Residua
     if dense.can_generate():
         model.generation_config = copy.deepcopy(dense.generation_config)
     return model
-
-
-def options_of(source: LayerStack, residual_config: ResidualConfig) -> Options:
-    """The one group size and number of bits that `residual_config` has for each module path that it compresses."""
-    roles = {role: path for role, path in source.stack.roles.items() if residual_config.is_target(role)}
-    return {
-        path: [(residual_config.group_size_of(role), residual_config.bits_of(role))]
-        for role, path in roles.items()
-    }
-
-
-def _options(source: LayerStack, request: Request) -> Options:
-    """Group sizes and bits to choose from."""
-    if request.residual_config is not None or request.budget is None:
-        return options_of(source, request.residual_config or ResidualConfig())
-    scarce = size_without_ranks(source, request.shared_bits) > request.budget
-    return dict.fromkeys(source.stack.modules, open_options(request.shared_bits, scarce))
-
-
-def _unranked(request: Request) -> ResidualConfig:
-    """The settings that `allocate` gives ranks."""
-    if request.residual_config is None:
-        return ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=request.shared_bits)
-    return replace(request.residual_config, rank=1, rank_pattern={})
-
-
-def _groups(options: Options, num_layers: int) -> list[Group]:
-    """All groups that the options make."""
-    sizes = {path: list(dict.fromkeys(size for size, _ in sharings)) for path, sharings in options.items()}
-    return groups_with(sizes, num_layers)
 
 
 def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
@@ -338,8 +578,8 @@ def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
         raise ValueError(
             f"`dense` must be a {dense_class.__name__} for {cls.__name__}, got {type(dense).__name__}"
         )
-    source = LayerStack(cls.family.encoder, dense)
-    for layer in range(len(source)):
+    stacks = [LayerStack(stack, dense) for stack in cls.family.stacks if stack.is_in(dense)]
+    for source, layer in [(stack, layer) for stack in stacks for layer in range(len(stack))]:
         for path in source.stack.modules:
             linear = source.linear(layer, path)
             if type(linear) is not nn.Linear or not linear.weight.is_floating_point():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..layers import ResidualLinear
-from ..quantization import dequantize, quantize
+from ..quantization import BLOCK, SWEEPS, Quantized, quantize
 from .statistics import damp, parallel_sum
 
 ITERATIONS = 30
@@ -25,16 +26,14 @@ class Components:
         lora_B: `B`, (out_features, rank).
         lora_A: `A`, (rank, in_features).
         diagonal: the entries of `D`, (min(out_features, in_features),), or None.
-        packed: the whole numbers of a quantised `U`, see `quantization.py`.
-        scale: its scales.
+        quantized: the integers and scales that give a quantised `U`.
     """
 
     shared: Tensor | None
     lora_B: Tensor
     lora_A: Tensor
     diagonal: Tensor | None
-    packed: Tensor | None = None
-    scale: Tensor | None = None
+    quantized: Quantized | None = None
 
     def weight(self) -> Tensor:
         """`U + B A + D`, (out, in)."""
@@ -47,10 +46,11 @@ class Components:
 
     def write(self, linear: ResidualLinear) -> None:
         """Copies each component into the parameter that `linear`, or for `U` its group, has for it."""
+        shared: Any = linear.shared
+        if self.quantized is not None:
+            shared.write(self.quantized)
         for owner, name, value in (
-            (linear.shared, "weight", self.shared if self.packed is None else None),
-            (linear.shared, "weight_packed", self.packed),
-            (linear.shared, "weight_scale", self.scale),
+            (shared, "weight", self.shared if self.quantized is None else None),
             (linear, "lora_A", self.lora_A),
             (linear, "lora_B", self.lora_B),
             (linear, "diagonal", self.diagonal),
@@ -87,6 +87,7 @@ def fit_group(
     diagonal: bool = False,
     shared: bool = True,
     bits: int | None = None,
+    block_size: int = BLOCK,
     iterations: int = ITERATIONS,
 ) -> list[Components]:
     """Minimises `sum_l tr(G E_l C_l E_lᵀ)`, `E_l = W_l - U - B_l A_l - D_l`, by alternating closed forms.
@@ -106,6 +107,7 @@ def fit_group(
         shared: whether there is a `U`; without one, every layer is fitted on its own.
         bits: the number of bits that `U` is rounded to; the other components are then fitted again. None leaves `U` as
             it is.
+        block_size: the number of weights of a rounded `U` that have one scale.
         iterations: rounds after the first.
     """
     out_features, in_features = weights[0].shape
@@ -133,15 +135,15 @@ def fit_group(
         iterations = 0  # the first round is the minimum
     rounding = bits is not None and shared
     for round_idx in range(iterations + 1 + rounding):
-        packed, scale = None, None
+        quantized = None
         if shared and round_idx <= iterations:
             rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
         elif bits is not None:
-            packed, scale = quantize_for(U, total @ total.T, bits)
-            U = dequantize(packed, scale)
+            quantized = quantize_for(U, total @ total.T, bits, block_size)
+            U = quantized.weight()
         for w, fit, c, root in zip(weights, fits, C, roots):
-            fit.shared, fit.packed, fit.scale = U if shared else None, packed, scale
+            fit.shared, fit.quantized = U if shared else None, quantized
             own = w - U if shared else w
             fit.lora_B, fit.lora_A = _truncate_between(R, own - embed(fit.diagonal), root, len(fit.lora_A))
             if diagonal:
@@ -152,14 +154,11 @@ def fit_group(
     return fits
 
 
-def rounded(shared: Tensor, covariance: Tensor, bits: int) -> Tensor:
-    """`U` after rounding to so many bits, for inputs of that covariance."""
-    return dequantize(*quantize_for(shared, covariance, bits))
-
-
-def quantize_for(shared: Tensor, covariance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`packed` and `scale` of a `U` for inputs of that covariance, which need not be damped."""
-    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits)
+def quantize_for(
+    shared: Tensor, covariance: Tensor, bits: int, block_size: int = BLOCK, sweeps: int = SWEEPS
+) -> Quantized:
+    """A `U` in few bits, for inputs of that covariance, which need not be damped."""
+    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits, block_size, sweeps)
 
 
 def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..families import frame_mask
+from ..speech.collators import LABEL_PADDING
+from ..speech.transcription import transcribe
 
 INPUT_NAMES = ("input_features", "input_values")
+LABELS = "labels"  # of a decoder: token ids as `transcribe` gives them, with LABEL_PADDING
 Batch = dict[str, Tensor]
 Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer beside its hidden states
 
@@ -68,7 +72,9 @@ def as_batches(calibration: Any) -> list[Batch]:
             raise ValueError(
                 f"`calibration[{index}]` must be a dict of model inputs, got {type(batch).__name__}"
             )
-        batch = {key: batch[key] for key in (*INPUT_NAMES, "attention_mask") if batch.get(key) is not None}
+        batch = {
+            key: batch[key] for key in (*INPUT_NAMES, "attention_mask", LABELS) if batch.get(key) is not None
+        }
         inputs = [batch[name] for name in INPUT_NAMES if name in batch]
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise ValueError(
@@ -88,6 +94,54 @@ def to_model(model: Any, batch: Mapping[str, Tensor]) -> Batch:
         key: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for key, value in batch.items()
     }
+
+
+def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]:
+    """The batches with the model's own greedy transcripts as labels, where they have none.
+
+    Raises:
+        ValueError: when a transcript is needed and the model cannot generate, or nothing is heard in any batch.
+    """
+    found = []
+    for batch in tqdm(batches, desc="transcribing", unit="batch", disable=not progress):
+        if LABELS not in batch:
+            if not model.can_generate():
+                raise ValueError(
+                    f"`calibration` must have `{LABELS}`, token ids of transcripts, since a "
+                    f"{type(model).__name__} cannot generate them; or compress the encoder alone, with "
+                    'parts=("encoder",)'
+                )
+            labels = transcribe(model, to_model(model, batch)["input_features"])
+            batch = {**batch, LABELS: labels.to(batch["input_features"].device)}
+        found.append(batch)
+    ending = model.config.eos_token_id
+    if not any(((batch[LABELS] < ending) & (batch[LABELS] >= 0)).any() for batch in found):
+        raise ValueError(
+            "`calibration` must have speech for a model with a decoder, but the model hears no word in it; pass other "
+            'recordings, or compress the encoder alone, with parts=("encoder",)'
+        )
+    return found
+
+
+def decoder_ids(batch: Mapping[str, Tensor], start: int) -> Tensor:
+    """The tokens that the decoder reads to predict the labels, (batch_size, num_tokens)."""
+    labels = batch[LABELS]
+    return torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1].clamp_min(0)], 1)
+
+
+def is_token(batch: Mapping[str, Tensor]) -> Tensor:
+    """(batch_size, num_tokens), false for labels that are padding."""
+    return batch[LABELS] != LABEL_PADDING
+
+
+def inputs_of(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a forward pass: labels become the decoder's input, and no cache is kept."""
+    inputs: dict[str, Any] = to_model(model, batch)
+    if LABELS in inputs:
+        inputs["decoder_input_ids"] = decoder_ids(inputs, model.config.decoder_start_token_id)
+        inputs["use_cache"] = False
+        del inputs[LABELS]
+    return inputs
 
 
 def mask_of(model: Any, hidden_states: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -112,20 +166,21 @@ def run_until_reached(run: Callable[[], Any], handles: list[Any]) -> Any:
             handle.remove()
 
 
-def final_states(model: Any, owner: nn.Module, batch: Batch) -> Tensor:
+def final_states(model: Any, owner: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The output of the stack that `owner` holds, (batch_size, num_frames, hidden_size). Nothing after it runs."""
     states: list[Tensor] = []
+    inputs = inputs_of(model, batch) if LABELS in batch else batch
 
     def catch(_module: nn.Module, _args: Any, output: Any) -> None:
         states.append(output[0])
         raise Reached
 
-    run_until_reached(lambda: model(**batch), [owner.register_forward_hook(catch)])
+    run_until_reached(lambda: model(**inputs), [owner.register_forward_hook(catch)])
     return states[0]
 
 
-def first_call(model: Any, layer: nn.Module, batch: Batch) -> tuple[Tensor, Context]:
-    """The hidden states that `layer` gets for a batch, and its other arguments. The layer itself does not run."""
+def first_call(model: Any, layer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Context]:
+    """The hidden states that `layer` gets for these inputs, and its other arguments. The layer itself does not run."""
     seen: list[tuple[Tensor, Context]] = []
 
     def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,5 +191,5 @@ def first_call(model: Any, layer: nn.Module, batch: Batch) -> tuple[Tensor, Cont
             seen.append((kwargs["hidden_states"], ((), rest)))
         raise Reached
 
-    run_until_reached(lambda: model(**batch), [layer.register_forward_pre_hook(catch, with_kwargs=True)])
+    run_until_reached(lambda: model(**inputs), [layer.register_forward_pre_hook(catch, with_kwargs=True)])
     return seen[0]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..families import LayerStack, Stage
 from ..layers import ResidualLinear
+from ..quantization import BLOCK
 from ..reporting import ModuleError
 from .fitting import fit_group
-from .inputs import Batch, Context, Reached, first_call, run_until_reached, to_model
+from .inputs import Batch, Context, Reached, first_call, inputs_of, run_until_reached
 from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, damp, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
@@ -69,8 +70,7 @@ class Streams:
 
     Args:
         dense: the dense stack.
-        residual: the same stack of the residual model, which has everything that comes before the stack from the
-            dense one.
+        residual: the same stack of the residual model, in which everything that comes before the stack is fitted.
         models: both models, in this order.
         batches: inputs of both.
     """
@@ -79,11 +79,13 @@ class Streams:
         self, dense: LayerStack, residual: LayerStack, models: tuple[Any, Any], batches: Sequence[Batch]
     ) -> None:
         self.source, self.target = dense, residual
-        model = models[0]
-        first = [first_call(model, dense.layers[0], to_model(model, batch)) for batch in batches]
-        self.contexts = [context for _, context in first]
-        self.dense_states = [hidden_states for hidden_states, _ in first]
-        self.residual_states = list(self.dense_states)
+        first = [
+            [first_call(model, stack.layers[0], inputs_of(model, batch)) for batch in batches]
+            for stack, model in zip((dense, residual), models)
+        ]
+        # A decoder's contexts hold the final states of its own model's encoder.
+        self.dense_contexts, self.residual_contexts = ([context for _, context in calls] for calls in first)
+        self.dense_states, self.residual_states = ([states for states, _ in calls] for calls in first)
 
     def advance(
         self, layer_idx: int, statistics: Statistics, fit: bool, iterations: int
@@ -100,7 +102,7 @@ class Streams:
         modules = self.source.stack.modules
         given = [
             _calls(source, states, context, modules)
-            for states, context in zip(self.dense_states, self.contexts)
+            for states, context in zip(self.dense_states, self.dense_contexts)
         ]
         errors = []
         for stage in self.source.stack.stages:
@@ -114,12 +116,13 @@ class Streams:
                 if fit:
                     self._fit(layer_idx, path, found, statistics, iterations)
                 error = found.relative_error(linear.weight.double(), centred=entries[path].centred)
-                errors.append(ModuleError(layer_idx, self.source.stack.role_of(path), linear.rank, error))
+                stack = self.source.stack
+                errors.append(ModuleError(layer_idx, stack.role_of(path), linear.rank, error, stack.name))
         self.dense_states = [output for _, output in given]
         if layer_idx + 1 < len(self.source):
             self.residual_states = [
                 _calls(target, states, context, ())[1]
-                for states, context in zip(self.residual_states, self.contexts)
+                for states, context in zip(self.residual_states, self.residual_contexts)
             ]
         return errors
 
@@ -136,7 +139,7 @@ class Streams:
         modules = self.source.stack.modules
         upto = modules[: modules.index(stage.paths[-1]) + 1]
         scale = self.source.stack.blocks[stage.block_idx].scale
-        for batch_idx, (states, context) in enumerate(zip(self.residual_states, self.contexts)):
+        for batch_idx, (states, context) in enumerate(zip(self.residual_states, self.residual_contexts)):
             found, _ = _calls(target, states, context, upto, whole=False)
             lacking: Tensor | float = 0.0
             if stage.writes:
@@ -184,6 +187,7 @@ class Streams:
             diagonal=linear.diagonal is not None,
             shared=begins,
             bits=shared.bits if begins else None,
+            block_size=shared.block_size if begins and shared.bits else BLOCK,
             iterations=iterations,
         )
         for index, fitted in zip(members, fits):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from ..families import LayerStack, groups_of
+from ..families import LayerStack
 from ..modeling import forward_as
-from .inputs import Batch, final_states, mask_of, to_model
+from .inputs import Batch, decoder_ids, final_states, is_token, mask_of, to_model
 
 DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
@@ -57,8 +57,9 @@ class WeightedMoments:
 class MatrixStatistics(WeightedMoments):
     """Statistics, over frames, of a linear module's inputs `x` and of the gradients `g` at its outputs.
 
-    An error `E` in the matrix changes the encoder's final states by about `tr(G E C Eᵀ)`. `C` is the covariance of
-    the inputs, in which each frame has the weight `|g|²`, and `G` is the second moment of the gradients, of trace 1.
+    An error `E` in the matrix changes the objective (the logits, or an encoder's final states) by about
+    `tr(G E C Eᵀ)`. `C` is the covariance of the inputs, in which each frame has the weight `|g|²`, and `G` is the
+    second moment of the gradients, of trace 1.
     This is the Kronecker-factored Gauss-Newton approximation (K-FAC, https://arxiv.org/abs/1503.05671, section 3)
     with the norms of the gradients kept beside the inputs, so that important frames count more.
 
@@ -133,21 +134,14 @@ Statistics = dict[tuple[int, str], MatrixStatistics]  # by layer and module path
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share the `U` of the module at `module_path`, in order; with size None, a layer without `U`."""
+    """Layers of a stack that share the `U` of the module at `module_path`, in order; with size None, a layer without
+    `U`.
+    """
 
     module_path: str
     size: int | None
     layers: tuple[int, ...]
-
-
-def groups_with(sizes: dict[str, list[int | None]], num_layers: int) -> list[Group]:
-    """All groups for the group sizes that each module path may have."""
-    return [
-        Group(path, size, tuple(layers))
-        for path, options in sizes.items()
-        for size in options
-        for layers in groups_of(num_layers, size or 1)
-    ]
+    stack: str = "encoder"
 
 
 def metric_of(group: Group, statistics: Statistics) -> tuple[list[Tensor], Tensor]:
@@ -184,42 +178,161 @@ def runs_of_layers(source: LayerStack, groups: Sequence[Group]) -> list[list[Gro
     return [[g for g in groups if start <= g.layers[0] < end] for start, end in zip(starts, ends)]
 
 
+class EmbeddingStatistics(WeightedMoments):
+    """Statistics of a token embedding that is tied to the output: the states `h` that become logits, how much the logit
+    of each token matters, and the gradients at the vectors that are looked up.
+
+    An error `E` of the table changes the logits by `E h`. To second order, the divergence of the token distributions
+    grows by half of `sum_v p_v (1 - p_v) (E_v h)²` for independent errors, `p` being the distribution.
+
+    Args:
+        num_tokens: rows of the table.
+        hidden_size: its columns.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int, device: torch.device) -> None:
+        super().__init__(hidden_size, device)
+        self.use = torch.zeros(num_tokens, dtype=torch.float64, device=device)
+        self.gradients = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+        self.looked_up: list[
+            tuple[Tensor, Tensor]
+        ] = []  # ids, (number,), and gradients, (number, hidden_size)
+
+    def add_logits(self, states: Tensor, probabilities: Tensor) -> None:
+        """Adds states, (number, hidden_size), and the distributions that they give, (number, num_tokens)."""
+        self.add(states, torch.ones_like(states[:, 0]))
+        self.use += (probabilities * (1 - probabilities)).sum(0).double()
+
+    def add_lookup(self, ids: Tensor, gradients: Tensor) -> None:
+        """Adds tokens, (number,), with the gradients at their vectors, (number, hidden_size)."""
+        gradients = gradients.double()
+        self.looked_up.append((ids, gradients))
+        add_gram(self.gradients, gradients)
+
+    def metric(self) -> Tensor:
+        """The metric of an average row of the table, positive definite, (hidden_size, hidden_size)."""
+        return damp(self.products / self.weight.clamp_min(TINY) * self.use.sum() + self.gradients)
+
+    def error(self, difference: Tensor) -> float:
+        """The estimated effect of an error of the table, in the unit of `MatrixStatistics`.
+
+        Args:
+            difference: the error, (num_tokens, hidden_size).
+        """
+        # Tokens that were not heard matter too.
+        use = 0.9 * self.use + 0.1 * self.use.mean()
+        covariance = self.products / self.weight.clamp_min(TINY)
+        of_logits = (use * ((difference @ covariance) * difference).sum(1)).sum()
+        of_inputs = [(difference[ids] * found).sum(1).square().sum() for ids, found in self.looked_up]
+        return (of_logits + sum(of_inputs)).item()
+
+
+class StatesObjective:
+    """The objective of an encoder: its final states, each frame with the weight that the decoder gives it.
+
+    Args:
+        source: the encoder.
+        memory_gradients: for each batch, gradients of a decoder's objective at the final states, of shape (batch_size,
+            num_frames, hidden_size); None where there is no decoder, so that all frames count alike.
+        seed: of the random directions.
+    """
+
+    def __init__(
+        self, source: LayerStack, memory_gradients: Sequence[Tensor] | None = None, seed: int = 0
+    ) -> None:
+        self.source, self.memory_gradients = source, memory_gradients
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batch_idx = 0
+
+    def __call__(self, model: Any, batch: Batch, _leaves: list[Tensor]) -> Tensor:
+        """A scalar of one batch. Its gradients are samples of how much errors matter."""
+        final = final_states(model, self.source.owner, batch)
+        # One window at a time, so that the batch size changes nothing.
+        probe = torch.stack([torch.randn(final.shape[1:], generator=self.generator) for _ in final]).to(final)
+        mask = mask_of(model, final, batch)
+        if mask is not None:
+            probe = probe * mask.unsqueeze(-1)
+        if self.memory_gradients is not None:
+            gradients = self.memory_gradients[self.batch_idx]
+            probe = probe * gradients.square().mean(-1, keepdim=True).sqrt()
+        self.batch_idx += 1
+        return (final * probe).sum()
+
+
+class LogitsObjective:
+    """The objective of a decoder: the log-probability of tokens that are drawn from the model's own distributions over
+    its transcripts. The second moment of its gradients is the Fisher information, which says how fast the distributions
+    diverge.
+
+    Args:
+        source: the decoder.
+        encoder: the stack whose final states it reads.
+        embedding: statistics to add to, or None.
+        seed: of the drawn tokens.
+    """
+
+    def __init__(
+        self,
+        source: LayerStack,
+        encoder: LayerStack,
+        embedding: EmbeddingStatistics | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.encoder, self.embedding = source, encoder, embedding
+        self.generator = torch.Generator().manual_seed(seed)
+        self.memory_gradients: list[Tensor] = []
+
+    def __call__(self, model: Any, batch: Batch, leaves: list[Tensor]) -> Tensor:
+        """A scalar of one batch. Its gradients are samples of how much errors matter."""
+        with torch.no_grad():
+            memory = final_states(model, self.encoder.owner, batch)
+        memory = memory.detach().requires_grad_()
+        leaves.append(memory)
+        memory.register_hook(lambda gradient: self.memory_gradients.append(gradient.detach()))
+        ids, counts = decoder_ids(batch, model.config.decoder_start_token_id), is_token(batch)
+        inputs = {"encoder_outputs": (memory,), "decoder_input_ids": ids, "use_cache": False}
+        states = final_states(model, self.source.owner, inputs)[counts]
+        logits = states @ model.get_input_embeddings().weight.T
+        chances = logits.detach().softmax(-1)
+        drawn = torch.multinomial(chances.cpu(), 1, generator=self.generator).to(chances.device)
+        if self.embedding is not None:
+            self.embedding.add_logits(states.detach(), chances)
+            embedding = self.embedding
+            leaves[-1].register_hook(lambda found: embedding.add_lookup(ids[counts], found[counts]))
+        return logits.log_softmax(-1).gather(1, drawn).sum()
+
+
+Objective = StatesObjective | LogitsObjective
+
+
 def collect(
     source: LayerStack,
     model: Any,
     groups: Sequence[Group],
     batches: Sequence[Batch],
+    objective: Objective,
     *,
     progress: bool = True,
-    seed: int = 0,
 ) -> Statistics:
     """Statistics of the matrices of a run of layers, by layer and module path, from one pass over the batches.
-
-    The gradients are those of a random probe at the final states of each window.
 
     Args:
         source: the stack of `model`.
         model: a dense model whose parameters need no gradients, see `inputs.frozen_view`.
         groups: the groups of adjacent layers to collect for.
         batches: inputs of the model.
+        objective: what errors should not change.
         progress: shows a progress bar.
-        seed: of the probes.
     """
     matrices = {(layer, group.module_path) for group in groups for layer in group.layers}
     run = sorted({layer for layer, _ in matrices})
     statistics = {key: _new(source, *key, model.device) for key in sorted(matrices)}
-    generator = torch.Generator().manual_seed(seed)
-    name = f"calibrating layers {run[0]} to {run[-1]}"
+    name = f"calibrating {source.stack.name} layers {run[0]} to {run[-1]}"
     for batch in tqdm(batches, desc=name, unit="batch", disable=not progress):
-        batch = to_model(model, batch)
-        with torch.enable_grad(), _watching(source, run, statistics) as watched:
-            final = final_states(model, source.owner, batch)
-            # One window at a time, so that the batch size changes nothing.
-            probe = torch.stack([torch.randn(final.shape[1:], generator=generator) for _ in final]).to(final)
-            mask = mask_of(model, final, batch)
-            if mask is not None:
-                probe = probe * mask.unsqueeze(-1)
-            torch.autograd.grad((final * probe).sum(), watched)
+        with torch.enable_grad(), _watching(source, run, statistics) as leaves:
+            scalar = objective(model, to_model(model, batch), leaves)
+            torch.autograd.grad(scalar, leaves)
     return statistics
 
 
@@ -233,7 +346,8 @@ def _new(source: LayerStack, layer_idx: int, path: str, device: torch.device) ->
 def _watching(source: LayerStack, run: Sequence[int], statistics: Statistics) -> Iterator[list[Tensor]]:
     """Inside, a forward and a backward pass add to `statistics`.
 
-    The list gets the input of the run's first layer, at which the graph begins and the backward pass may end. Layers
+    The list gets the input of the run's first layer, at which the graph begins and the backward pass may end. An
+    objective may append further leaves of the graph. Layers
     after the run may be many: only their inputs are kept, and the rest is computed again in the backward pass.
     """
     start: list[Tensor] = []
