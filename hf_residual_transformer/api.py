@@ -6,9 +6,9 @@ compact model needs nothing but transformers. `from_dense`, the Trainers and `ev
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -303,24 +303,43 @@ def load_dense(
     """A dense model in float32 that has a residual form, and its processor.
 
     Raises:
-        ValueError: for a model without a residual form, or one that is given without a processor.
+        ValueError: for a model without a residual form, an adapter, or a model that is given without a processor.
     """
     import torch
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
 
-    from .compression.inputs import refuse_adapter
+    from .compression.inputs import frozen_view, refuse_adapter
 
     refuse_adapter(model)
     if not isinstance(model, str | Path):
         residual_class_of(model)
         processor = _processor_of(model, processor)
-        # A copy, since the caller's model is not to change.
-        return model if model.dtype == torch.float32 else copy.deepcopy(model).float(), processor
-    config = AutoConfig.from_pretrained(model)
+        # The caller's model is not to change, and the weights of a view in float32 are its own.
+        return model if model.dtype == torch.float32 else frozen_view(model).float(), processor
+    config = _config_of(model)
     dense_class = _dense_class_for(config, str(model))
     if processor is None:
         processor = AutoProcessor.from_pretrained(model)
     return dense_class.from_pretrained(model, dtype=torch.float32).to(device or _best_device()), processor
+
+
+def _config_of(model: str | Path) -> Any:
+    """The config of a model by name. Only where there is none, it is found out whether the name is that of an adapter."""
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        adapter = None
+        with suppress(OSError, ValueError):
+            adapter = find_adapter_config_file(str(model))
+        if adapter is None:
+            raise
+        raise ValueError(
+            f"`model` must be a whole model without an adapter, got {str(model)!r}, an adapter: merge the adapter "
+            "first, and pass the model that merge_and_unload() of PEFT gives"
+        ) from error
 
 
 def load_model(model: str | Path, *, dtype: str = "float32", **overrides: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Prepares output folders, saves processors into them, and counts the bytes of weights."""
+"""Checks output folders before the work, saves processors into them, and counts the bytes of weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def save_processor(processor: Any, folder: Path) -> None:
 
 
 def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) -> Path:
-    """Makes the folder `path`, and refuses one that holds files unless `overwrite` or `resume` is true.
+    """Refuses a folder that holds files unless `overwrite` or `resume` is true. The folder need not exist.
 
-    It deletes nothing. Files that are saved later replace files of the same name, and all others stay.
+    It makes and deletes nothing, so that a run which fails leaves no empty folder. Files that are saved later replace
+    files of the same name, and all others stay.
 
     Raises:
         FileExistsError: if the folder holds files and neither flag is set, or if `path` is a file.
@@ -34,7 +35,6 @@ def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) 
         raise FileExistsError(
             f"the output folder {folder} already holds files; name another, or pass --overwrite"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -42,9 +42,10 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """Checks before hours of work that the disk has room for the result.
 
     Raises:
-        OSError: if the disk of `folder` has fewer than `num_bytes` free.
+        OSError: if the disk of `folder`, which need not exist, has fewer than `num_bytes` free.
     """
-    free = shutil.disk_usage(folder).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise OSError(
             f"there are {free / 1e6:,.0f} MB free for the output folder {folder}, and up to "

@@ -12,7 +12,7 @@ from functools import partial
 from types import ModuleType
 
 from . import compress, distill, evaluate, finetune, report
-from .options import expand, explain, parse
+from .options import expand, explain, no_empty_folder, parse
 
 COMMANDS: dict[str, ModuleType] = {
     "compress": compress,
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(name)
     try:
         args = parse(COMMANDS[name], parser, expand(parser, words))
-        COMMANDS[name].run(args)
+        with no_empty_folder(args):
+            COMMANDS[name].run(args)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("HRT_DEBUG") == "1":
             raise

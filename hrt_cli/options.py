@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,6 +159,23 @@ def parse(command: ModuleType, parser: argparse.ArgumentParser, words: Sequence[
     (args,) = rest
     args.training_args = training_args
     return args
+
+
+@contextmanager
+def no_empty_folder(args: argparse.Namespace) -> Iterator[None]:
+    """Around a command: if it fails before it has written a file, the folders that it made are removed again. A Trainer
+    makes its folder early.
+    """
+    output_dir = getattr(getattr(args, "training_args", args), "output_dir", None)
+    folders = [] if output_dir is None else [Path(output_dir), *Path(output_dir).parents]
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -19,6 +20,7 @@ from conftest import (
     whisper_generation_config,
     whisper_processor,
 )
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
@@ -130,6 +132,9 @@ class TestCompress:
         model = hrt.compress(dense, rows(), processor=whisper_processor(), **SHORT)
         assert model.dtype == torch.float32
         assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+        assert dense.dtype == torch.float16
+        expected = hrt.compress(dense.float(), rows(), processor=whisper_processor(), **SHORT).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
     def test_a_folder_is_loaded_by_its_config_and_audio_may_be_a_folder(self, dense_whisper, dense_wav2vec2):
         options = {"language": "en", "data_options": {"max_seconds": 1.0, "max_samples": 6}, **SHORT}
@@ -190,6 +195,37 @@ class TestCompress:
         with pytest.raises(ValueError, match="`split` must be one of test, got 'train'"):
             data = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"audio": ["a.wav"]})})
             hrt.compress(whisper(), data, processor=processor)
+
+    @pytest.mark.parametrize("online", [True, False])
+    def test_an_id_of_an_adapter_is_told_to_be_merged_first(self, online, tmp_path, monkeypatch):
+        """Of the Hub, only the transfer of files is replaced; the errors are those of transformers itself."""
+        snapshot = tmp_path / "models--someone--adapter" / "snapshots" / ("0" * 40)
+        (snapshot.parent.parent / "refs").mkdir(parents=True)
+        (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+        snapshot.mkdir(parents=True)
+        (snapshot / "adapter_config.json").write_text("{}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        response, asked = SimpleNamespace(headers={}, request=None, status_code=404), []
+
+        def download(name, file, **kwargs):
+            asked.append(file)
+            if name == "someone/nothing":
+                raise RepositoryNotFoundError("404", response=response)
+            if not (snapshot / file).is_file():
+                raise RemoteEntryNotFoundError("404", response=response)
+            return str(snapshot / file)
+
+        if online:
+            monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: False)
+            monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+        with pytest.raises(
+            ValueError, match=r"got 'someone/adapter', an adapter: merge the adapter first"
+        ) as info:
+            hrt.compress("someone/adapter", rows())
+        assert isinstance(info.value.__cause__, ValueError if online else OSError)
+        assert asked == (["config.json", "adapter_config.json"] if online else [])
+        with pytest.raises(OSError, match="not a valid model identifier" if online else "couldn't connect"):
+            hrt.compress("someone/nothing", rows())
 
     def test_the_processor_is_saved_with_the_model(self, compact, tmp_path):
         compact.save_pretrained(tmp_path)

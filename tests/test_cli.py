@@ -171,7 +171,31 @@ class TestErrors:
         training = TRAINING if name != "compress" else ["--device", "cpu"]
         message = refused(capsys, name, dense_whisper, *DATA, *training, "--out", tmp_path / "out")
         assert re.search(r"0 MB free for the output folder .*out.* MB will be written; make room", message)
-        assert not list((tmp_path / "out").iterdir())
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("name", list(NEEDED))
+    def test_an_unknown_model_leaves_no_folder(self, name, tmp_path, capsys):
+        message = refused(capsys, name, "nobody/nothing", *NEEDED[name], "--out", tmp_path / "new" / "out")
+        assert "cannot be loaded from the Hub" in message
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name", list(NEEDED))
+    def test_an_error_in_the_work_leaves_no_folder_but_one_that_was_there(
+        self, name, compressed, dense_whisper, tmp_path, monkeypatch, capsys
+    ):
+        def fail(*args, **kwargs):
+            raise OSError("the work failed")
+
+        monkeypatch.setattr("transformers.Trainer.train", fail)
+        monkeypatch.setattr("hf_residual_transformer.compression.conversion.convert", fail)
+        monkeypatch.setattr("hf_residual_transformer.speech.metrics.evaluate_asr", fail)
+        model = compressed["whisper"] if name == "distill" else dense_whisper
+        words = [name, model, *DATA, *(TRAINING if name in ("distill", "finetune") else ["--device", "cpu"])]
+        words += ["--teacher", dense_whisper] if name == "distill" else []
+        (tmp_path / "old").mkdir()
+        for folder in (tmp_path / "new" / "out", tmp_path / "old"):
+            assert "the work failed" in refused(capsys, *words, "--out", folder)
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
     @pytest.mark.parametrize(
         ("options", "problem"),

@@ -1,4 +1,4 @@
-"""The Python code of README.md and of the guide runs, and every link of the docs leads to a file.
+"""The Python code of README.md, of the guide and of the notebook runs, and every link of the docs leads to a file.
 
 The code runs on a tiny random Whisper instead of `openai/whisper-base`, and on clips of noise instead of `sample`.
 """
@@ -6,20 +6,15 @@ The code runs on a tiny random Whisper instead of `openai/whisper-base`, and on 
 from __future__ import annotations
 
 import csv
+import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import soundfile
-from conftest import (
-    SAMPLING_RATE,
-    randomize_,
-    speech,
-    tiny_whisper_config,
-    whisper_generation_config,
-    whisper_processor,
-)
-from transformers import WhisperForConditionalGeneration
+from conftest import SAMPLING_RATE, speech
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = re.compile(
@@ -32,16 +27,6 @@ pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="docu
 
 def python_blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def tiny_whisper(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dense")
-    model = randomize_(WhisperForConditionalGeneration(tiny_whisper_config()))
-    model.generation_config = whisper_generation_config()
-    model.save_pretrained(folder)
-    whisper_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +49,49 @@ def tiny_sample(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
-def test_the_code_of_a_document_runs(document, tiny_whisper, tiny_sample, tmp_path, monkeypatch):
+def test_the_code_of_a_document_runs(document, dense_whisper, tiny_sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(document)
     assert blocks
     namespace: dict[str, object] = {}
     for number, block in enumerate(blocks):
-        code = block.replace('"openai/whisper-base"', repr(str(tiny_whisper)))
+        code = block.replace('"openai/whisper-base"', repr(str(dense_whisper)))
         code = re.sub(r'"sample(/[^"]*)?"', lambda found: repr(f"{tiny_sample}{found[1] or ''}"), code)
         code = code.replace("steps=60", "steps=2")
         exec(compile(code, f"{document}, block {number}", "exec"), namespace)
     assert (tmp_path / "compact" / "model.safetensors").is_file()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def heard(monkeypatch) -> list[tuple[int, int]]:
+    """Samples and rate of what the notebook plays. IPython's player is replaced, since tests do without IPython."""
+    played: list[tuple[int, int]] = []
+    display = ModuleType("IPython.display")
+    display.Audio = lambda samples, rate: played.append((len(samples), rate))
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return played
+
+
+@pytest.mark.parametrize("start_in", [".", "examples"])
+def test_the_cells_of_the_notebook_run(
+    start_in, dense_whisper, tiny_sample, tmp_path, monkeypatch, capsys, heard
+):
+    (tmp_path / "sample").symlink_to(tiny_sample, target_is_directory=True)
+    (tmp_path / "examples").mkdir()
+    monkeypatch.chdir(tmp_path / start_in)
+    cells = json.loads((ROOT / "examples" / "compress_whisper.ipynb").read_text())["cells"]
+    namespace: dict[str, object] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"]).replace('"openai/whisper-tiny.en"', repr(str(dense_whisper)))
+            exec(compile(code, f"the notebook, cell {number}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for part in ("bytes when saved", "relative error of the outputs", "% WER, compact", " MB\n"):
+        assert part in printed
+    assert namespace["model_id"] == str(dense_whisper)
+    assert heard == [(int(0.8 * SAMPLING_RATE), SAMPLING_RATE)]
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *sorted(

@@ -299,7 +299,9 @@ class TestCommandLine:
     def test_an_output_folder_with_files_is_kept(self, common, tmp_path):
         folder = tmp_path / "new" / "output"
         assert common.prepare_output_dir(folder, overwrite=False) == folder
-        assert common.prepare_output_dir(folder, overwrite=False).is_dir()
+        assert not folder.parent.exists()
+        folder.mkdir(parents=True)
+        assert common.prepare_output_dir(folder, overwrite=False) == folder
         (folder / "model").write_text("precious")
         with pytest.raises(FileExistsError, match="already holds files; name another, or pass --overwrite"):
             common.prepare_output_dir(folder, overwrite=False)
