@@ -324,7 +324,7 @@ def load_dense(
 
 
 def _config_of(model: str | Path) -> Any:
-    """The config of a model by name. Only where there is none, it is found out whether the name is that of an adapter."""
+    """The config of a model by name. Only where there is none, the name may be that of an adapter, which is refused."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 

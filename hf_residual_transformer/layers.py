@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,15 +98,18 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
         shape = (out_features, in_features // block_size)
         self.weight_scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._unpacked: Tensor | None = None  # see `unpacked_weights`
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, (out_features, in_features), computed at each access."""
+        """The matrix, (out_features, in_features), computed at each access unless it is unpacked."""
+        if self._unpacked is not None:
+            return self._unpacked
         return dequantize(self.weight_packed, self.weight_scale, self.bits)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
-        """`packed` and `scale`."""
-        return self.weight_packed, self.weight_scale
+        """`packed` and `scale`, or the matrix and None while it is unpacked."""
+        return (self.weight_packed, self.weight_scale) if self._unpacked is None else (self._unpacked, None)
 
     @torch.no_grad()
     def write(self, quantized: Quantized) -> None:
@@ -203,6 +208,23 @@ class TiedOutput(nn.Module):
         """(..., hidden_size) to logits, (..., num_tokens)."""
         logits: Tensor = self.__dict__["_model"].get_input_embeddings().logits(hidden_states)
         return logits
+
+
+@contextmanager
+def unpacked_weights(model: nn.Module) -> Iterator[None]:
+    """Inside this context, all matrices of few bits in `model` are also there in full, for calls that use them often.
+
+    They take the memory of a dense model meanwhile. Gradients do not reach the scales.
+    """
+    packed = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    try:
+        with torch.no_grad():
+            for module in packed:
+                module._unpacked = module.weight
+        yield
+    finally:
+        for module in packed:
+            module._unpacked = None
 
 
 SHARED = (SharedLinear, QuantizedSharedLinear)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import (
     WhisperConfig,
@@ -12,6 +14,7 @@ from transformers import (
 
 from .configuration import ResidualConfig, ResidualConfigMixin
 from .families import WHISPER
+from .layers import unpacked_weights
 from .modeling import ResidualMixin
 
 
@@ -39,6 +42,13 @@ class ResidualWhisperForConditionalGeneration(ResidualMixin, WhisperForCondition
 
     config_class = ResidualWhisperConfig
     family = WHISPER
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Each token uses the decoder's weights again, so they are unpacked once and kept meanwhile,
+        in the memory of a dense decoder.
+        """
+        with unpacked_weights(self.get_decoder()):
+            return super().generate(*args, **kwargs)
 
 
 class ResidualWhisperForAudioClassification(ResidualMixin, WhisperForAudioClassification):

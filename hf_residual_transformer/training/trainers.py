@@ -1,6 +1,6 @@
 """Trainers that distil a dense teacher into a compressed student. They add up the losses in `losses.py`.
 
-Unless the loss on labels has a weight, training needs only audio and changes only the encoder. The decoder does not run
+Unless the loss on labels has a weight, training needs only audio and changes only what is compact. The decoder does not run
 if only encoder states are compared. If the decoder's probabilities are compared, the teacher transcribes the audio
 first, as in Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher, the same Trainers
 fine-tune on labels.
@@ -109,8 +109,10 @@ class DistillationTrainer(Trainer):
         return self.family.find_encoder(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does. Label-free training freezes all parameters outside of the encoder meanwhile."""
-        with _frozen_but(self.encoder, self.model) if self.label_free else nullcontext():
+        """Trains as `Trainer` does. Label-free training freezes a decoder that is dense meanwhile."""
+        config: Any = self.model.config
+        compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
+        with _frozen_but(self.encoder, self.model) if self.label_free and not compact else nullcontext():
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
