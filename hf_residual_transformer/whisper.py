@@ -44,8 +44,8 @@ class ResidualWhisperForConditionalGeneration(ResidualMixin, WhisperForCondition
     family = WHISPER
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Each token uses the decoder's weights again, so they are unpacked once and kept meanwhile,
-        in the memory of a dense decoder.
+        """As in transformers. Each token uses the decoder's weights again, so they are unpacked once and kept
+        meanwhile, in the memory of a dense decoder.
         """
         with unpacked_weights(self.get_decoder()):
             return super().generate(*args, **kwargs)

@@ -3,8 +3,8 @@
     hrt distill compact --teacher openai/whisper-base --audio my-recordings --out compact-distilled \\
         --max_steps 200 --per_device_train_batch_size 16
 
-By default only the compact parts learn, and transcripts are not read. An interrupted run goes on by the same command with
---resume_from_checkpoint last. Several GPUs: accelerate launch -m hrt_cli distill ...
+By default only the compact parts learn, and transcripts are not read. An interrupted run goes on by the same command
+with --resume_from_checkpoint last. Several GPUs: accelerate launch -m hrt_cli distill ...
 """
 
 from __future__ import annotations
