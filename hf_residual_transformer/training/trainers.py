@@ -1,8 +1,8 @@
 """Trainers that distil a dense teacher into a compressed student. They add up the losses in `losses.py`.
 
-Unless the loss on labels has a weight, training needs only audio and changes only compact parts. The decoder does not run
-if only encoder states are compared. If the decoder's probabilities are compared, the teacher transcribes the audio
-first, as in Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher, the same Trainers
+Unless the loss on labels has a weight, training needs only audio and changes only the compact parts. The decoder does
+not run if only encoder states are compared. If the decoder's probabilities are compared, the teacher transcribes the
+audio first, as in Distil-Whisper (https://arxiv.org/abs/2311.00430, section 3). Without a teacher, the same Trainers
 fine-tune on labels.
 """
 
