@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
 from .modeling import ResidualMixin
 from .quantization import BLOCK
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from .configuration import ResidualConfig
     from .speech.metrics import EvaluationResult
 
-logger = logging.get_logger(__name__)
 SHUFFLE_BUFFER = 200  # clips of a stream
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
@@ -154,12 +151,13 @@ def distill(
         processor: the student's; by default the one that it has, or that is saved with it.
         split: of the data to train on.
         validation: recordings that are not trained on, such as the name of another split of `audio`, or rows. The
-            student keeps its weights where the loss on them does not fall, and a warning says so.
+            student keeps its weights where the loss on them does not fall, and a warning says so, unless
+            `keep="always"` is among the options of `training`.
         language: as in `compress`.
         data_options: as in `compress`.
         window_seconds: length of the windows that whole clips are packed into, by default 10 seconds.
-        training: options of transformers' `Seq2SeqTrainingArguments`, such as `learning_rate`, which by default fits
-            the student's size, and `per_device_train_batch_size`.
+        training: options of `RecipeArguments`, which has those of transformers' `Seq2SeqTrainingArguments`, such as
+            `learning_rate`, which by default fits the student's size, and `per_device_train_batch_size`.
 
     Raises:
         ImportError: when the packages of the extra "train" are missing.
@@ -190,7 +188,7 @@ def distill(
     }
     device, was_training = model.device, model.training
     with tempfile.TemporaryDirectory() as folder:
-        outcome = short_distillation(
+        short_distillation(
             model,
             teacher,
             list(rows) if isinstance(rows, Iterator) else rows,
@@ -198,11 +196,6 @@ def distill(
             collator=WindowCollator(processor, seconds),
             validation=list(validation) if isinstance(validation, Iterator) else validation,
             **settings,
-        )
-    if not outcome.is_kept:
-        logger.warning(
-            f"the student keeps its weights: the loss on the validation clips did not fall in {steps} steps "
-            f"({outcome.loss_before:.4f} before, {outcome.loss_after:.4f} after)"
         )
     model.processor = processor
     return model.to(device).train(was_training)
@@ -324,7 +317,7 @@ def load_dense(
 
 
 def _config_of(model: str | Path) -> Any:
-    """The config of a model by name. Only where there is none, the name may be that of an adapter, which is refused."""
+    """The config of a model by name. Only where there is none, the Hub is asked whether the name is an adapter's."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 

@@ -3,8 +3,9 @@
     hrt distill compact --teacher openai/whisper-base --audio my-recordings --out compact-distilled \\
         --max_steps 200 --per_device_train_batch_size 16
 
-By default only the compact parts learn, and transcripts are not read. An interrupted run goes on by the same command
-with --resume_from_checkpoint last. Several GPUs: accelerate launch -m hrt_cli distill ...
+By default only the compact parts learn, and transcripts are not read. The result is kept only if the loss on validation
+clips falls; otherwise DIR gets the model as it was, and a warning says so. An interrupted run goes on by the same
+command with --resume_from_checkpoint last. Several GPUs: accelerate launch -m hrt_cli distill ...
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--teacher", required=True, metavar="MODEL", help="folder or id of its dense model")
     add_output_arguments(what, "folder for the trained model; it must be empty or new")
     data = add_data_arguments(parser, split="train", texts="transcripts, for --labels-weight (default: text)")
-    add_training_data_arguments(data)
+    add_training_data_arguments(data, "split that decides, or none (default: 48 clips of validation, if any)")
     how = parser.add_argument_group("how", "weights of the losses; a loss of weight 0 is not computed")
     how.add_argument("--final-weight", type=float, metavar="W", help="last encoder states (default: 1)")
     how.add_argument("--hidden-weight", type=float, metavar="W", help="every layer's states (default: 0)")
@@ -36,11 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--window-seconds", type=float, metavar="S", help="clips are packed so (default: 10)")
     how.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="of the texts")
     how.add_argument("--learning-rates", metavar="JSON", help="for shared, lora, diagonal or rest")
+    how.add_argument(
+        "--keep", choices=("better", "always"), default="better", help="always: save a worse result too"
+    )
     parser.add_argument_group("training", TRAINER_OPTIONS)
 
 
-def add_training_data_arguments(group: Any) -> None:
-    group.add_argument("--eval-split", metavar="NAME", help="split to compute the loss on at the end")
+def add_training_data_arguments(group: Any, eval_split: str) -> None:
+    group.add_argument("--eval-split", metavar="NAME", help=eval_split)
     group.add_argument("--shuffle-buffer", type=int, metavar="N", help="clips of a stream (default: 200)")
 
 
@@ -51,7 +55,7 @@ def trainer_arguments() -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hf_residual_transformer.training.arguments import DistillationArguments
+    from hf_residual_transformer.training.arguments import DistillationArguments, DistillationDataArguments
     from hf_residual_transformer.training.running import run_distillation
 
     losses = {name: value for name in LOSSES if (value := getattr(args, name)) is not None}
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         args.student,
         args.teacher,
         DistillationArguments(**losses),
-        training_data(args),
+        training_data(args, DistillationDataArguments),
         args.training_args,
         window_seconds=args.window_seconds,
         task=args.task,

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("model", metavar="MODEL", help="folder or id of a model, compact or dense")
     add_output_arguments(what, "folder for the trained model; it must be empty or new")
     add_training_data_arguments(
-        add_data_arguments(parser, split="train", texts="column with the transcripts (default: text)")
+        add_data_arguments(parser, split="train", texts="column with the transcripts (default: text)"),
+        "split to compute the loss on at the end",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--learning-rates", metavar="JSON", help="for shared, lora, diagonal or rest")
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from hf_residual_transformer.folders import prepare_output_dir
+    from hf_residual_transformer.training.arguments import TrainingDataArguments
     from hf_residual_transformer.training.running import run_ctc_finetuning, run_seq2seq_finetuning
 
     resume = args.training_args.resume_from_checkpoint is not None
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     run_finetuning: Any = run_seq2seq_finetuning if is_whisper else run_ctc_finetuning
     run_finetuning(
         args.model,
-        training_data(args),
+        training_data(args, TrainingDataArguments),
         args.training_args,
         learning_rates=args.learning_rates,
         overwrite=args.overwrite,

@@ -79,21 +79,19 @@ def described_data(args: argparse.Namespace, portable: Any) -> dict[str, Any]:
     }
 
 
-def training_data(args: argparse.Namespace) -> Any:
-    """`TrainingDataArguments` with the options that were given."""
-    from hf_residual_transformer.training.arguments import TrainingDataArguments
-
+def training_data(args: argparse.Namespace, arguments: Any) -> Any:
+    """`arguments`, a class such as `TrainingDataArguments`, with the options that were given."""
     options = data_options(args)
     if "config_name" in options:
         options["dataset_config"] = options.pop("config_name")
     if "revision" in options:
         options["dataset_revision"] = options.pop("revision")
-    if args.shuffle_buffer is not None:
-        options["shuffle_buffer"] = args.shuffle_buffer
-    return TrainingDataArguments(
+    for name in ("eval_split", "shuffle_buffer"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    return arguments(
         dataset=args.audio,
         train_split=args.split,
-        eval_split=args.eval_split,
         language=args.language,
         text_column=args.text_column,
         **options,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.compression.allocation import rank_pattern_of
+from hf_residual_transformer.compression.allocation import Search, rank_pattern_of, unranked_parameters
 from hf_residual_transformer.compression.statistics import WeightedMoments
-from hf_residual_transformer.families import WHISPER
+from hf_residual_transformer.families import WHISPER, LayerStack
 from hf_residual_transformer.layers import quantized_weights
 from hf_residual_transformer.reporting import quantized_size
 
@@ -152,6 +152,18 @@ def share_ranks(
     return chosen
 
 
+def parameters_without_ranks(dense: Any, config: hrt.ResidualConfig) -> int:
+    """The number of parameters of the encoder's layers with `config`, without ranks. Every `U` is in floating point."""
+    source = LayerStack(WHISPER.encoder, dense)
+    search = Search(source, config)
+    shared = [
+        source.linear(group.layers[0], group.module_path).weight.numel()
+        for group in search.groups()
+        if group.size is not None
+    ]
+    return unranked_parameters(search) + sum(shared)
+
+
 def with_ranks(
     dense: Any, config: hrt.ResidualConfig, budget: float, *, same_ratio: bool = False
 ) -> hrt.ResidualConfig:
@@ -170,13 +182,9 @@ def with_ranks(
     costs = {key: sum(shape) for key, shape in shapes.items()}
     weights = {key: shape.numel() / sum(shape) if same_ratio else 1.0 for key, shape in shapes.items()}
     least = int(config.group_size is None)
-    with torch.device("meta"):
-        meta: Any = hrt.ResidualWhisperForConditionalGeneration(
-            hrt.ResidualWhisperConfig.from_dense_config(dense.config, replace(config, rank=least))
-        )
-    fewest = encoder_parameters(meta)
-    require_size(fewest, dense, budget)
-    left = budget * encoder_parameters(dense) - fewest + least * sum(costs.values())
+    unranked = parameters_without_ranks(dense, config)
+    require_size(unranked + least * sum(costs.values()), dense, budget)
+    left = budget * encoder_parameters(dense) - unranked
     limits = {key: min(shape) for key, shape in shapes.items()}
     ranks = share_ranks(left, costs, weights, limits, least)
     return replace(config, rank_pattern=rank_pattern_of(ranks))

@@ -18,6 +18,9 @@ decoder runs, and steps take half the time. With `--labels_weight` transcripts a
 default `--learning_rate` suits a few hundred steps; longer runs bear more. wav2vec2 is trained without dropout,
 LayerDrop and SpecAugment, as the teacher runs.
 
+The result is kept only if the loss on validation clips falls (`--eval_split`, `--keep`). Otherwise the output folder
+gets the student as it was, and a warning says so. `train_results.json` has both losses and what was decided.
+
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
 The first argument may instead be a JSON or YAML file with options by name. `hrt distill` is the same as a command.
 """
@@ -29,8 +32,8 @@ from typing import Literal
 
 from hf_residual_transformer.training.arguments import (
     DistillationArguments,
+    DistillationDataArguments,
     RecipeArguments,
-    TrainingDataArguments,
     parse_args,
 )
 from hf_residual_transformer.training.recipe import WINDOW_SECONDS
@@ -64,7 +67,7 @@ class ScriptArguments:
 
 def main() -> None:
     args, distillation, data_args, training_args = parse_args(
-        ScriptArguments, DistillationArguments, TrainingDataArguments, RecipeArguments
+        ScriptArguments, DistillationArguments, DistillationDataArguments, RecipeArguments
     )
     run_distillation(
         args.student,

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -35,6 +36,10 @@ torch.set_num_threads(1)
 
 SAMPLING_RATE = 16_000
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
+# Six short clips, and two quick steps on a CPU, as options of a command or script.
+CLIPS = ["--language", "en", "--max_seconds", "1.0", "--max_samples", "6"]
+TRAINING = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "3", "--logging_steps", "1"]
+TRAINING += ["--learning_rate", "1e-3", "--save_strategy", "no", "--disable_tqdm", "true"]
 WHISPER_BYTES = sorted(ByteLevel.alphabet())
 WHISPER_SPECIAL = [
     "<|endoftext|>",
@@ -182,6 +187,19 @@ def speech(seconds: float = 1.0, seed: int = 0) -> torch.Tensor:
     """Noise that stands for a recording, (seconds * 16000,)."""
     generator = torch.Generator().manual_seed(seed)
     return 0.1 * torch.randn(int(seconds * SAMPLING_RATE), generator=generator)
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    """What a training run logged under `key`, by step."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    """The weights that differ between two folders of one model."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 @pytest.fixture(scope="session")

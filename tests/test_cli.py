@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,11 @@ import pytest
 import soundfile
 import torch
 from conftest import (
+    CLIPS,
     SAMPLE,
+    TRAINING,
+    logged,
+    moved,
     randomize_,
     speech,
     tiny_wav2vec2_config,
@@ -24,7 +27,6 @@ from conftest import (
     whisper_generation_config,
     whisper_processor,
 )
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
@@ -37,9 +39,7 @@ import hrt_cli
 from hf_residual_transformer import ResidualWav2Vec2ForCTC, ResidualWhisperForConditionalGeneration
 
 COMMANDS = list(hrt_cli.COMMANDS)
-DATA = ["--audio", SAMPLE, "--language", "en", "--max-seconds", "1.0", "--max-samples", "6"]
-TRAINING = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "3", "--logging_steps", "1"]
-TRAINING += ["--learning_rate", "1e-3", "--save_strategy", "no", "--disable_tqdm", "true"]
+DATA = ["--audio", SAMPLE, *CLIPS]
 # Of every command that needs more than a model, what is needed beside it.
 NEEDED = {
     "compress": DATA,
@@ -68,17 +68,6 @@ def misused(capsys, *words: Any) -> str:
         run(*words)
     assert exit_info.value.code == 2
     return capsys.readouterr().err
-
-
-def logged(folder: Path, key: str) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if key in entry]
-
-
-def moved(before: Path, after: Path) -> set[str]:
-    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
-    assert old.keys() == new.keys()
-    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 class TestHelp:
@@ -318,9 +307,68 @@ def test_distill_trains_on_packed_windows_without_transcripts(tmp_path, compress
     assert isinstance(loaded, ResidualWhisperForConditionalGeneration)
 
 
+class TestWhatDistillKeeps:
+    """The clips of the split "validation" decide, unless told otherwise."""
+
+    def distil(self, compressed, dense_whisper, output, *options) -> tuple[set[str], dict[str, Any]]:
+        words = ["distill", compressed["whisper"], "--teacher", dense_whisper, *DATA, *TRAINING]
+        assert run(*words, *options, "--out", output) == 0
+        return moved(compressed["whisper"], output), json.loads((output / "train_results.json").read_text())
+
+    def test_a_better_result_is_saved(self, compressed, dense_whisper, tmp_path, caplog):
+        options = ["--learning_rate", "1e-4", "--max_steps", 20, "--eval-split", "train"]
+        names, results = self.distil(compressed, dense_whisper, tmp_path / "out", *options)
+        assert names
+        assert results["kept"] is True
+        assert results["validation_loss_after"] < results["validation_loss_before"]
+        assert "the student keeps its weights" not in caplog.text
+        saved = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+        assert saved["eval_loss"] == pytest.approx(results["validation_loss_after"])
+
+    @pytest.mark.parametrize("strategy", ["no", "steps"])
+    def test_a_worse_one_is_not_which_is_said(self, strategy, compressed, dense_whisper, tmp_path, caplog):
+        options = ["--learning_rate", "10", "--save_strategy", strategy]
+        names, results = self.distil(compressed, dense_whisper, tmp_path / "out", *options)
+        assert not names
+        assert results["kept"] is False
+        assert results["validation_loss_after"] >= results["validation_loss_before"]
+        assert "the student keeps its weights as they were" in caplog.text
+        checkpoint = tmp_path / "out" / "checkpoint-2"
+        assert (f"the distilled weights are in {checkpoint}" in caplog.text) == (strategy == "steps")
+        assert checkpoint.is_dir() == (strategy == "steps")
+        if strategy == "steps":
+            assert moved(compressed["whisper"], checkpoint)
+
+    @pytest.mark.parametrize("options", [["--keep", "always"], ["--eval-split", "none"]])
+    def test_a_worse_one_is_saved_on_request(self, options, compressed, dense_whisper, tmp_path, caplog):
+        options = ["--learning_rate", "10", *options]
+        names, results = self.distil(compressed, dense_whisper, tmp_path / "out", *options)
+        assert names and "kept" not in results
+        assert not caplog.text
+
+    @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+    def test_without_validation_clips_the_result_is_saved_which_is_said(
+        self, streaming, compressed, dense_whisper, tmp_path, caplog
+    ):
+        (tmp_path / "clips").mkdir()
+        for seed in range(2):
+            soundfile.write(tmp_path / "clips" / f"{seed}.wav", speech(0.5, seed).numpy(), 16_000)
+        # Of an option that is given twice, the last value counts.
+        options = ["--learning_rate", "10", "--audio", tmp_path / "clips", *streaming]
+        names, results = self.distil(compressed, dense_whisper, tmp_path / "out", *options)
+        assert names and "kept" not in results
+        assert "there are no validation clips to decide on: `split` must be 'train' or 'all'" in caplog.text
+
+    def test_clips_that_are_trained_on_do_not_decide(self, compressed, dense_whisper, tmp_path, caplog):
+        options = ["--learning_rate", "10", "--split", "validation"]
+        names, _ = self.distil(compressed, dense_whisper, tmp_path / "out", *options)
+        assert names
+        assert "the split 'validation' is trained on" in caplog.text
+
+
 def test_distill_takes_transcripts_where_a_loss_needs_them(tmp_path, compressed, dense_whisper, capsys):
     words = ["distill", compressed["whisper"], "--teacher", dense_whisper, *DATA, *TRAINING]
-    options = ["--labels-weight", 0.5, "--logits_weight", 1, "--out", tmp_path / "out"]
+    options = ["--labels-weight", 0.5, "--logits_weight", 1, "--keep", "always", "--out", tmp_path / "out"]
     assert run(*words, *options) == 0
     assert any(name.startswith("model.decoder.") for name in moved(compressed["whisper"], tmp_path / "out"))
     for loss in ("final", "logits", "labels"):
@@ -331,7 +379,7 @@ def test_distill_takes_transcripts_where_a_loss_needs_them(tmp_path, compressed,
 
 def test_distill_trains_ctc_models_and_reads_a_file_of_options(tmp_path, compressed, dense_wav2vec2):
     options = {"student": str(compressed["wav2vec2"]), "teacher": str(dense_wav2vec2), "hidden_weight": 2.0}
-    options |= {"learning_rates": {"shared": 0.0}, "out": str(tmp_path / "out")}
+    options |= {"learning_rates": {"shared": 0.0}, "keep": "always", "out": str(tmp_path / "out")}
     (tmp_path / "options.json").write_text(json.dumps(options))
     assert run("distill", tmp_path / "options.json", *DATA, *TRAINING) == 0
     names = moved(compressed["wav2vec2"], tmp_path / "out")

@@ -260,7 +260,7 @@ def config_of(search: Search, choices: Sequence[Choice]) -> ResidualConfig:
     return replace(config, group_size=sizes, shared_bits=None, bits_pattern=bits)
 
 
-def fixed_parameters(search: Search) -> int:
+def unranked_parameters(search: Search) -> int:
     """Parameters of the layers of a residual model, without every `U` and every `B A`."""
     source, config = search.source, search.config
     total = sum(parameter.numel() for parameter in source.layers.parameters())

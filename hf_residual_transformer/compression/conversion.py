@@ -41,7 +41,7 @@ from .allocation import (
     config_of,
     curves_of,
     embedding_curves,
-    fixed_parameters,
+    unranked_parameters,
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
 from .inputs import Batch, as_batches, frozen_view, refuse_adapter, with_labels
@@ -383,7 +383,7 @@ class _Conversion:
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         dense = of_layers if self.names == (ENCODER,) else _saved_numbers(self.dense)
-        fixed = dense - of_layers + sum(fixed_parameters(part.search) for part in self.parts.values())
+        fixed = dense - of_layers + sum(unranked_parameters(part.search) for part in self.parts.values())
         given_bits = None if request.plan is None else request.plan.embedding_bits
         if EMBEDDING in self.names:
             assert embedding is not None

@@ -8,14 +8,19 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.utils import logging
 
 from ..speech.datasets import load_speech_dataset
 from .losses import is_number
 
+logger = logging.get_logger(__name__)
+VALIDATION = "validation"
+VALIDATION_CLIPS = 48
+Keep = Literal["better", "always"]
 LOSSES = ("hidden", "final", "logits", "labels")
 LEARNING_RATES = ("shared", "lora", "diagonal", "rest")
 
@@ -114,7 +119,47 @@ class TrainingDataArguments(DataArguments):
         train = self.load(self.train_split, rate, with_text=with_text)
         if self.streaming:
             train = train.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-        return train, self.eval_split and self.load(self.eval_split, rate, with_text=with_text)
+        return train, self.load_eval_split(rate, with_text)
+
+    def load_eval_split(self, sampling_rate: int, with_text: bool) -> Any:
+        """The data to evaluate on, None without `eval_split`."""
+        return self.eval_split and self.load(self.eval_split, sampling_rate, with_text=with_text)
+
+
+@dataclass
+class DistillationDataArguments(TrainingDataArguments):
+    """Which recordings to train on, and which to decide on whether the result is kept."""
+
+    eval_split: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Split whose loss decides whether the result is kept, or 'none'. 'auto' is up to "
+            f"{VALIDATION_CLIPS} clips of the split 'validation' if there is one."
+        },
+    )
+
+    def load_eval_split(self, sampling_rate: int, with_text: bool) -> Any:
+        """The data to decide on; None where nothing decides, and where "auto" finds no clips, which it says."""
+        if self.eval_split == "none":
+            return None
+        if self.eval_split != "auto":
+            return super().load_eval_split(sampling_rate, with_text)
+        try:
+            if self.train_split == "all" or VALIDATION in self.train_split:
+                raise ValueError(f"the split {self.train_split!r} is trained on")
+            clips = self.load(VALIDATION, sampling_rate, with_text=with_text)
+            if isinstance(clips, IterableDataset):
+                clips = clips.take(VALIDATION_CLIPS)
+                next(iter(clips))
+                return clips
+        except (ValueError, StopIteration) as problem:
+            logger.warning(
+                "the distilled weights are saved whether they are better or not, since there are no validation clips "
+                f"to decide on: {str(problem) or 'the split is empty'}"
+            )
+            return None
+        number = min(VALIDATION_CLIPS, len(clips))
+        return clips.select([index * len(clips) // number for index in range(number)])
 
 
 @dataclass
@@ -189,7 +234,7 @@ class DistillationArguments:
 
 @dataclass
 class RecipeArguments(Seq2SeqTrainingArguments):
-    """Of the Trainer, with the recipe's own defaults."""
+    """The Trainer's arguments, with the recipe's own defaults."""
 
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
@@ -204,7 +249,17 @@ class RecipeArguments(Seq2SeqTrainingArguments):
         default=0.05, metadata={"help": "Steps of linear warm-up, or below 1 their part of all steps."}
     )
 
+    keep: Keep = field(
+        default="better",
+        metadata={
+            "help": "What is kept where there are clips to evaluate on: with 'better', the trained weights only if "
+            "the loss on these clips falls, otherwise those from before; with 'always', the trained weights."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.keep not in get_args(Keep):
+            raise ValueError(f"`keep` must be one of {', '.join(get_args(Keep))}, got {self.keep!r}")
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads columns that no model does
 

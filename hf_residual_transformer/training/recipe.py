@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,12 @@ from ..layers import quantized_weights
 from ..speech.transcription import transcribe
 from ..speech.windows import WindowCollator
 from .arguments import RecipeArguments
-from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
+from .trainers import (
+    CTCDistillationTrainer,
+    DistillationOutcome,
+    DistillationTrainer,
+    Seq2SeqDistillationTrainer,
+)
 
 WINDOW_SECONDS = 10.0
 # Values of wav2vec2's config with which a student runs as its teacher does.
@@ -92,26 +96,6 @@ class TranscribingCollator:
         return {**batch, "labels": self.labels[key]}
 
 
-@dataclass(frozen=True)
-class DistillationOutcome:
-    """The result of a short distillation.
-
-    Args:
-        log: the Trainer's log.
-        loss_before: the loss on the validation clips before the first step; None without such clips.
-        loss_after: the same after the last step.
-    """
-
-    log: list[dict[str, Any]]
-    loss_before: float | None = None
-    loss_after: float | None = None
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the student has the trained weights: the loss on the validation clips fell, or there are none."""
-        return self.loss_before is None or self.loss_after is None or self.loss_after < self.loss_before
-
-
 def short_distillation(
     student: Any,
     teacher: Any,
@@ -122,7 +106,8 @@ def short_distillation(
     validation: Any = None,
     **options: Any,
 ) -> DistillationOutcome:
-    """Distils a model without labels. Where the loss on `validation` does not fall, the student stays as it was.
+    """Distils a model without labels. Where the loss on `validation` does not fall, the student stays as it was, unless
+    `keep` is "always".
 
     Args:
         student: the model that learns.
@@ -141,13 +126,5 @@ def short_distillation(
         eval_dataset=validation,
         data_collator=collator,
     )
-    if validation is None:
-        trainer.train()
-        return DistillationOutcome(trainer.state.log_history)
-    start = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    outcome = DistillationOutcome(trainer.state.log_history, before, trainer.evaluate()["eval_loss"])
-    if not outcome.is_kept:
-        student.load_state_dict(start)
-    return outcome
+    return trainer.outcome

@@ -10,19 +10,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.utils import logging
 
 from ..families import WAV2VEC2, WHISPER, Family, frame_mask
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
 from ..speech.transcription import encoder_window, transcribe
-from .arguments import LEARNING_RATES, DistillationArguments
+from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
 from .losses import HiddenStateLoss, LogitsLoss
 from .states import record_states
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class DistillationOutcome:
+    """The result of a distillation.
+
+    Args:
+        log: the Trainer's log.
+        loss_before: the loss on the validation clips before the first step; None where it decides nothing.
+        loss_after: the same after the last step.
+    """
+
+    log: list[dict[str, Any]]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the student has the trained weights: the loss on the validation clips fell, or decides nothing."""
+        return self.loss_before is None or self.loss_after is None or self.loss_after < self.loss_before
 
 
 class DistillationTrainer(Trainer):
@@ -47,6 +72,7 @@ class DistillationTrainer(Trainer):
     family: ClassVar[Family]
     losses_on_labels: ClassVar[set[str]]
     model: Any
+    outcome: DistillationOutcome
 
     def __init__(
         self,
@@ -109,11 +135,40 @@ class DistillationTrainer(Trainer):
         return self.family.find_encoder(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does. Label-free training freezes a decoder that is dense meanwhile."""
+        """Trains as `Trainer` does, and sets `outcome`. Label-free training freezes a decoder that is dense meanwhile.
+
+        With `RecipeArguments(keep="better")` and an `eval_dataset`, the student gets its weights back if the loss on
+        this data does not fall.
+        """
         config: Any = self.model.config
         compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
         with _frozen_but(self.encoder, self.model) if self.label_free and not compact else nullcontext():
-            return super().train(*args, **kwargs)
+            chooses = isinstance(self.args, RecipeArguments) and self.args.keep == "better"
+            if not chooses or self.eval_dataset is None:
+                result = super().train(*args, **kwargs)
+                self.outcome = DistillationOutcome(self.state.log_history)
+                return result
+            start = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            before = self.evaluate()["eval_loss"]
+            result = super().train(*args, **kwargs)
+            after = self.evaluate()["eval_loss"]
+        self.outcome = DistillationOutcome(self.state.log_history, before, after)
+        if not self.outcome.is_kept:
+            self.model.load_state_dict(start)
+            checkpoint = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+            logger.warning(
+                "the student keeps its weights as they were, since the loss on the validation clips did not fall "
+                f"({before:.5f} before, {after:.5f} after); "
+                + (f"the distilled weights are in {checkpoint}, and " if checkpoint.is_dir() else "")
+                + '`keep`, "always", keeps them'
+            )
+        kept = {
+            "validation_loss_before": before,
+            "validation_loss_after": after,
+            "kept": self.outcome.is_kept,
+        }
+        result.metrics.update(kept)
+        return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer as `Trainer` does, and splits its groups by component if `learning_rates` is a dict.

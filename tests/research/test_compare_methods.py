@@ -153,6 +153,26 @@ def test_the_parameters_are_those_counted_by_hand(method, budget, expected, scri
     assert expected / DENSE == pytest.approx(budget, abs=0.005)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        hrt.ResidualConfig.paper(2, 0),
+        hrt.ResidualConfig.paper(3, 0),
+        hrt.ResidualConfig(3, rank=0, diagonal="all"),
+        hrt.ResidualConfig({"fc1": 4, "fc2": None, "q_proj": 2}, rank=1, diagonal="none", share_biases=True),
+        hrt.ResidualConfig(None, rank=1, diagonal="none"),
+    ],
+)
+def test_parameters_without_ranks_are_those_of_a_model_without_its_ranks(config, scripts):
+    dense = dense_whisper()
+    model = hrt.ResidualWhisperForConditionalGeneration(
+        hrt.ResidualWhisperConfig.from_dense_config(dense.config, config)
+    )
+    ranks = sum(p.numel() for name, p in model.get_encoder().layers.named_parameters() if "lora_" in name)
+    expected = scripts.baseline_parts.encoder_parameters(model) - ranks
+    assert scripts.baseline_parts.parameters_without_ranks(dense, config) == expected
+
+
 def test_a_basis_that_layers_share_is_counted_once(scripts, build):
     model, _ = build("basis-2", 0.5, dense_whisper())
     linears, expected = modules(model), 4 * FIXED

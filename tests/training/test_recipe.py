@@ -1,5 +1,6 @@
 """A short distillation is kept only where it helps on clips that it does not train on."""
 
+import pytest
 import torch
 from test_distillation import collate, ctc_data, ctc_pair, whisper_data, whisper_pair
 
@@ -27,6 +28,15 @@ def test_a_distillation_that_does_not_is_undone(tmp_path):
     outcome, same = distil(whisper_pair, data, tmp_path, validation=data[:4], learning_rate=10.0)
     assert outcome.loss_after > outcome.loss_before
     assert not outcome.is_kept and same
+
+
+def test_a_distillation_that_does_not_is_kept_on_request(tmp_path):
+    data = whisper_data(8, labels=False)
+    options = {"validation": data[:4], "learning_rate": 10.0, "keep": "always"}
+    outcome, same = distil(whisper_pair, data, tmp_path, **options)
+    assert outcome.is_kept and not same
+    with pytest.raises(ValueError, match="`keep` must be one of better, always, got 'best'"):
+        distil(whisper_pair, data, tmp_path, keep="best")
 
 
 def test_without_validation_clips_the_result_is_kept(tmp_path):
