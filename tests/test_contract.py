@@ -327,7 +327,7 @@ def test_the_report_prints_counts_and_refuses_models_without_residual_layers():
     assert json.loads(json.dumps(report.to_dict()))["encoder"]["ratio"] == report.encoder.ratio
     assert sum(count.unique for count in report.components.values()) == report.encoder.unique
     assert f"{report.encoder.unique:,}" in str(report) and f"{report.encoder.ratio:.1%}" in str(report)
-    assert list(report.to_dict()) == ["model_bytes", "encoder_bytes", "model", "encoder"]
+    assert list(report.to_dict()) == ["model_bytes", "encoder_bytes", "parts", "model", "encoder"]
     for name in ("model_bytes", "encoder_bytes"):
         assert report.to_dict()[name] == getattr(report, name).to_dict()
     with pytest.raises(ValueError, match="`model` must have residual layers, got WhisperModel"):

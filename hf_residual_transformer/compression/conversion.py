@@ -154,7 +154,7 @@ def convert(
             weights that are not finite; for a calibrated start without calibration inputs, or with empty or
             non-finite ones; for options that contradict each other.
     """
-    plan = _given_plan(residual_config, decoder_residual_config, embedding_bits, start)
+    plan = _given_plan(residual_config, decoder_residual_config, embedding_bits)
     request = _checked(plan, parts, calibration, start, budget, shared_bits, block_size, iterations, progress)
     loaded = _load_dense(cls, dense)
     view = frozen_view(loaded)
@@ -166,7 +166,7 @@ def convert(
 
 
 def _given_plan(
-    residual_config: Any, decoder_residual_config: Any, embedding_bits: int | None, start: str
+    residual_config: Any, decoder_residual_config: Any, embedding_bits: int | None
 ) -> Plan | None:
     """The settings that the user gives; None where `budget` chooses all."""
     configs = {}
@@ -181,8 +181,6 @@ def _given_plan(
             "`residual_config`, which is that of the encoder, must be given beside `decoder_residual_config` or "
             "`embedding_bits`, got None"
         )
-    if not configs and start == "svd":
-        configs = {ENCODER: ResidualConfig()}
     return Plan(configs, embedding_bits) if configs else None
 
 
@@ -233,7 +231,9 @@ def _checked(
             raise ValueError(
                 "`parts` must be without embed_tokens where `shared_bits` is None, since it takes few bits"
             )
-    if plan is None and start == "calibrated" and budget is None:
+    if plan is None and start == "svd":
+        plan = Plan({ENCODER: ResidualConfig()})
+    if plan is None and budget is None:
         budget = BUDGETS[None if numbers is None else BITS]
     return Request(plan, parts, batches, start, budget, numbers, block_size, iterations, progress)
 

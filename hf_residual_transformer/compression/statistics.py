@@ -295,7 +295,10 @@ class LogitsObjective:
         states = final_states(model, self.source.owner, inputs)[counts]
         logits = states @ model.get_input_embeddings().weight.T
         chances = logits.detach().softmax(-1)
-        drawn = torch.multinomial(chances.cpu(), 1, generator=self.generator).to(chances.device)
+        # One window at a time, so that the batch size changes nothing.
+        windows = chances.cpu().split(counts.sum(1).tolist())
+        draws = [torch.multinomial(window, 1, generator=self.generator) for window in windows]
+        drawn = torch.cat(draws).to(chances.device)
         if self.embedding is not None:
             self.embedding.add_logits(states.detach(), chances)
             embedding = self.embedding

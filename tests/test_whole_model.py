@@ -1,0 +1,466 @@
+"""A whole Whisper in its compact form: the layers of encoder and decoder, and the table of tokens."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize_, tiny_whisper_config
+from safetensors.torch import load_file
+from test_conversion import dense_whisper, whisper_inputs
+from torch.nn import functional
+from transformers import AutoModelForSpeechSeq2Seq, WhisperModel
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.compression.allocation import Curve, Lacking, choose
+from hf_residual_transformer.compression.inputs import final_states, frozen_view, inputs_of
+from hf_residual_transformer.compression.statistics import (
+    EmbeddingStatistics,
+    Group,
+    LogitsObjective,
+    StatesObjective,
+    collect,
+)
+from hf_residual_transformer.families import WHISPER, LayerStack
+from hf_residual_transformer.layers import QuantizedEmbedding, TiedOutput, unpacked_weights
+from hf_residual_transformer.quantization import BLOCKS, quantize
+
+DECODER = WHISPER.stacks[1]
+FORM = {
+    "residual_config": hrt.ResidualConfig(group_size=2, rank=2),
+    "decoder_residual_config": hrt.ResidualConfig(
+        group_size={"fc1": 1, "fc2": 1, "encoder_attn.q_proj": None},
+        rank=3,
+        shared_bits={"fc1": 4},
+        bits_pattern={"layers.1.fc2": 3},
+    ),
+    "embedding_bits": 5,
+}
+Whisper = hrt.ResidualWhisperForConditionalGeneration
+
+
+def whole(seed=0):
+    """A model in which all parts are compact and every component is random."""
+    return randomize_(Whisper(tiny_whisper_config(**FORM)), seed)
+
+
+def inputs(number=2, num_tokens=7):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 256, (number, num_tokens), generator=generator)
+    return {"input_features": whisper_inputs(number), "decoder_input_ids": ids}
+
+
+def labelled(number=4, num_tokens=6):
+    """Batches with transcripts of different lengths."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.randint(0, 256, (number, num_tokens), generator=generator)
+    labels[0, 4:] = -100
+    return [
+        {"input_features": features[None], "labels": ids[None]}
+        for features, ids in zip(whisper_inputs(number), labels)
+    ]
+
+
+def test_a_saved_model_gives_the_same_tokens_and_logits_in_a_fresh_process(tmp_path):
+    model, batch = whole(), inputs()
+    with torch.no_grad():
+        logits, tokens = model(**batch).logits, model.generate(batch["input_features"], max_new_tokens=5)
+    model.save_pretrained(tmp_path)
+    torch.save({"batch": batch}, tmp_path / "batch.pt")
+    code = f"""
+import torch, hf_residual_transformer
+from transformers import AutoModelForSpeechSeq2Seq
+batch = torch.load({str(tmp_path / "batch.pt")!r})["batch"]
+model = AutoModelForSpeechSeq2Seq.from_pretrained({str(tmp_path)!r})
+with torch.no_grad():
+    found = model(**batch).logits, model.generate(batch["input_features"], max_new_tokens=5)
+torch.save(found, {str(tmp_path / "found.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    found = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found[0], logits, rtol=0, atol=0)
+    assert torch.equal(found[1], tokens)
+
+
+def test_the_config_comes_back_and_says_what_each_part_is(tmp_path):
+    config = tiny_whisper_config(**FORM)
+    config.save_pretrained(tmp_path)
+    again = hrt.ResidualWhisperConfig.from_pretrained(tmp_path)
+    for name, value in FORM.items():
+        assert getattr(again, name) == value
+    assert again.residual_config_of("decoder") == FORM["decoder_residual_config"]
+    assert not set(FORM) & set(again.to_dense_config().to_dict())
+    old = tiny_whisper_config(residual_config=FORM["residual_config"])
+    assert old.residual_config_of("decoder") is None and old.embedding_bits is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"embedding_bits": 1}, "`embedding_bits` must be from 2 to 8 or None, got 1"),
+        ({"embedding_bits": True}, "`embedding_bits` must be from 2 to 8 or None, got True"),
+        ({"decoder_residual_config": {"rank": -1}}, "`rank` must be"),
+        ({"decoder_residual_config": {"bits_pattern": {"fc1": 9}}}, r"`bits_pattern\['fc1'\]` must be"),
+        ({"decoder_residual_config": {"block_size": 48}}, "`block_size` must be one of 32, 64, 128, got 48"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_whisper_config(residual_config=FORM["residual_config"], **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"decoder_residual_config": {"target_modules": ["q_proj"]}},
+            r"`target_modules` must name modules of a whisper decoder layer \(self_attn\.q_proj, .*got 'q_proj'",
+        ),
+        (
+            {"decoder_residual_config": {"shared_bits": 4, "bits_pattern": {"layers.9.fc1": 4}}},
+            r"`bits_pattern` must name modules of the decoder .*got 'layers\.9\.fc1'",
+        ),
+        (
+            {"embedding_bits": 4, "tie_word_embeddings": False},
+            "`embedding_bits` must be None for a model whose",
+        ),
+        (
+            {"embedding_bits": 4, "d_model": 48},
+            "`embedding_bits` must be None for an embedding of 48 columns",
+        ),
+    ],
+)
+def test_a_form_that_a_model_cannot_have_is_refused_when_it_is_built(fields, message):
+    plain = hrt.ResidualConfig(group_size=1, rank=2)
+    with pytest.raises(ValueError, match=message):
+        Whisper(tiny_whisper_config(residual_config=plain, **fields))
+
+
+def test_the_merged_model_and_a_copy_have_the_same_outputs():
+    model, batch = whole(), inputs()
+    with torch.no_grad():
+        logits = model(**batch).logits
+        torch.testing.assert_close(copy.deepcopy(model)(**batch).logits, logits, rtol=0, atol=0)
+        merged = model.merge()
+        torch.testing.assert_close(merged(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+    assert type(merged) is Whisper.dense_class()
+    assert merged.proj_out.weight is merged.model.decoder.embed_tokens.weight
+
+
+def test_unpacked_weights_change_no_output_and_are_gone_afterwards():
+    model, batch = whole(), inputs()
+    with torch.no_grad():
+        logits = model(**batch).logits
+        with unpacked_weights(model):
+            torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-5)
+            assert model.get_input_embeddings()._unpacked is not None
+    assert model.get_input_embeddings()._unpacked is None
+    model.generate(batch["input_features"], max_new_tokens=2)
+    assert all(getattr(module, "_unpacked", None) is None for module in model.modules())
+
+
+def test_there_is_one_table_for_look_up_and_for_logits(tmp_path):
+    model = whole().half()
+    table = model.get_input_embeddings()
+    assert isinstance(table, QuantizedEmbedding) and isinstance(model.get_output_embeddings(), TiedOutput)
+    assert not [key for key in model.state_dict() if key.startswith("proj_out")]
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    own = {key: value for key, value in saved.items() if "embed_tokens" in key}
+    vocabulary, hidden = model.config.vocab_size, model.config.d_model
+    assert sum(value.nbytes for value in own.values()) == vocabulary * hidden * 5 // 8 + vocabulary * 2
+    report = hrt.size_report(model)
+    assert report.model_bytes.unique == sum(value.nbytes for value in saved.values())
+    assert report.parts["token embedding"].unique == sum(value.nbytes for value in own.values())
+    assert list(report.parts) == ["encoder layers", "decoder layers", "token embedding"]
+    dense = model.merge()
+    names = {id(parameter): parameter for parameter in dense.parameters()}
+    assert report.model_bytes.dense == sum(parameter.nbytes for parameter in names.values())
+    assert report.model.dense == sum(parameter.numel() for parameter in names.values())
+
+
+def test_gradients_of_the_scales_come_from_both_uses_of_the_table():
+    model, batch = whole(), inputs()
+    model(**batch).logits.square().sum().backward()
+    table = model.get_input_embeddings()
+    plain = copy.deepcopy(model.merge()).requires_grad_()
+    plain(**batch).logits.square().sum().backward()
+    gradient = plain.get_input_embeddings().weight.grad
+    numbers = (table.weight / table.weight_scale.repeat_interleave(32, 1)).detach()
+    expected = (gradient * numbers).unflatten(1, (-1, 32)).sum(2)
+    torch.testing.assert_close(table.weight_scale.grad, expected, rtol=1e-3, atol=1e-2)
+    assert table.weight_packed.grad is None
+
+
+@pytest.mark.parametrize("size", [0.5, 0.4])
+def test_a_size_is_that_of_the_whole_saved_file(size, tmp_path):
+    model = Whisper.from_dense(dense_whisper(), calibration=labelled(), budget=size, progress=False)
+    report = hrt.size_report(model)
+    assert size - 0.02 < report.model_bytes.ratio <= size
+    model.half().save_pretrained(tmp_path)
+    saved = sum(value.nbytes for value in load_file(tmp_path / "model.safetensors").values())
+    assert saved == report.model_bytes.unique
+    assert {error.stack for error in model.conversion_report.errors} == {"encoder", "decoder"}
+    model.conversion_report.plot(tmp_path / "errors.png")
+    assert "decoder" in str(model.conversion_report)
+
+
+def divergence(model, dense, batches):
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            mask = batch["labels"] != -100
+            found = [m(**inputs_of(m, batch)).logits[mask].log_softmax(-1) for m in (dense, model.float())]
+            total += functional.kl_div(found[1], found[0], log_target=True, reduction="sum").item()
+    return total
+
+
+def test_the_model_is_nearer_to_dense_with_more_bytes_and_nearest_with_eight_bits():
+    dense, batches = dense_whisper(), labelled(8)
+    options = {"calibration": batches, "progress": False}
+    errors = [
+        divergence(Whisper.from_dense(dense, budget=size, **options), dense, batches)
+        for size in (0.37, 0.45, 0.6)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    eight = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=8)
+    exact = Whisper.from_dense(dense, eight, decoder_residual_config=eight, embedding_bits=8, **options)
+    assert divergence(exact, dense, batches) < 0.25 * errors[0]
+
+
+def test_a_budget_beats_equal_bits_at_the_same_bytes():
+    dense, batches = dense_whisper(), labelled(8)
+    options = {"calibration": batches, "progress": False}
+    four = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=4)
+    equal = Whisper.from_dense(dense, four, decoder_residual_config=four, embedding_bits=4, **options)
+    size = hrt.size_report(equal).model_bytes.ratio
+    chosen = Whisper.from_dense(dense, budget=size, **options)
+    assert divergence(chosen, dense, batches) < divergence(equal, dense, batches)
+
+
+def test_only_the_numbers_of_bits_that_are_allowed_are_used():
+    model = Whisper.from_dense(
+        dense_whisper(), calibration=labelled(), budget=0.5, shared_bits=(4, 8), progress=False
+    )
+    bits = {module.bits for module in model.modules() if getattr(module, "bits", None)}
+    assert bits <= {4, 8} and 4 in bits
+
+
+def test_parts_may_be_chosen_and_the_rest_stays_dense():
+    dense = dense_whisper()
+    model = Whisper.from_dense(
+        dense, calibration=labelled(), budget=0.7, parts=("encoder", "decoder"), progress=False
+    )
+    assert model.config.embedding_bits is None
+    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    assert model.proj_out.weight is model.get_input_embeddings().weight
+
+
+def test_statistics_and_choices_do_not_depend_on_the_batch_size():
+    """Weights may differ by steps of the rounding, since a sum in another order can tip one, and then the next."""
+    dense, batches = dense_whisper(), labelled()
+    together = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    found, options = [], {"budget": 0.5, "progress": False}
+    for given in (batches, [together]):
+        view = frozen_view(dense)
+        stacks = [LayerStack(stack, view) for stack in WHISPER.stacks]
+        objective = LogitsObjective(stacks[1], stacks[0])
+        groups = [Group(path, None, (1,), "decoder") for path in DECODER.modules]
+        of_decoder = collect(stacks[1], view, groups, given, objective, progress=False)
+        gradients = objective.memory_gradients
+        groups = [Group(path, None, (1,)) for path in WHISPER.modules]
+        of_encoder = collect(
+            stacks[0], view, groups, given, StatesObjective(stacks[0], gradients), progress=False
+        )
+        model = Whisper.from_dense(dense, calibration=given, **options)
+        found.append((of_decoder | of_encoder, torch.cat(gradients), model.config))
+    torch.testing.assert_close(found[0][1], found[1][1])
+    for key, entry in found[0][0].items():
+        torch.testing.assert_close(entry.products, found[1][0][key].products, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(entry.gradients, found[1][0][key].gradients, rtol=1e-4, atol=1e-8)
+    assert found[0][2].to_dict() == found[1][2].to_dict()
+
+
+def test_without_labels_the_dense_model_transcribes_the_recordings():
+    dense, batches = dense_whisper(), labelled()
+    unlabelled = [{"input_features": batch["input_features"]} for batch in batches]
+    try:
+        model = Whisper.from_dense(dense, calibration=unlabelled, budget=0.5, progress=False)
+    except ValueError as error:  # a random model may hear nothing
+        assert "hears no word" in str(error)
+    else:
+        assert model.config.embedding_bits
+
+
+def test_silence_and_models_that_cannot_transcribe_are_refused():
+    batches = labelled()
+    for batch in batches:
+        batch["labels"] = torch.full_like(batch["labels"], dense_whisper().config.eos_token_id)
+    with pytest.raises(ValueError, match=r"`calibration` must have speech .* hears no word in it"):
+        Whisper.from_dense(dense_whisper(), calibration=batches, budget=0.5, progress=False)
+    base = WhisperModel(tiny_whisper_config()).eval()
+    options = {"calibration": whisper_inputs(), "budget": 0.5, "progress": False}
+    with pytest.raises(ValueError, match="`calibration` must have `labels`"):
+        hrt.ResidualWhisperModel.from_dense(base, **options)
+    model = hrt.ResidualWhisperModel.from_dense(base, parts=("encoder",), **options)
+    assert hrt.size_report(model).encoder_bytes.ratio <= 0.5
+
+
+@pytest.mark.parametrize("parts", [("decoder",), ("encoder", "head"), ()])
+def test_parts_that_cannot_be_are_refused(parts):
+    with pytest.raises(ValueError, match="`parts` must be of encoder, decoder, embed_tokens"):
+        Whisper.from_dense(dense_whisper(), calibration=labelled(), parts=parts, progress=False)
+
+
+def perturbed(linear, noise, absorbed):
+    with torch.no_grad():
+        linear.weight += noise
+        if absorbed is not None and linear.bias is not None:
+            linear.bias -= absorbed
+
+
+def test_the_error_estimate_is_what_small_changes_do_to_the_distributions():
+    dense, batches = dense_whisper(), labelled(64)
+    view = frozen_view(dense)
+    stacks = [LayerStack(stack, view) for stack in WHISPER.stacks]
+    table = EmbeddingStatistics(*view.get_input_embeddings().weight.shape, torch.device("cpu"))
+    objective = LogitsObjective(stacks[1], stacks[0], table)
+    groups = [Group(path, None, (layer,), "decoder") for path in DECODER.modules for layer in range(2)]
+    of_decoder = collect(stacks[1], view, groups, batches, objective, progress=False)
+    assert len(objective.memory_gradients) == len(batches)
+    changed = copy.deepcopy(dense)
+    for key in ((0, "fc1"), (1, "encoder_attn.out_proj"), (1, "fc2"), (0, "self_attn.out_proj")):
+        entry, linear = of_decoder[key], changed.model.decoder.layers[key[0]].get_submodule(key[1])
+        noise = 1e-2 * torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(1))
+        perturbed(linear, noise, noise @ entry.mean.float())
+        moved = 2 * divergence_of(changed, dense, batches)
+        perturbed(linear, -noise, -noise @ entry.mean.float())
+        error = noise.double() @ entry.covariance() @ noise.double().T
+        estimate = torch.trace(entry.gradients @ error).item() / entry.weight.item()
+        assert estimate == pytest.approx(moved, rel=0.7), key
+    # The table is tied, so that a change reaches look-up and logits.
+    noise = 1e-2 * torch.randn(dense.proj_out.weight.shape, generator=torch.Generator().manual_seed(1))
+    perturbed(changed.proj_out, noise, None)
+    moved = 2 * divergence_of(changed, dense, batches)
+    assert table.error(noise.double()) == pytest.approx(moved, rel=0.7)
+
+
+def divergence_of(model, dense, batches):
+    together = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    return divergence(model, dense, [together])
+
+
+def test_the_decoder_says_which_frames_of_the_encoder_matter():
+    dense, batches = frozen_view(dense_whisper()), labelled(2)
+    stacks = [LayerStack(stack, dense) for stack in WHISPER.stacks]
+    gradients = [torch.zeros(1, 50, 32) for _ in batches]
+    for gradient in gradients:
+        gradient[:, :10] = 1.0
+    groups = [Group("fc2", None, (3,))]
+    found = collect(stacks[0], dense, groups, batches, StatesObjective(stacks[0], gradients), progress=False)
+    for weights in found[3, "fc2"].frame_weights:
+        assert (weights[:10] > 0).all() and not weights[10:].any()  # the last layer mixes no frames
+    final = final_states(dense, stacks[0].owner, batches[0])
+    assert final.shape == (1, 50, 32)
+
+
+def random_curves(seed):
+    """Three groups at two places, each with few choices."""
+    chance = random.Random(seed)
+    curves = []
+    for path, size, layers in (("a", 1, (0,)), ("a", 1, (1,)), ("b", None, (0,))):
+        for bits in (2, 3) if size else (None,):
+            errors = np.array(sorted((chance.random() for _ in range(9)), reverse=True))
+            curves.append(Curve(Group(path, size, layers), bits, errors, 3, 10.0 * (bits or 0)))
+    return curves
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_is_near_the_best_of_all(seed):
+    curves = random_curves(seed)
+    options: dict = {}
+    for curve in curves:
+        options.setdefault(curve.group, []).extend((curve, rank) for rank in curve.ranks())
+    left = 85.0
+    every = [
+        (sum(curve.errors[rank] for curve, rank in picked), sum(c.fixed + c.cost * r for c, r in picked))
+        for picked in itertools.product(*options.values())
+    ]
+    best = min(error for error, size in every if size <= left)
+    chosen = choose(curves, left)
+    by_key = {(curve.group, curve.bits): curve for curve in curves}
+    picked = [(by_key[choice.group, choice.bits], choice.rank) for choice in chosen]
+    assert len(picked) == 3
+    assert sum(curve.fixed + curve.cost * rank for curve, rank in picked) <= left
+    worst = max(error for error, size in every if size <= left)
+    found = sum(curve.errors[rank] for curve, rank in picked)
+    assert found <= best + 0.35 * (worst - best)
+
+
+def test_a_choice_that_cannot_be_paid_says_how_much_is_lacking():
+    with pytest.raises(Lacking) as raised:
+        choose(random_curves(0), 30.0)
+    assert raised.value.parameters == pytest.approx(2 * 20 + 3 - 30)
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_sweeps_bring_outputs_nearer_than_rounding_column_by_column(bits, block_size):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 128, generator=generator).double()
+    directions = torch.linalg.qr(torch.randn(128, 128, generator=generator).double())[0]
+    covariance = directions * torch.logspace(0, -2, 128).double() @ directions.T
+
+    def error(sweeps):
+        difference = quantize(weight, covariance, bits, block_size, sweeps).weight() - weight
+        return ((difference @ covariance) * difference).sum().item()
+
+    errors = [error(sweeps) for sweeps in range(4)]
+    assert errors[0] > errors[1] >= errors[2] >= errors[3]
+    assert errors[3] < 0.9 * errors[0]
+    assert quantize(weight, covariance, bits, block_size).scale.shape == (24, 128 // block_size)
+
+
+def test_a_compact_model_opens_through_the_auto_class_in_half_precision(tmp_path):
+    model = Whisper.from_dense(dense_whisper(), calibration=labelled(), budget=0.5, progress=False)
+    model.half().save_pretrained(tmp_path)
+    again = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, dtype="float32")
+    batch = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model.float()(**batch).logits)
+
+
+def test_without_labels_a_training_moves_scales_and_factors_of_both_stacks_and_no_integer(tmp_path):
+
+    from hf_residual_transformer.training.recipe import short_distillation
+
+    dense = dense_whisper()
+    model = Whisper.from_dense(dense, calibration=labelled(), budget=0.5, progress=False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rows = labelled(8)
+
+    def collator(batch):
+        return {key: torch.cat([row[key] for row in batch]) for key in batch[0]}
+
+    short_distillation(
+        model,
+        dense,
+        rows,
+        tmp_path,
+        collator=collator,
+        max_steps=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    for part in ("encoder.shared", "decoder.shared", "embed_tokens.weight_scale"):
+        assert any(part in key for key in moved), part
+    assert not [key for key in moved if key.endswith("weight_packed")]
