@@ -117,7 +117,7 @@ class TestHelp:
 
     def test_defaults_that_help_states_are_those_of_the_package(self):
         from hf_residual_transformer.compression.conversion import BUDGETS
-        from hf_residual_transformer.quantization import BITS
+        from hf_residual_transformer.quantization import BITS, MOST
         from hf_residual_transformer.training.arguments import DistillationArguments, TrainingDataArguments
         from hf_residual_transformer.training.recipe import WINDOW_SECONDS
 
@@ -128,7 +128,7 @@ class TestHelp:
                 stated |= dict(re.findall(r"^([\w-]+) .*\(default: ([\d.]+)\)", option))
         losses = DistillationArguments()
         assert float(stated["size"]) == BUDGETS[BITS]
-        assert int(stated["bits"]) == BITS
+        assert int(stated["bits"]) == MOST
         assert float(stated["window-seconds"]) == WINDOW_SECONDS
         for name in ("final", "hidden", "logits", "labels"):
             assert float(stated[f"{name}-weight"]) == getattr(losses, f"{name}_weight")

@@ -282,8 +282,8 @@ def test_statistics_and_choices_do_not_depend_on_the_batch_size():
         found.append((of_decoder | of_encoder, torch.cat(gradients), model.config))
     torch.testing.assert_close(found[0][1], found[1][1])
     for key, entry in found[0][0].items():
-        torch.testing.assert_close(entry.products, found[1][0][key].products, rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(entry.gradients, found[1][0][key].gradients, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(entry.products, found[1][0][key].products, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(entry.gradients, found[1][0][key].gradients, rtol=1e-3, atol=1e-6)
     assert found[0][2].to_dict() == found[1][2].to_dict()
 
 

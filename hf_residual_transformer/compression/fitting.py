@@ -165,6 +165,8 @@ def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) ->
     """Factors of the `X` of that rank for which `left X right` is nearest to `left matrix right`; `left` is
     upper triangular, `right` lower.
     """
+    if not rank:
+        return matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1])
     lora_B, lora_A = truncate(left @ matrix @ right, rank)
     return (
         torch.linalg.solve_triangular(left, lora_B, upper=True),
