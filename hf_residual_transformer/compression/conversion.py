@@ -29,7 +29,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..configuration import ResidualConfig
 from ..families import LayerStack
 from ..modeling import ResidualMixin
-from ..quantization import BITS, BLOCK, FEWEST, MOST
+from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
 from ..reporting import ConversionReport, ModuleError
 from .alignment import match_neurons, reorder_neurons
 from .allocation import (
@@ -44,7 +44,8 @@ from .allocation import (
     unranked_parameters,
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
-from .inputs import Batch, as_batches, frozen_view, refuse_adapter, with_labels
+from .inputs import LABELS, Batch, as_batches, frozen_view, refuse_adapter, with_labels
+from .measurement import CHECK_BITS, CHECK_WINDOWS, Divergence, Rounding, replaced, round_plainly
 from .refinement import Streams
 from .statistics import (
     EmbeddingStatistics,
@@ -62,6 +63,8 @@ STARTS = ("calibrated", "svd")
 AUTO = "auto"
 ENCODER, DECODER = "encoder", "decoder"
 PARTS = (ENCODER, DECODER, EMBEDDING)
+# Beside a decoder, so many windows are enough for an encoder: a window has 1,500 frames, but only tens of tokens.
+ENCODER_WINDOWS = 16
 COMPONENT_NAMES = ("lora_A", "lora_B", "diagonal")  # parameters of a `ResidualLinear` that no dense model has
 # The default budget by `shared_bits`: bytes relative to dense with matrices of few bits, otherwise parameters.
 BUDGETS: dict[Any, float] = {BITS: 0.31, None: 0.7}
@@ -281,9 +284,12 @@ class _Conversion:
         family = cls.family
         self.stacks = {s.name: LayerStack(s, dense) for s in family.stacks if s.is_in(dense)}
         names = self._part_names()
-        self.batches = request.batches
+        self.batches = {ENCODER: request.batches, DECODER: request.batches}
+        self.encoder_places = list(range(len(request.batches)))
         if request.batches and len(names) > 1:
-            self.batches = with_labels(dense, request.batches, request.progress)
+            labelled = with_labels(dense, request.batches, request.progress)
+            self.encoder_places = _spread([len(batch[LABELS]) for batch in labelled], ENCODER_WINDOWS)
+            self.batches = {ENCODER: [labelled[place] for place in self.encoder_places], DECODER: labelled}
         self.embedding: EmbeddingStatistics | None = None
         if EMBEDDING in names and request.batches:
             table = dense.get_input_embeddings().weight
@@ -335,15 +341,17 @@ class _Conversion:
     def _objective(self, name: str) -> Objective:
         if name == DECODER:
             return LogitsObjective(self.stacks[DECODER], self.stacks[ENCODER], self.embedding)
-        return StatesObjective(self.stacks[ENCODER], self.memory_gradients)
+        gradients = self.memory_gradients
+        if gradients is not None:
+            gradients = [gradients[place] for place in self.encoder_places]
+        return StatesObjective(self.stacks[ENCODER], gradients)
 
     def _observe(self, part: _Part, run_idx: int) -> Statistics:
-        if not self.batches:
-            return {}
         source, groups, objective = part.search.source, part.runs[run_idx], part.objective()
-        statistics = collect(
-            source, self.dense, groups, self.batches, objective, progress=self.request.progress
-        )
+        batches = self.batches[source.stack.name]
+        if not batches:
+            return {}
+        statistics = collect(source, self.dense, groups, batches, objective, progress=self.request.progress)
         if isinstance(objective, LogitsObjective):
             self.memory_gradients = objective.memory_gradients
             self.embedding = None  # it has seen all batches once
@@ -354,7 +362,7 @@ class _Conversion:
     def run(self) -> tuple[Any, list[ModuleError]]:
         """The residual model, and the error of each matrix."""
         embedding = self.embedding
-        if len(self.names) > 1 and DECODER in self.parts and self.batches:
+        if len(self.names) > 1 and DECODER in self.parts and self.request.batches:
             self.parts[DECODER].observe(0)  # the decoder says which of the encoder's frames matter
         plan = self.request.plan
         if self.request.budget is not None:
@@ -377,9 +385,20 @@ class _Conversion:
         request, budget = self.request, self.request.budget
         assert budget is not None
         curves: list[Curve] = []
+        divergence = self._divergence()
         for part in self.parts.values():
+            found: list[Curve] = []
+            roundings: list[Rounding] = []
+            estimate = 0.0
             for run_idx, run in enumerate(part.runs):
-                curves += curves_of(part.search, run, part.observe(run_idx))
+                statistics = part.observe(run_idx)
+                found += curves_of(part.search, run, statistics)
+                if divergence is not None:
+                    rounded, error = round_plainly(
+                        part.search.source, statistics, part.search.config.block_size
+                    )
+                    roundings, estimate = roundings + rounded, estimate + error
+            curves += _scaled(found, roundings, estimate, divergence)
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         dense = of_layers if self.names == (ENCODER,) else _saved_numbers(self.dense)
@@ -389,7 +408,11 @@ class _Conversion:
             assert embedding is not None
             table = self.dense.get_input_embeddings().weight
             numbers = (given_bits,) if given_bits else request.numbers or ()
-            curves += embedding_curves(table, embedding, numbers, self._block_size())
+            found = embedding_curves(table, embedding, numbers, self._block_size())
+            weight = quantize(table, None, CHECK_BITS, self._block_size()).weight().to(table)
+            ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
+            roundings = [(end, weight, None) for end in ends if end is not None]
+            curves += _scaled(found, roundings, embedding.error((weight - table).double()), divergence)
             fixed -= table.numel()
         try:
             choices = choose(curves, budget * dense - fixed)
@@ -405,6 +428,14 @@ class _Conversion:
         configs = {name: config_of(part.search, by_stack[name]) for name, part in self.parts.items()}
         return Plan(configs, by_stack[EMBEDDING][0].bits if EMBEDDING in by_stack else None)
 
+    def _divergence(self) -> Divergence | None:
+        """Measures on a few of the windows; None where one part alone is compressed, or has no logits."""
+        if len(self.names) == 1 or self.dense.get_output_embeddings() is None:
+            return None
+        batches = self.batches[DECODER]
+        places = _spread([len(batch[LABELS]) for batch in batches], CHECK_WINDOWS)
+        return Divergence(self.dense, [batches[place] for place in places])
+
     def _block_size(self) -> int:
         plan = self.request.plan
         return (
@@ -418,7 +449,7 @@ class _Conversion:
         source, name = part.search.source, part.search.source.stack.name
         target = LayerStack(source.stack, model)
         chosen = Search(source, plan.configs[name]).groups()
-        streams = Streams(source, target, (self.dense, model), self.batches)
+        streams = Streams(source, target, (self.dense, model), self.batches[name])
         errors: list[ModuleError] = []
         with tqdm(
             total=len(source), desc=f"converting {name}", unit="layer", disable=not self.request.progress
@@ -428,6 +459,23 @@ class _Conversion:
                 of_run = [group for group in chosen if group.layers[0] in layers]
                 errors += _fit_run(source, target, streams, of_run, part.observe(run_idx), self.request, bar)
         return errors
+
+
+def _scaled(
+    curves: list[Curve], roundings: list[Rounding], estimate: float, divergence: Divergence | None
+) -> list[Curve]:
+    """The curves of one part, in the unit of a measured divergence."""
+    if divergence is None or estimate <= 0:
+        return curves
+    with replaced(roundings):
+        scale = divergence() / estimate
+    return [replace(curve, errors=curve.errors * max(scale, 0.0)) for curve in curves]
+
+
+def _spread(sizes: Sequence[int], windows: int) -> list[int]:
+    """Places of evenly spread batches, of these sizes, that have about so many windows in all, or of all batches."""
+    number = min(len(sizes), max(1, round(windows * len(sizes) / sum(sizes))))
+    return [index * len(sizes) // number for index in range(number)]
 
 
 def _saved_numbers(model: Any) -> int:

@@ -16,6 +16,7 @@ from ..speech.collators import LABEL_PADDING
 from ..speech.transcription import transcribe
 
 INPUT_NAMES = ("input_features", "input_values")
+TRANSCRIBED = 8  # batches at a time, since tokens are cheaper together
 LABELS = "labels"  # of a decoder: token ids as `transcribe` gives them, with LABEL_PADDING
 Batch = dict[str, Tensor]
 Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer beside its hidden states
@@ -102,18 +103,23 @@ def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]
     Raises:
         ValueError: when a transcript is needed and the model cannot generate, or nothing is heard in any batch.
     """
-    found = []
-    for batch in tqdm(batches, desc="transcribing", unit="batch", disable=not progress):
-        if LABELS not in batch:
-            if not model.can_generate():
-                raise ValueError(
-                    f"`calibration` must have `{LABELS}`, token ids of transcripts, since a "
-                    f"{type(model).__name__} cannot generate them; or compress the encoder alone, with "
-                    'parts=("encoder",)'
-                )
-            labels = transcribe(model, to_model(model, batch)["input_features"])
-            batch = {**batch, LABELS: labels.to(batch["input_features"].device)}
-        found.append(batch)
+    lacking = [index for index, batch in enumerate(batches) if LABELS not in batch]
+    if lacking and not model.can_generate():
+        raise ValueError(
+            f"`calibration` must have `{LABELS}`, token ids of transcripts, since a {type(model).__name__} cannot "
+            'generate them; or compress the encoder alone, with parts=("encoder",)'
+        )
+    found = list(batches)
+    with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
+        for start in range(0, len(lacking), TRANSCRIBED):
+            together = lacking[start : start + TRANSCRIBED]
+            sizes = [len(batches[index]["input_features"]) for index in together]
+            features = torch.cat([to_model(model, batches[index])["input_features"] for index in together])
+            labels = transcribe(model, features).to(batches[together[0]]["input_features"].device)
+            for index, own in zip(together, labels.split(sizes)):
+                longest = max(1, int((own != LABEL_PADDING).sum(1).max()))
+                found[index] = {**batches[index], LABELS: own[:, :longest]}
+            bar.update(len(together))
     ending = model.config.eos_token_id
     if not any(((batch[LABELS] < ending) & (batch[LABELS] >= 0)).any() for batch in found):
         raise ValueError(

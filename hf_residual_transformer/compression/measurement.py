@@ -1,0 +1,86 @@
+"""Step 3, before the choice: what an estimated error really does, measured once for each part of a model.
+
+The estimates of `statistics.py` compare matrices of one part well. Between parts they do not: an error of an encoder's
+matrix is alike in all frames, so that its effects add up in a decoder, while the estimate takes frames for independent.
+Therefore each part is rounded plainly, alone, and the divergence of the model's tokens is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..families import LayerStack
+from ..quantization import quantize
+from .inputs import Batch, inputs_of, is_token
+from .statistics import TINY, MatrixStatistics
+
+CHECK_BITS = 4
+CHECK_WINDOWS = 8
+Rounding = tuple[
+    Any, Tensor, Tensor | None
+]  # a linear module, its rounded weight, and its bias to go with it
+
+
+def round_plainly(
+    source: LayerStack, statistics: dict[tuple[int, str], MatrixStatistics], block_size: int
+) -> tuple[list[Rounding], float]:
+    """All matrices of a run of layers in `CHECK_BITS` bits, each weight rounded on its own, and the estimated error."""
+    found, estimate = [], 0.0
+    for (layer, path), entry in statistics.items():
+        linear = source.linear(layer, path)
+        weight = linear.weight.double()
+        difference = quantize(weight, None, CHECK_BITS, block_size).weight() - weight
+        bias = linear.bias
+        if entry.centred and bias is not None:
+            bias = (bias - difference @ entry.mean).to(bias)
+        covariance = entry.covariance() if entry.centred else entry.products
+        moved = difference @ covariance @ difference.T
+        estimate += ((entry.gradients * moved).sum() / entry.weight.clamp_min(TINY)).item()
+        found.append((linear, (weight + difference).to(linear.weight), bias))
+    return found, estimate
+
+
+@contextmanager
+def replaced(roundings: Sequence[Rounding]) -> Iterator[None]:
+    """Inside this context, the modules have these weights and biases."""
+    kept = [(linear, linear.weight, getattr(linear, "bias", None)) for linear, _, _ in roundings]
+    try:
+        for linear, weight, bias in roundings:
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        yield
+    finally:
+        for linear, weight, bias in kept:
+            linear.weight = weight
+            if bias is not None:
+                linear.bias = bias
+
+
+class Divergence:
+    """Measures how far the token distributions of a model are from what they are now, in nats for each token.
+
+    Args:
+        model: a dense model with a decoder.
+        batches: inputs with labels.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.reference = [self._log_chances(batch) for batch in batches]
+
+    def _log_chances(self, batch: Batch) -> Tensor:
+        logits = self.model(**inputs_of(self.model, batch)).logits
+        return logits[is_token(batch).to(logits.device)].log_softmax(-1)
+
+    def __call__(self) -> float:
+        """The mean over all tokens of the labels."""
+        total = sum(
+            (reference.exp() * (reference - self._log_chances(batch))).sum().item()
+            for reference, batch in zip(self.reference, self.batches)
+        )
+        return total / sum(map(len, self.reference))
