@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .configuration import ResidualConfig
     from .speech.metrics import EvaluationResult
 
+WINDOWS, WINDOWS_WITH_DECODER = 16, 64  # to calibrate on; a decoder has few tokens in each
 SHUFFLE_BUFFER = 200  # clips of a stream
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
@@ -40,7 +41,7 @@ def compress(
     split: str = "train",
     language: str | None = None,
     data_options: Mapping[str, Any] | None = None,
-    num_windows: int = 16,
+    num_windows: int | None = None,
     batch_size: int = 1,
     pack: float = 0.75,
     seed: int = 0,
@@ -68,7 +69,8 @@ def compress(
         split: of the data to calibrate on.
         language: as the data writes it; keeps only its clips where the data says which language they are in.
         data_options: further options of `load_speech_dataset`, such as `{"streaming": True}`.
-        num_windows: windows of 30 seconds to calibrate on, as many inputs of the model.
+        num_windows: windows of 30 seconds to calibrate on, as many inputs of the model. By default 64, of which the
+            encoder uses 16, or 16 where the encoder alone becomes compact.
         batch_size: windows at a time, which changes memory and speed, but not the result.
         pack: part of the windows in which short clips are joined.
         seed: of the choice of recordings.
@@ -102,6 +104,9 @@ def compress(
         rows = rows_of(audio, processor, split, language=language, text_column=None, options=data_options)
         # Among all of the data, which may be in order of speakers or languages.
         rows = _shuffled(rows, seed)
+        if num_windows is None:
+            decoder = residual_config is None and bits is not None and (parts is None or len(parts) > 1)
+            num_windows = WINDOWS_WITH_DECODER if decoder and dense.can_generate() else WINDOWS
         calibration = calibration_batches(
             rows, processor, num_windows=num_windows, batch_size=batch_size, pack=pack
         )

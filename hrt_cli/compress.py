@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--block-size", type=int, default=32, help="weights that have one scale: 32, 64 or 128 (default: 32)"
     )
-    how.add_argument("--num-windows", type=int, default=16, metavar="N", help="inputs of 30 s (default: 16)")
+    how.add_argument(
+        "--num-windows",
+        type=int,
+        metavar="N",
+        help="inputs of 30 s (default: 64, or 16 for an encoder alone)",
+    )
     how.add_argument(
         "--pack", type=float, default=0.75, help="part of the windows that hold several clips (default: 0.75)"
     )
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
     bits = _bits(args)
     residual_config = _residual_config(args, bits)
-    calibrated = args.num_windows > 0 and args.audio is not None
+    calibrated = args.num_windows != 0 and args.audio is not None
     if not calibrated and args.start == "calibrated":
         raise ValueError(
             "--audio and --num-windows above 0 are needed, since matrices are fitted to recordings; `--start svd` "
