@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from .quantization import BLOCK, BLOCKS, FEWEST, MOST
@@ -27,21 +28,38 @@ def _is_int(value: Any, minimum: int, maximum: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
+# Names, parts of paths, `*`, `|` and sets such as `[0-3]`: what `fnmatch` matches without going back and forth.
+PATTERN_KEY = re.compile(r"(?:[\w.*|-]|\[[\w-]+\])+")
+
+
 def _checked_pattern(name: str, pattern: Any, least: int, most: float) -> dict[str, int]:
-    """A copy of a dict from module names, or regular expressions of them, to integers."""
+    """A copy of a dict from module names, or patterns of them, to integers, with its keys in today's form."""
     if not isinstance(pattern, dict):
         raise ValueError(f"`{name}` must be a dict of integers by module name, got {pattern!r}")
     bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+    checked: dict[str, int] = {}
     for key, value in pattern.items():
         if not _is_int(value, least, most):
             raise ValueError(f"`{name}[{key!r}]` must be an integer {bounds}, got {value!r}")
-        try:
-            re.compile(key)
-        except (re.error, TypeError) as error:
+        # Version 0.1.0 wrote regular expressions, of which these two forms mean the same here.
+        plain = key.replace(r"\.", ".").replace(".*", "*") if isinstance(key, str) else ""
+        if not PATTERN_KEY.fullmatch(plain):
             raise ValueError(
-                f"`{name}` keys must be module names or regular expressions, got {key!r}"
-            ) from error
-    return dict(pattern)
+                f"`{name}` keys must be module names or the ends of module paths, in which `*` stands for any "
+                f"characters, `[0-3]` for one of a set, and `|` separates alternatives, got {key!r}; write such as "
+                "'fc1|fc2' or 'layers.[0-3].fc1'"
+            )
+        if plain in checked:
+            raise ValueError(f"`{name}` keys must differ, got {plain!r} twice")
+        checked[plain] = value
+    return checked
+
+
+def _is_end_of(pattern: str, path: str) -> bool:
+    """Whether a part of a key between `|` is `path` or its end after a dot."""
+    if "*" in pattern or "[" in pattern:
+        return fnmatchcase(f".{path}", f"*.{pattern}")
+    return f".{path}".endswith(f".{pattern}")
 
 
 def values_of(setting: Any) -> list[Any]:
@@ -62,9 +80,10 @@ class ResidualConfig:
             the dict, leaves out `U`, so that each layer has only its own `B_l A_l + D_l`.
         rank: the rank of `B_l A_l` (the paper's R). 0 leaves `B_l A_l` out. A rank above the smaller side of a matrix
             is an error when the model is built.
-        rank_pattern: ranks that differ from `rank`, in PEFT's form. A key is a regular expression for a module name
-            or the end of a module path: `{"fc2": 64, r"layers\.0\.fc1": 128}`. The first key that matches
-            counts; a key that never counts is an error when the model is built.
+        rank_pattern: ranks that differ from `rank`. A key is a module name or the end of a module path:
+            `{"fc2": 64, "layers.0.fc1": 128}`. In a key, `*` stands for any characters, `[0-3]` for one character of a
+            set, and `|` separates alternatives. The first key that matches counts; a key that never counts is an error
+            when the model is built. Of the regular expressions of version 0.1.0, `\.` and `.*` are read as well.
         bits_pattern: bits of `U` that differ from `shared_bits`, in the same form. A group has the bits of its first
             layer.
         block_size: the number of weights in a row of a quantised `U` that have one scale: 32, 64 or 128.
@@ -132,7 +151,11 @@ class ResidualConfig:
                 object.__setattr__(self, name, dict(getattr(self, name)))
         names = self.target_modules
         if names is not None:
-            if not isinstance(names, (list, tuple, set)) or not names:
+            if (
+                not isinstance(names, (list, tuple, set))
+                or not names
+                or not all(isinstance(name, str) for name in names)
+            ):
                 raise ValueError(f"`target_modules` must be a list of module names or null, got {names!r}")
             if isinstance(self.group_size, dict) and set(names) != set(self.group_size):
                 raise ValueError(
@@ -219,7 +242,7 @@ class ResidualConfig:
 
 def key_of(pattern: dict[str, int], path: str) -> str | None:
     """The first key of a `rank_pattern` or `bits_pattern` that matches the matrix at `path`; None if no key matches."""
-    return next((key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", path)), None)
+    return next((key for key in pattern if any(_is_end_of(part, path) for part in key.split("|"))), None)
 
 
 class ResidualConfigMixin(DenseConfig):

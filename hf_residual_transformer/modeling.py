@@ -60,6 +60,11 @@ class ResidualMixin(DenseModel):
                 f"`config` must be a {self.config_class.__name__}, got {type(config).__name__}; to keep a "
                 f"dense model's weights, use {type(self).__name__}.from_dense(...)"
             )
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"`config` must be a {self.config_class.__name__}, got {type(config).__name__}; load the checkpoint "
+                "with the class of its own family, or with an Auto class"
+            )
         super().__init__(config, *args, **kwargs)
         for stack in self.family.stacks:
             residual = config.residual_config_of(stack.name)

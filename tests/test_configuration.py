@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import time
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -47,7 +48,10 @@ INVALID = [
     ("rank_pattern", None, "dict of integers"),
     ("rank_pattern", {"fc1": -1}, "at least 0"),
     ("rank_pattern", {"fc1": "2"}, "integer"),
-    ("rank_pattern", {"fc(": 2}, "regular expressions"),
+    ("rank_pattern", {"fc(": 2}, "module names or the ends of module paths"),
+    ("rank_pattern", {"((fc1)+)+x": 2}, "module names or the ends of module paths"),
+    ("bits_pattern", {"(a|a)*b": 2}, "module names or the ends of module paths"),
+    ("rank_pattern", {"": 2}, "module names or the ends of module paths"),
     ("diagonal", "rectangular", "none, square, all"),
     ("diagonal", True, "none, square, all"),
     ("diagonal", None, "none, square, all"),
@@ -56,6 +60,8 @@ INVALID = [
     ("target_modules", "fc1", "list of module names"),
     ("target_modules", [], "list of module names"),
     ("target_modules", 3, "list of module names"),
+    ("target_modules", [["fc1"]], "list of module names"),
+    ("target_modules", [None], "list of module names"),
 ]
 
 
@@ -69,7 +75,7 @@ def test_an_invalid_field_is_named_with_what_it_must_be_and_what_it_was(field, v
     with pytest.raises(ValueError) as raised:
         ResidualConfig(**{field: value})
     message = str(raised.value)
-    shown = "fc(" if value == {"fc(": 2} else repr(last_value(value))
+    shown = repr(next(iter(value)) if must_be.endswith("module paths") else last_value(value))
     assert f"`{field}" in message and must_be in message and shown in message
 
 
@@ -202,3 +208,26 @@ def test_the_papers_preset_has_the_papers_sizes(family, group_size, rank, publis
     encoder = size_report(model).encoder
     assert round(encoder.dense / 1e6, 1) == 56.7
     assert round(100 * encoder.ratio, 1) == published
+
+
+def test_a_key_that_would_take_a_regular_expression_for_ever_is_refused_at_once_and_keys_are_matched_in_linear_time():
+    start = time.perf_counter()
+    for key in ("(a*)*b", "((layers|layers).*)+x", "(.+)+fc1", r"(\w+\s?)*$"):
+        with pytest.raises(ValueError, match="`rank_pattern` keys must be module names"):
+            ResidualConfig(rank_pattern={key: 2})
+    many_stars = ResidualConfig(rank=3, rank_pattern={"*a" * 500 + "b": 2})
+    assert many_stars.rank_of("layers.0." + "a" * 2000) == 3
+    assert time.perf_counter() - start < 5
+
+
+def test_keys_as_0_1_0_wrote_them_are_read_and_saved_as_paths():
+    config = ResidualConfig(rank_pattern={r"layers\.0\.fc1": 6, r"layers\.[1-3]\..*proj": 2, "fc1|fc2": 1})
+    assert list(config.to_dict()["rank_pattern"]) == ["layers.0.fc1", "layers.[1-3].*proj", "fc1|fc2"]
+    assert [config.rank_of(f"layers.{path}") for path in ("0.fc1", "2.self_attn.k_proj", "10.fc1")] == [6, 2, 1]
+    with pytest.raises(ValueError, match="`rank_pattern` keys must differ, got 'layers.0.fc1' twice"):
+        ResidualConfig(rank_pattern={r"layers\.0\.fc1": 6, "layers.0.fc1": 2})
+
+
+def test_a_config_of_another_family_is_refused_by_name():
+    with pytest.raises(ValueError, match="`config` must be a ResidualWhisperConfig, got ResidualWav2Vec2Config"):
+        ResidualWhisperModel(tiny_wav2vec2_config(residual_config=ResidualConfig(rank=2)))
