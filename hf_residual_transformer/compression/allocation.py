@@ -7,7 +7,6 @@ model have the same unit of error, so that one search serves encoder, decoder an
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -253,7 +252,7 @@ def config_of(search: Search, choices: Sequence[Choice]) -> ResidualConfig:
         return config
     role_of = search.source.stack.role_of
     sizes = {role_of(choice.group.module_path): choice.group.size for choice in choices}
-    bits = {re.escape(path_of(choice.group)): choice.bits for choice in choices if choice.bits is not None}
+    bits = {path_of(choice.group): choice.bits for choice in choices if choice.bits is not None}
     numbers = set(bits.values())
     if len(numbers) <= 1 and None not in sizes.values():
         return replace(config, group_size=sizes, shared_bits=next(iter(numbers), None), bits_pattern={})
@@ -287,7 +286,7 @@ def quantized_parameters(number: int, bits: int, block_size: int = BLOCK) -> flo
 def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
     """A `rank_pattern` that gives each matrix, by layer and module path, its rank."""
     ordered = sorted(ranks, key=lambda key: key[0])
-    return {re.escape(f"layers.{layer}.{path}"): ranks[layer, path] for layer, path in ordered}
+    return {f"layers.{layer}.{path}": ranks[layer, path] for layer, path in ordered}
 
 
 def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -> list[Curve]:
