@@ -351,7 +351,12 @@ class _Conversion:
         batches = self.batches[source.stack.name]
         if not batches:
             return {}
-        statistics = collect(source, self.dense, groups, batches, objective, progress=self.request.progress)
+        is_decoder = isinstance(objective, LogitsObjective)
+        places = self.encoder_places if is_decoder else None
+        progress = self.request.progress
+        statistics = collect(
+            source, self.dense, groups, batches, objective, memory_places=places, progress=progress
+        )
         if isinstance(objective, LogitsObjective):
             self.memory_gradients = objective.memory_gradients
             self.embedding = None  # it has seen all batches once

@@ -148,6 +148,8 @@ class Streams:
             for path, entry in entries.items():
                 wanted = given[batch_idx][path][1] + lacking
                 weights = entry.frame_weights[batch_idx]
+                if not weights.any():  # these frames were not observed
+                    continue
                 moments[path].add_pairs(found[path][0].flatten(0, -2), wanted.flatten(0, -2), weights)
         return moments
 

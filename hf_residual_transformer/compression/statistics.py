@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -316,6 +316,7 @@ def collect(
     batches: Sequence[Batch],
     objective: Objective,
     *,
+    memory_places: Collection[int] | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of the matrices of a run of layers, by layer and module path, from one pass over the batches.
@@ -326,14 +327,18 @@ def collect(
         groups: the groups of adjacent layers to collect for.
         batches: inputs of the model.
         objective: what errors should not change.
+        memory_places: indices of the batches over which matrices that read the states of another stack are observed,
+            since each has as many frames as the encoder; None for all. In other batches their frames have no weight.
         progress: shows a progress bar.
     """
     matrices = {(layer, group.module_path) for group in groups for layer in group.layers}
     run = sorted({layer for layer, _ in matrices})
     statistics = {key: _new(source, *key, model.device) for key in sorted(matrices)}
     name = f"calibrating {source.stack.name} layers {run[0]} to {run[-1]}"
-    for batch in tqdm(batches, desc=name, unit="batch", disable=not progress):
-        with torch.enable_grad(), _watching(source, run, statistics) as leaves:
+    of_memory = {path for block in source.stack.blocks for path in block.memory}
+    for place, batch in enumerate(tqdm(batches, desc=name, unit="batch", disable=not progress)):
+        skipped = of_memory if memory_places is not None and place not in memory_places else set()
+        with torch.enable_grad(), _watching(source, run, statistics, skipped) as leaves:
             scalar = objective(model, to_model(model, batch), leaves)
             torch.autograd.grad(scalar, leaves)
     return statistics
@@ -346,12 +351,14 @@ def _new(source: LayerStack, layer_idx: int, path: str, device: torch.device) ->
 
 
 @contextmanager
-def _watching(source: LayerStack, run: Sequence[int], statistics: Statistics) -> Iterator[list[Tensor]]:
-    """Inside, a forward and a backward pass add to `statistics`.
+def _watching(
+    source: LayerStack, run: Sequence[int], statistics: Statistics, skipped: Collection[str]
+) -> Iterator[list[Tensor]]:
+    """Inside, a forward and a backward pass add to `statistics`, but for the module paths that are skipped.
 
     The list gets the input of the run's first layer, at which the graph begins and the backward pass may end. An
-    objective may append further leaves of the graph. Layers
-    after the run may be many: only their inputs are kept, and the rest is computed again in the backward pass.
+    objective may append further leaves of the graph. Layers after the run may be many: only their inputs are kept, and
+    the rest is computed again in the backward pass.
     """
     start: list[Tensor] = []
 
@@ -362,16 +369,19 @@ def _watching(source: LayerStack, run: Sequence[int], statistics: Statistics) ->
             ((hidden_states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden_states})
         )
 
-    def watch(entry: MatrixStatistics) -> Callable[..., None]:
+    def watch(entry: MatrixStatistics, is_skipped: bool) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs = args[0].detach().flatten(0, -2)
+            if is_skipped:
+                entry.frame_weights.append(entry.sum.new_zeros(len(inputs)))
+                return
             output.register_hook(lambda gradient: entry.update(inputs, gradient.flatten(0, -2)))
 
         return hook
 
     handles = [source.layers[run[0]].register_forward_pre_hook(begin, with_kwargs=True)]
     for (layer, path), entry in statistics.items():
-        handles.append(source.linear(layer, path).register_forward_hook(watch(entry)))
+        handles.append(source.linear(layer, path).register_forward_hook(watch(entry, path in skipped)))
     try:
         with ExitStack() as stack:
             for layer_after in source.layers[run[-1] + 1 :]:
