@@ -212,11 +212,14 @@ class TiedOutput(nn.Module):
 
 @contextmanager
 def unpacked_weights(model: nn.Module) -> Iterator[None]:
-    """Inside this context, all matrices of few bits in `model` are also there in full, for calls that use them often.
+    """Inside this context, all matrices of few bits that `model` uses are also there in full, for many calls.
 
     They take the memory of a dense model meanwhile. Gradients do not reach the scales.
     """
-    packed = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    used = [
+        getattr(module, "shared", None) for module in model.modules() if isinstance(module, ResidualLinear)
+    ]
+    packed = [module for module in (*model.modules(), *used) if isinstance(module, QuantizedWeight)]
     try:
         with torch.no_grad():
             for module in packed:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import LayerStack, Stage
-from ..layers import ResidualLinear
+from ..layers import ResidualLinear, unpacked_weights
 from ..quantization import BLOCK
 from ..reporting import ModuleError
 from .fitting import fit_group
@@ -110,7 +110,8 @@ class Streams:
             if not paths:
                 continue
             entries = {path: statistics[layer_idx, path] for path in paths}
-            moments = self._moments(target, stage, entries, [calls for calls, _ in given])
+            with unpacked_weights(target):  # once for all batches
+                moments = self._moments(target, stage, entries, [calls for calls, _ in given])
             for path, found in moments.items():
                 linear: Any = target.get_submodule(path)
                 if fit:
@@ -120,10 +121,11 @@ class Streams:
                 errors.append(ModuleError(layer_idx, stack.role_of(path), linear.rank, error, stack.name))
         self.dense_states = [output for _, output in given]
         if layer_idx + 1 < len(self.source):
-            self.residual_states = [
-                _calls(target, states, context, ())[1]
-                for states, context in zip(self.residual_states, self.residual_contexts)
-            ]
+            with unpacked_weights(target):
+                self.residual_states = [
+                    _calls(target, states, context, ())[1]
+                    for states, context in zip(self.residual_states, self.residual_contexts)
+                ]
         return errors
 
     def _moments(
@@ -148,9 +150,8 @@ class Streams:
             for path, entry in entries.items():
                 wanted = given[batch_idx][path][1] + lacking
                 weights = entry.frame_weights[batch_idx]
-                if not weights.any():  # these frames were not observed
-                    continue
-                moments[path].add_pairs(found[path][0].flatten(0, -2), wanted.flatten(0, -2), weights)
+                if weights.any():  # or else these frames were not observed
+                    moments[path].add_pairs(found[path][0].flatten(0, -2), wanted.flatten(0, -2), weights)
         return moments
 
     def _fit(
