@@ -1,7 +1,7 @@
 """Hugging Face speech encoders whose layers share weights: `W_l = U_g + B_l A_l + D_l` (arXiv 2310.02489).
 
 Importing this package registers its classes with the Auto classes of transformers, and does nothing else. What
-`compress`, `distill` and `evaluate` need beyond transformers is imported when they are called.
+`compress`, `distill`, `evaluate` and `export` need beyond transformers is imported when they are called.
 """
 
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from .api import compress, distill, evaluate
+from .api import compress, distill, evaluate, export
 from .configuration import ResidualConfig
 from .reporting import size_report
 from .version import __version__
@@ -61,6 +61,7 @@ __all__ = [
     "compress",
     "distill",
     "evaluate",
+    "export",
     "size_report",
 ]
 

@@ -1,4 +1,4 @@
-"""The three verbs of this package: `compress`, `distill` and `evaluate`, from names or objects.
+"""The four verbs of this package: `compress`, `distill`, `evaluate` and `export`, from names or objects.
 
 Each is a short way through the rooms below it, which are imported when a verb is called, so that loading and running a
 compact model needs nothing but transformers. `from_dense`, the Trainers and `evaluate_asr` are the precise forms.
@@ -28,6 +28,7 @@ WINDOWS, WINDOWS_WITH_DECODER = 16, 64  # to calibrate on; a decoder has few tok
 SHUFFLE_BUFFER = 200  # clips of a stream
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
+    "export": ("onnx",),
     "train": ("accelerate", "datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm", "yaml"),
 }
 
@@ -257,6 +258,52 @@ def evaluate(
         task=task,
         max_new_tokens=max_new_tokens,
         progress=progress,
+    )
+
+
+def export(
+    model: str | PreTrainedModel,
+    out: str | Path,
+    *,
+    format: str = "onnx",
+    processor: Any = None,
+    floats: str = "float16",
+    accuracy_level: int = 4,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a Whisper, dense or compact, for runtimes that need no PyTorch, and returns the folder.
+
+    The folder has the layout and the names of optimum and of the models of onnx-community. Matrices in few bits become
+    block-quantised operators of ONNX Runtime and keep their numbers; bits that no operator has are stored in the next
+    that one has, and a warning says so.
+
+    Args:
+        model: a Whisper for transcription, or the id or folder of one.
+        out: folder for the exported model; it must be empty or new. It is written whole or not at all.
+        format: "onnx".
+        processor: the model's; by default the one that it has, or that is saved with it.
+        floats: how weights that are not quantised are stored, "float16" or "float32". Products are in float32.
+        accuracy_level: 4 rounds the inputs of matrices in few bits to 8 bits, in blocks, which is faster; 0 does not.
+        overwrite: whether `out` may hold files; those of the same name are replaced.
+
+    Raises:
+        ImportError: when the packages of the extra "export" are missing.
+        FileExistsError: when `out` holds files.
+        ValueError: for a model that has no exported form, a missing processor, and where the ONNX Runtime that is
+            installed cannot load the result.
+    """
+    require_extra("export")
+    from .exporting.folder import export_model
+
+    loaded, processor = _load_recognizer(model, processor, device="cpu")
+    return export_model(
+        loaded,
+        processor,
+        out,
+        format=format,
+        floats=floats,
+        accuracy_level=accuracy_level,
+        overwrite=overwrite,
     )
 
 

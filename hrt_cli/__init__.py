@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 
-from . import compress, distill, evaluate, finetune, report
+from . import compress, distill, evaluate, export, finetune, report
 from .options import expand, explain, no_empty_folder, parse
 
 COMMANDS: dict[str, ModuleType] = {
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "distill": distill,
     "finetune": finetune,
     "evaluate": evaluate,
+    "export": export,
     "report": report,
 }
 DESCRIPTION = """Makes trained speech models smaller, and trains and measures the result.

@@ -1,0 +1,1 @@
+"""Writes models for runtimes that do not need PyTorch."""

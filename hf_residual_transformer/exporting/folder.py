@@ -1,0 +1,156 @@
+"""Writes the folder that runtimes read: the layout and names of optimum, and of the models of onnx-community.
+
+The graphs are in `onnx/`, where transformers.js wants them and where onnx-asr and optimum find them; everything else is
+beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
+from transformers.utils import logging
+
+from ..folders import prepare_output_dir, save_processor
+from .graph import FLOATS, Graph, save
+from .whisper import ACTIVATIONS, decoder_graph, encoder_graph
+
+logger = logging.get_logger(__name__)
+FORMATS = ("onnx",)
+ENGLISH_ONLY = 51_864  # tokens of the Whisper models that know English alone
+GRAPHS = {"encoder_model": encoder_graph, "decoder_model_merged": decoder_graph}
+
+
+def export_model(
+    model: Any,
+    processor: Any,
+    out: str | Path,
+    *,
+    format: str = "onnx",
+    floats: str = "float16",
+    accuracy_level: int = 4,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the folder, whole or not at all; see `hf_residual_transformer.export`."""
+    for field, value, choices in (
+        ("format", format, FORMATS),
+        ("floats", floats, FLOATS),
+        ("accuracy_level", accuracy_level, (0, 4)),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{field}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+    config = model.config
+    if config.model_type != "whisper" or not model.can_generate():
+        raise ValueError(
+            f"`model` must be a Whisper for transcription, dense or compact, got {type(model).__name__}; no other "
+            "family can be exported yet"
+        )
+    if config.activation_function not in ACTIVATIONS:
+        raise ValueError(
+            f"`activation_function` must be one of {', '.join(ACTIVATIONS)}, got {config.activation_function!r}"
+        )
+    folder = prepare_output_dir(out, overwrite)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as name:
+        draft = Path(name) / folder.name
+        (draft / "onnx").mkdir(parents=True)
+        for name, build in GRAPHS.items():
+            graph = build(model, floats=floats, accuracy_level=accuracy_level)
+            _say_widened(name, graph)
+            save(graph.model(name), draft / "onnx" / f"{name}.onnx")
+            _check_runs(draft / "onnx" / f"{name}.onnx")
+        _save_configs(model, processor, draft)
+        _save_processor(processor, draft)
+        _move(draft, folder)
+    return folder
+
+
+def _say_widened(name: str, graph: Graph) -> None:
+    for (bits, wider), number in sorted(graph.widened.items()):
+        logger.warning(
+            f"{name}: {number} matrices of {bits} bits are stored in {wider}, since no operator has {bits}; their "
+            "numbers stay the same, and the file is larger than the checkpoint"
+        )
+
+
+def _check_runs(path: Path) -> None:
+    """Raises ValueError where the ONNX Runtime that is installed, if there is one, cannot load the graph."""
+    if find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    try:
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's errors have no common class
+        raise ValueError(
+            f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}, which may be too old: {error}"
+        ) from error
+
+
+def _save_configs(model: Any, processor: Any, folder: Path) -> None:
+    """A plain Whisper's config.json, and a generation_config.json that has the tokens of languages and tasks."""
+    config = model.config
+    dense = config.to_dense_config() if hasattr(config, "to_dense_config") else config
+    values = {
+        **dense.to_dict(),
+        "architectures": ["WhisperForConditionalGeneration"],
+        "dtype": "float32",
+        # The file without a suffix, which transformers.js calls fp32. In browsers it would look for another.
+        "transformers.js_config": {"dtype": "fp32"},
+    }
+    _write(folder / "config.json", values)
+    tokenizer = processor.tokenizer
+    generation = model.generation_config.to_dict()
+    missing = {
+        name: value
+        for name, value in _tokens_for_generation(tokenizer, config.vocab_size).items()
+        if generation.get(name) is None
+    }
+    if missing:
+        logger.warning(
+            f"the generation config lacks {', '.join(missing)}; the export has them from the tokenizer's tokens"
+        )
+    _write(folder / "generation_config.json", generation | missing)
+
+
+def _tokens_for_generation(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """What the generation config of a trained Whisper says about its special tokens."""
+    vocabulary = tokenizer.get_vocab()
+    found: dict[str, Any] = {
+        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        "is_multilingual": vocab_size != ENGLISH_ONLY,
+    }
+    if found["is_multilingual"]:
+        languages = [f"<|{code}|>" for code in LANGUAGES]
+        found["lang_to_id"] = {token: vocabulary[token] for token in languages if token in vocabulary}
+        tasks = [task for task in TASK_IDS if f"<|{task}|>" in vocabulary]
+        found["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in tasks}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _save_processor(processor: Any, folder: Path) -> None:
+    """The processor's files, and those of earlier versions of transformers, which other runtimes read."""
+    save_processor(processor, folder)
+    processor.feature_extractor.save_pretrained(folder)
+    added = processor.tokenizer.get_added_vocab()
+    plain = {token: index for token, index in processor.tokenizer.get_vocab().items() if token not in added}
+    for name, tokens in (("vocab.json", plain), ("added_tokens.json", added)):
+        _write(folder / name, dict(sorted(tokens.items(), key=lambda item: item[1])))
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _move(draft: Path, folder: Path) -> None:
+    """Puts a finished folder in its place; files of a folder that is there are replaced or stay."""
+    if not folder.exists() or next(folder.iterdir(), None) is None:
+        os.replace(draft, folder)
+        return
+    shutil.copytree(draft, folder, dirs_exist_ok=True)

@@ -1,0 +1,242 @@
+"""Builds an ONNX graph from PyTorch modules, in which matrices in few bits stay in few bits.
+
+`MatMulNBits` of ONNX Runtime multiplies with a matrix in blocks, and `GatherBlockQuantized` looks its rows up. Both read
+the same tensor, so that an embedding that is tied to the output is stored once, and so is a `U` that several layers
+share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from ..layers import QuantizedWeight, ResidualLinear
+from ..quantization import lowest
+
+OPSET = 17
+CONTRIB = "com.microsoft"  # operators that ONNX Runtime has beside the standard ones
+OPERATOR_BITS = (2, 4, 8)
+FLOATS = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Graph:
+    """An ONNX graph under construction. Values are known by their names, as in ONNX.
+
+    Args:
+        model: the model whose modules the graph is made of; its paths name the tensors.
+        floats: how floating-point tensors are stored, "float16" or "float32". Products are computed in float32.
+        accuracy_level: of `MatMulNBits`; 4 rounds activations to 8 bits in blocks, 0 leaves them in float32.
+    """
+
+    def __init__(self, model: nn.Module, floats: str, accuracy_level: int) -> None:
+        self.nodes: list[Any] = []
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        self.initializers: dict[str, Any] = {}
+        self.casts: list[Any] = []
+        self.widened: Counter[tuple[int, int]] = Counter()  # matrices by their bits and by those of the operator
+        self.floats, self.accuracy_level = FLOATS[floats], accuracy_level
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._counts: Counter[str] = Counter()
+
+    def input(self, name: str, dtype: int, shape: list[Any]) -> str:
+        """Declares an input; a string in `shape` names a dimension that may vary."""
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, value: str, name: str, shape: list[Any]) -> None:
+        """Declares `value` as the float output `name`."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    def add(self, operator: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Adds a node with one output, and returns the output's name."""
+        name = self._unused(operator)
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, domain=domain, **attributes))
+        return name
+
+    def branch(self, condition: str, then: Any, otherwise: Any) -> list[str]:
+        """Adds an `If`. `then` and `otherwise` add the nodes of one branch each, and return its outputs.
+
+        Weights stay outside, so that both branches, and every other node, may use them.
+        """
+        outer, graphs = self.nodes, []
+        for build in (then, otherwise):
+            self.nodes = []
+            outputs = [helper.make_empty_tensor_value_info(value) for value in build()]
+            graphs.append(helper.make_graph(self.nodes, self._unused("branch"), [], outputs))
+        self.nodes = outer
+        name = self._unused("If")
+        names = [f"{name}_{index}" for index in range(len(graphs[0].output))]
+        self.nodes.append(
+            helper.make_node("If", [condition], names, name=name, then_branch=graphs[0], else_branch=graphs[1])
+        )
+        return names
+
+    def integers(self, *values: int) -> str:
+        """A constant vector of integers."""
+        name = f"integers_{'_'.join(map(str, values))}"
+        self.initializers[name] = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
+        return name
+
+    def number(self, value: float) -> str:
+        """A constant number in float32."""
+        name = f"number_{value}"
+        self.initializers[name] = numpy_helper.from_array(np.array(value, dtype=np.float32), name)
+        return name
+
+    def path(self, module: nn.Module) -> str:
+        """The module's path in the model."""
+        return self._paths[id(module)]
+
+    def stored(self, name: str, tensor: Tensor) -> str:
+        """A floating-point tensor in the dtype of the file."""
+        if name not in self.initializers:
+            values = tensor.detach().cpu().to(self.floats)
+            if not values.isfinite().all():  # numbers that float16 cannot hold
+                values = tensor.detach().cpu().float()
+            self.initializers[name] = numpy_helper.from_array(values.contiguous().numpy(), name)
+        return name
+
+    def tensor(self, name: str, tensor: Tensor) -> str:
+        """The same in float32; runtimes cast it once, when they load the file."""
+        if self.stored(name, tensor) and self.initializers[name].data_type == TensorProto.FLOAT:
+            return name
+        value = f"{name}:float32"
+        if all(value != cast.output[0] for cast in self.casts):
+            self.casts.append(helper.make_node("Cast", [name], [value], name=value, to=TensorProto.FLOAT))
+        return value
+
+    def linear(self, module: nn.Module, x: str) -> str:
+        """The output of a linear module, dense or residual, for the value `x`, (..., in_features)."""
+        path, bias = self.path(module), module.bias
+        shared: Any = module.shared if isinstance(module, ResidualLinear) else module
+        if bias is not None:
+            owner = path if module._parameters.get("bias") is not None else self.path(shared)
+            bias = self.tensor(f"{owner}.bias", bias)
+        result = None
+        if isinstance(shared, QuantizedWeight):
+            result, bias = self.product(shared, x, bias), None
+        elif shared is not None:
+            weight = self.tensor(f"{self.path(shared)}.weight", shared.weight.T)
+            result = self.add("MatMul", x, weight)
+        if isinstance(module, ResidualLinear):
+            result = self._add_components(module, path, x, result)
+        assert result is not None
+        return result if bias is None else self.add("Add", result, bias)
+
+    def _add_components(self, module: ResidualLinear, path: str, x: str, result: str | None) -> str | None:
+        """`B (A x) + D x`, added to `result`, the product with `U`, where there is one."""
+        if module.lora_A is not None and module.lora_B is not None:
+            thin = self.add("MatMul", x, self.tensor(f"{path}.lora_A", module.lora_A.T))
+            low_rank = self.add("MatMul", thin, self.tensor(f"{path}.lora_B", module.lora_B.T))
+            result = low_rank if result is None else self.add("Add", result, low_rank)
+        if module.diagonal is not None and result is not None:
+            size, inputs = len(module.diagonal), x
+            if size < module.in_features:
+                ends = self.integers(0), self.integers(size), self.integers(-1)
+                inputs = self.add("Slice", x, *ends)
+            scaled = self.add("Mul", inputs, self.tensor(f"{path}.diagonal", module.diagonal))
+            if size < module.out_features:
+                scaled = self.add("Pad", scaled, self.integers(0, 0, 0, 0, 0, module.out_features - size))
+            result = self.add("Add", result, scaled)
+        return result
+
+    def product(self, weight: QuantizedWeight, x: str, bias: str | None = None) -> str:
+        """The product of `x` with a matrix in few bits, and its bias added."""
+        packed, bits = self._packed(weight)
+        scale = self.tensor(f"{self.path(weight)}.weight_scale", weight.weight_scale)
+        inputs = (x, packed, scale) if bias is None else (x, packed, scale, "", "", bias)
+        return self.add(
+            "MatMulNBits",
+            *inputs,
+            domain=CONTRIB,
+            K=weight.in_features,
+            N=weight.out_features,
+            bits=bits,
+            block_size=weight.block_size,
+            accuracy_level=self.accuracy_level,
+        )
+
+    def rows(self, weight: QuantizedWeight, ids: str) -> str:
+        """Rows of a matrix in few bits by their numbers, (batch_size, seq_len) to (batch_size, seq_len, in_features)."""
+        packed, bits = self._packed(weight)
+        scale = self.tensor(f"{self.path(weight)}.weight_scale", weight.weight_scale)
+        found = self.add(
+            "GatherBlockQuantized",
+            packed,
+            ids,
+            self.add("Unsqueeze", scale, self.integers(-1)),
+            domain=CONTRIB,
+            bits=bits,
+            block_size=weight.block_size,
+            gather_axis=0,
+            quantize_axis=2,
+        )
+        return self.add("Reshape", found, self.integers(0, 0, weight.in_features))
+
+    def _packed(self, weight: QuantizedWeight) -> tuple[str, int]:
+        """The packed integers, (out_features, blocks, bytes of a block), and their bits in the file."""
+        bits = operator_bits(weight.bits)
+        name = f"{self.path(weight)}.weight_packed"
+        if name not in self.initializers:
+            if bits != weight.bits:
+                self.widened[weight.bits, bits] += 1
+            packed = repacked(weight.stored()[0].cpu(), weight.bits, bits)
+            blocks = packed.view(weight.out_features, weight.in_features // weight.block_size, -1)
+            self.initializers[name] = numpy_helper.from_array(blocks.numpy(), name)
+        return name, bits
+
+    def layer_norm(self, module: nn.LayerNorm, x: str) -> str:
+        """Layer normalisation over the last dimension."""
+        path = self.path(module)
+        weight = self.tensor(f"{path}.weight", module.weight)
+        bias = self.tensor(f"{path}.bias", module.bias)
+        return self.add("LayerNormalization", x, weight, bias, axis=-1, epsilon=module.eps)
+
+    def model(self, name: str) -> Any:
+        """The finished ONNX model."""
+        graph = helper.make_graph(
+            self.casts + self.nodes, name, self.inputs, self.outputs, list(self.initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="hf-residual-transformer")
+        model.ir_version = 8  # the first with this opset; make_model writes the newest
+        return model
+
+    def _unused(self, name: str) -> str:
+        self._counts[name] += 1
+        return f"{name}_{self._counts[name] - 1}"
+
+
+def operator_bits(bits: int) -> int:
+    """The fewest bits of the runtime's operators that hold integers of `bits` bits."""
+    return next(width for width in OPERATOR_BITS if width >= bits)
+
+
+def repacked(packed: Tensor, bits: int, wider: int) -> Tensor:
+    """The same signed integers packed with `wider` bits each, (out_features, in_features * wider / 8).
+
+    Integers are stored with an offset that makes them positive, which depends on the bits.
+    """
+    if bits == wider:
+        return packed
+    codes = np.unpackbits(packed.numpy(), axis=1, bitorder="little").reshape(len(packed), -1, bits)
+    numbers = (codes << np.arange(bits, dtype=np.uint8)).sum(2, dtype=np.uint8)
+    numbers = numbers + np.uint8(lowest(bits) - lowest(wider))
+    wide = (numbers[..., None] >> np.arange(wider, dtype=np.uint8)) & 1
+    return torch.from_numpy(np.packbits(wide.reshape(len(packed), -1), axis=1, bitorder="little"))
+
+
+def save(model: Any, path: Any, most: int = 2**31 - 2**24) -> None:
+    """Saves the model in one file, or with its weights in a second file, `<path>_data`, if it is over `most` bytes."""
+    if model.ByteSize() > most:
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}_data")
+    else:
+        onnx.save(model, path)
