@@ -28,7 +28,7 @@ WINDOWS, WINDOWS_WITH_DECODER = 16, 64  # to calibrate on; a decoder has few tok
 SHUFFLE_BUFFER = 200  # clips of a stream
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
-    "export": ("onnx",),
+    "export": ("onnx", "onnxruntime"),
     "train": ("accelerate", "datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm", "yaml"),
 }
 
