@@ -223,11 +223,17 @@ def test_a_key_that_would_take_a_regular_expression_for_ever_is_refused_at_once_
 def test_keys_as_0_1_0_wrote_them_are_read_and_saved_as_paths():
     config = ResidualConfig(rank_pattern={r"layers\.0\.fc1": 6, r"layers\.[1-3]\..*proj": 2, "fc1|fc2": 1})
     assert list(config.to_dict()["rank_pattern"]) == ["layers.0.fc1", "layers.[1-3].*proj", "fc1|fc2"]
-    assert [config.rank_of(f"layers.{path}") for path in ("0.fc1", "2.self_attn.k_proj", "10.fc1")] == [6, 2, 1]
-    with pytest.raises(ValueError, match="`rank_pattern` keys must differ, got 'layers.0.fc1' twice"):
+    assert [config.rank_of(f"layers.{path}") for path in ("0.fc1", "2.self_attn.k_proj", "10.fc1")] == [
+        6,
+        2,
+        1,
+    ]
+    with pytest.raises(ValueError, match=r"`rank_pattern` keys must differ, got 'layers.0.fc1' twice"):
         ResidualConfig(rank_pattern={r"layers\.0\.fc1": 6, "layers.0.fc1": 2})
 
 
 def test_a_config_of_another_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="`config` must be a ResidualWhisperConfig, got ResidualWav2Vec2Config"):
+    with pytest.raises(
+        ValueError, match="`config` must be a ResidualWhisperConfig, got ResidualWav2Vec2Config"
+    ):
         ResidualWhisperModel(tiny_wav2vec2_config(residual_config=ResidualConfig(rank=2)))
