@@ -1,11 +1,23 @@
-"""Checks output folders before the work, saves processors into them, and counts the bytes of weights."""
+"""Checks output folders before the work, fills them at once, saves processors into them, and counts the bytes of
+weights.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+UNFINISHED = ".unfinished"  # the end of the name of a folder that is being filled
+CHECKPOINTS = "checkpoint-*"
 
 
 def save_processor(processor: Any, folder: Path) -> None:
@@ -38,6 +50,70 @@ def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) 
     return folder
 
 
+def unfinished(folder: Path) -> Path:
+    """The folder beside `folder` that is filled first."""
+    folder = folder.absolute()
+    return folder.with_name(folder.name + UNFINISHED)
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside `folder`, and gives its files to `folder` when all are written.
+
+    A folder that is not there yet, or is empty, is the new one under its final name: whenever the process is killed, it
+    is either whole or not there. Where `folder` holds files, those of the new one replace files of the same name.
+    """
+    new = unfinished(folder)
+    if new.is_dir():
+        shutil.rmtree(new)  # of a run that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    adopt(new, folder)
+
+
+def adopt(new: Path, folder: Path) -> None:
+    """Gives the files of the finished folder `new` to `folder`, and removes `new`."""
+    _flush(new)
+    if not folder.is_dir() or next(folder.iterdir(), None) is None:
+        os.replace(new, folder)
+        return
+    # Without its config, nothing loads a folder that is half old and half new.
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in sorted(new.rglob("*"), key=lambda path: (path.name == "config.json", path)):
+        target = folder / path.relative_to(new)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(path, target)
+    shutil.rmtree(new)
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files are on the disk, so that no name outlives its contents."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def set_checkpoints_aside(folder: Path) -> None:
+    """Renames the checkpoints of an earlier run, so that "last" cannot mean one of them."""
+    old = [path for path in sorted(folder.glob(CHECKPOINTS)) if path.is_dir()]
+    if not old:
+        return
+    aside = folder / next(
+        f"earlier-run-{n}" for n in range(1, 10**6) if not (folder / f"earlier-run-{n}").exists()
+    )
+    aside.mkdir()
+    for path in old:
+        os.replace(path, aside / path.name)
+    logger.warning(f"the {len(old)} checkpoints of an earlier run in {folder} are now in {aside}")
+
+
 def require_space(folder: Path, num_bytes: int) -> None:
     """Checks before hours of work that the disk has room for the result.
 
@@ -46,10 +122,10 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < num_bytes:
+    if free < max(num_bytes, 1):
         raise OSError(
-            f"there are {free / 1e6:,.0f} MB free for the output folder {folder}, and up to "
-            f"{num_bytes / 1e6:,.0f} MB will be written; make room, or name a folder on another disk"
+            f"there are {free // 10**6:,} MB free for the output folder {folder}, and up to "
+            f"{math.ceil(num_bytes / 1e6):,} MB will be written; make room, or name a folder on another disk"
         )
 
 

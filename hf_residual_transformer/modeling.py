@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration import ResidualConfig, key_of
@@ -123,10 +123,12 @@ class ResidualMixin(DenseModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint that does not fit the encoder's layers is an error.
+        """As in transformers, but a checkpoint that does not fit the model is an error. Only the weights of a head that
+        the checkpoint's own class does not have may be missing; they are random, as in transformers.
 
         Raises:
-            ValueError: when the checkpoint is dense, does not fit its `residual_config`, or is truncated.
+            ValueError: when the checkpoint is dense, does not fit its `residual_config`, lacks weights, is truncated,
+                or has NaN or infinity in the weights of a compressed module.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         checkpoint = f"the checkpoint {str(pretrained_model_name_or_path)!r}"
@@ -161,11 +163,27 @@ class ResidualMixin(DenseModel):
                     f"({len(of_layers)} such weights). Convert a dense checkpoint with {cls.__name__}."
                     "from_dense(...); of a residual one, check `residual_config` in its config.json"
                 )
-        for module in model.modules():
+        missing = sorted(key for key in info["missing_keys"] if not _is_of_new_head(model, key))
+        if missing:
+            raise ValueError(
+                f"{checkpoint} does not fit {cls.__name__}: it lacks {missing[0]!r} ({len(missing)} such weights), "
+                "which would be random; save or fetch the checkpoint again"
+            )
+        for path, module in model.named_modules():
+            if isinstance(module, (ResidualLinear, *SHARED, QuantizedWeight)):
+                _check_finite(checkpoint, path, module)
             if isinstance(module, QuantizedWeight) and not module.weight_packed.is_meta:
                 # It is not cast to another dtype, so that without a copy it would keep the whole file mapped.
                 module.weight_packed = module.weight_packed.clone()
         return loaded if wants_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Checks the dtype of packed weights before transformers casts them to bytes."""
+        _check_packed(state_dict, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @classmethod
     def from_dense(
@@ -216,6 +234,39 @@ class ResidualMixin(DenseModel):
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)
+
+
+def _is_of_new_head(model: Any, key: str) -> bool:
+    """Whether a missing weight belongs to a head that the class which saved the checkpoint does not have."""
+    dense_class = model.dense_class()
+    saved_by = model.config.architectures or ()
+    if {type(model).__name__, dense_class.__name__} & set(saved_by):
+        return False
+    if dense_class is AutoModel._model_mapping.get(model.config_class.dense_class(), None):
+        return False
+    body = {model.base_model_prefix, *(stack.name for stack in model.family.stacks)}
+    return key.partition(".")[0] not in body
+
+
+def _check_finite(checkpoint: str, path: str, module: nn.Module) -> None:
+    for name, value in module.named_parameters(recurse=False):
+        if not value.is_meta and not value.isfinite().all():
+            raise ValueError(
+                f"{checkpoint} has NaN or infinity in '{path}.{name}', so that its outputs would be wrong; train again "
+                "from a checkpoint whose weights are finite"
+            )
+
+
+def _check_packed(state_dict: Any, checkpoint_files: Any) -> None:
+    """Raises ValueError for packed weights that are not bytes; of files, only the headers are read."""
+    dtypes = {key: str(value.dtype) for key, value in (state_dict or {}).items()}
+    for path in checkpoint_files or ():
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as tensors:
+                dtypes |= {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    for key, dtype in dtypes.items():
+        if key.endswith("weight_packed") and dtype not in ("U8", "torch.uint8"):
+            raise ValueError(f"{key!r} of the checkpoint must be of dtype uint8, got {dtype}; fetch it again")
 
 
 def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:

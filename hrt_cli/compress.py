@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
     from hf_residual_transformer import size_report
     from hf_residual_transformer.folders import (
+        complete_folder,
         model_bytes,
         prepare_output_dir,
         require_space,
@@ -125,7 +126,6 @@ def run(args: argparse.Namespace) -> None:
     )
     parameters = size_report(model)
     print(model.conversion_report, parameters, sep="\n\n")
-    model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
     report = {
         "model": portable(args.model),
         **settings_of(model.config),
@@ -134,7 +134,9 @@ def run(args: argparse.Namespace) -> None:
         "data": described_data(args, portable) if calibrated else None,
         **provenance(),
     }
-    (output_dir / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with complete_folder(output_dir) as folder:
+        model.to(getattr(torch, args.dtype)).save_pretrained(folder)
+        (folder / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\nthe compact model is in {output_dir}")
 
 

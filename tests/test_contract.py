@@ -761,27 +761,6 @@ def test_loading_into_another_head_keeps_the_encoder_and_starts_the_head(tmp_pat
     )
 
 
-def test_loading_without_the_positions_or_the_projection_starts_them_as_the_dense_class_does(tmp_path):
-    for family, key in (("whisper", "embed_positions"), ("wav2vec2", "feature_projection.projection")):
-        model = build(family)
-        model.save_pretrained(tmp_path / family)
-        file = tmp_path / family / "model.safetensors"
-        kept = {name: value for name, value in load_file(file).items() if f".{key}." not in name}
-        assert len(kept) < len(load_file(file))
-        save_file(kept, file, metadata={"format": "pt"})
-        loaded = type(model).from_pretrained(tmp_path / family)
-        if family == "whisper":
-            dense = WhisperModel(tiny_whisper_config())
-            assert torch.equal(
-                loaded.model.encoder.embed_positions.weight, dense.encoder.embed_positions.weight
-            )
-        else:
-            assert_is_uniform(loaded.wav2vec2.feature_projection.projection.weight, 16**-0.5)
-        state = model.state_dict()
-        for name, value in loaded.state_dict().items():
-            assert f".{key}." in name or torch.equal(value, state[name]), name
-
-
 @pytest.mark.parametrize("head", [ResidualWav2Vec2Model, ResidualWav2Vec2ForPreTraining])
 def test_a_dense_wav2vec2_checkpoint_is_refused_with_the_way_out(head, tmp_path):
     Wav2Vec2Model(tiny_wav2vec2_config()).save_pretrained(tmp_path)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,20 @@ from transformers import (
     set_seed,
 )
 
-from ..folders import model_bytes, prepare_output_dir, require_space, save_processor
+from ..folders import (
+    adopt,
+    model_bytes,
+    prepare_output_dir,
+    require_space,
+    save_processor,
+    set_checkpoints_aside,
+    unfinished,
+)
 from ..speech.collators import CTCCollator, collator_for
 from ..speech.windows import WindowCollator
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
+from .checkpoints import bytes_to_write
+from .clips import checked
 from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
@@ -75,6 +87,8 @@ def run_distillation(
         seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
         collator = WindowCollator(processor, seconds)
     train_dataset, eval_dataset = data.load_splits(processor, args.seed, with_text=with_text)
+    if with_text:
+        collator = checked(student, collator, train_dataset, eval_dataset)
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(student, teacher)
     trainer = trainer_class_for(student)(
@@ -86,6 +100,7 @@ def run_distillation(
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
+        run_data=asdict(data),
     )
     train_and_save(trainer)
 
@@ -160,7 +175,10 @@ def respell(text: str, case: str, remove: str) -> str:
 
 
 def _prepare(args: Any, overwrite: bool) -> None:
-    prepare_output_dir(args.output_dir, overwrite, resume=args.resume_from_checkpoint is not None)
+    resume = args.resume_from_checkpoint is not None
+    folder = prepare_output_dir(args.output_dir, overwrite, resume=resume)
+    if overwrite and not resume and folder.is_dir() and args.process_index == 0:
+        set_checkpoints_aside(folder)
     set_seed(args.seed)
 
 
@@ -175,6 +193,7 @@ def _finetune(
 ) -> None:
     """Trains on labels alone, without a teacher."""
     train_dataset, eval_dataset = data.load_splits(processor, args.seed)
+    collator = checked(model, collator, train_dataset, eval_dataset)
     args.remove_unused_columns = False  # the collator reads columns that no model does
     trainer = trainer_class(
         model=model,
@@ -186,6 +205,7 @@ def _finetune(
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
+        run_data=asdict(data),
     )
     train_and_save(trainer)
 
@@ -194,12 +214,18 @@ def train_and_save(trainer: Any) -> None:
     """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the
     model, its processor, the trainer's log and the results in the output folder.
     """
-    # A checkpoint has the weights and two moments of the optimizer for each.
-    copies = 1 if trainer.args.save_strategy == "no" else 4
-    require_space(Path(trainer.args.output_dir), copies * model_bytes(trainer.model))
-    checkpoint = trainer.args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
-    trainer.save_model()
+    output_dir = Path(trainer.args.output_dir)
+    require_space(output_dir, bytes_to_write(trainer, model_bytes(trainer.model)))
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    new = unfinished(output_dir)
+    if trainer.is_world_process_zero() and new.is_dir():
+        shutil.rmtree(new)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(new))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        save_processor(trainer.processing_class, new)
+        adopt(new, output_dir)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -207,5 +233,3 @@ def train_and_save(trainer: Any) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if trainer.is_world_process_zero():
-        save_processor(trainer.processing_class, Path(trainer.args.output_dir))

@@ -1,0 +1,162 @@
+"""Checkpoints of a run: which are complete, which run they belong to, and how many bytes they will take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
+
+from ..folders import CHECKPOINTS
+
+logger = logging.get_logger(__name__)
+RUN_FILE = "run.json"
+# The Trainer's options that change what a run computes; others, such as how often it logs, may differ in a resumed run.
+OPTIONS = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+)
+
+
+def run_of(trainer: Any) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, as plain values: the student before its first step, data and options."""
+    digest = hashlib.sha256()
+    for name, value in sorted(trainer.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    data = trainer.train_dataset
+    run = {
+        "student": digest.hexdigest(),
+        "data": {"clips": len(data) if hasattr(data, "__len__") else None, **(trainer.run_data or {})},
+        "losses": vars(trainer.distillation),
+        "options": {name: getattr(trainer.args, name, None) for name in OPTIONS},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(run, default=str))
+    return plain
+
+
+def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Refuses the checkpoint of another run.
+
+    Raises:
+        ValueError: naming the first thing that differs.
+    """
+    path = checkpoint / RUN_FILE
+    if not path.is_file():
+        logger.warning(
+            f"{checkpoint} does not say which run it belongs to, so that nobody can tell if it is this one"
+        )
+        return
+    theirs, ours = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(run)
+    for name in {**theirs, **ours}:
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{checkpoint} belongs to another run: its {name} is {theirs.get(name)!r}, and that of this run is "
+                f"{ours.get(name)!r}; give the same student, data and options, or start anew with --overwrite and "
+                "without --resume_from_checkpoint"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint in `folder`; a half one that is newer is named and skipped.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [
+        path for path in folder.glob(CHECKPOINTS) if path.name.rpartition("-")[2].isdigit() and path.is_dir()
+    ]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        problem = fault_of(path)
+        if problem is None:
+            return path
+        logger.warning(f"{path} is not complete, and is skipped: {problem}")
+    raise ValueError(
+        f"`resume_from_checkpoint` must not be set, since no checkpoint in {folder} is complete; start anew with "
+        "--overwrite and without --resume_from_checkpoint"
+    )
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to go on from; None if it is complete."""
+    try:
+        _check_complete(checkpoint)
+    except FileNotFoundError as error:
+        return f"a file is missing ({error})"
+    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"a file is cut or broken ({error})"
+    return None
+
+
+def _check_complete(checkpoint: Path) -> None:
+    names = [path.name for path in checkpoint.glob("*.safetensors")]
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        names += json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    for name in sorted(set(names)) or ["model.safetensors"]:
+        with safe_open(checkpoint / name, framework="pt") as tensors:
+            tensors.keys()
+    json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if (checkpoint / RUN_FILE).exists():
+        json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
+        if path.exists() or not _has_sharded_state(checkpoint):
+            with zipfile.ZipFile(path):  # in which torch saves; the directory of the archive is at its end
+                pass
+
+
+def _has_sharded_state(checkpoint: Path) -> bool:
+    """Whether FSDP or DeepSpeed saved the optimizer in folders of its own."""
+    return any(path.is_dir() for path in checkpoint.iterdir())
+
+
+def bytes_to_write(trainer: Any, weights: int) -> int:
+    """The most bytes that a run has on the disk at once: its result, and its checkpoints with two moments of the
+    optimizer for each trained weight.
+    """
+    args = trainer.args
+    trained = sum(value.nbytes for value in trainer.model.parameters() if value.requires_grad)
+    each = weights if args.save_only_model else weights + 2 * trained
+    return weights + _checkpoints_at_once(trainer) * each
+
+
+def _checkpoints_at_once(trainer: Any) -> int:
+    args = trainer.args
+    steps, epochs = args.max_steps, math.ceil(args.num_train_epochs)
+    if hasattr(trainer.train_dataset, "__len__"):
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        in_epoch = max(1, math.ceil(len(trainer.train_dataset) / batch))
+        epochs = math.ceil(steps / in_epoch) if steps > 0 else epochs
+        steps = steps if steps > 0 else math.ceil(args.num_train_epochs * in_epoch)
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "no" or steps <= 0:
+        return 0 if strategy == "no" else 1
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    saves = {"steps": math.ceil(steps / every), "epoch": epochs}.get(strategy, 1)
+    # A new one is complete before the oldest goes.
+    limit = args.save_total_limit
+    return int(min(saves, limit + 1) if limit and limit > 0 else saves)

@@ -1,0 +1,160 @@
+"""Interrupted, repeated and spoilt runs: what is refused, what is set aside, and what a checkpoint remembers."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import moved
+
+import hrt_cli
+from hf_residual_transformer.training.checkpoints import fault_of, last_checkpoint
+
+TRAINING = [
+    "--use_cpu",
+    "--per_device_train_batch_size",
+    "2",
+    "--logging_steps",
+    "1",
+    "--disable_tqdm",
+    "true",
+]
+TRAINING += [
+    "--report_to",
+    "none",
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    "1",
+    "--learning_rate",
+    "1e-3",
+]
+
+
+def table(folder, texts, seconds=0.5):
+    """A folder of noise with these transcripts."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    rows = [("file_name", "text")]
+    for number, text in enumerate(texts):
+        soundfile.write(
+            folder / f"{number}.wav", 0.1 * generator.standard_normal(int(seconds * 16_000)), 16_000
+        )
+        rows.append((f"{number}.wav", text))
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def finetune(model, audio, out, *more):
+    return hrt_cli.main(
+        [
+            "finetune",
+            str(model),
+            "--audio",
+            str(audio),
+            "--out",
+            str(out),
+            *TRAINING,
+            "--max_steps",
+            "2",
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return table(tmp_path_factory.mktemp("clips") / "data", ["abc", "bad", "cab", "face"])
+
+
+@pytest.fixture(scope="module")
+def whole(dense_wav2vec2, clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert finetune(dense_wav2vec2, clips, out) == 0
+    return out
+
+
+def test_last_is_the_newest_complete_checkpoint_and_a_half_one_is_named_and_skipped(
+    whole, dense_wav2vec2, clips, tmp_path, caplog
+):
+    assert not [*whole.parent.glob("**/*.unfinished")]
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json"):
+        for damage in ("cut", "gone"):
+            if (name, damage) == ("run.json", "gone"):
+                continue
+            out = tmp_path / f"{name}-{damage}"
+            shutil.copytree(whole, out)
+            path = out / "checkpoint-2" / name
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2]) if damage == "cut" else path.unlink()
+            caplog.clear()
+            assert last_checkpoint(out) == out / "checkpoint-1", (name, damage)
+            assert "checkpoint-2 is not complete, and is skipped" in caplog.text
+    shutil.copytree(whole, tmp_path / "resumed")
+    (tmp_path / "resumed/checkpoint-2/optimizer.pt").write_bytes(b"")
+    assert finetune(dense_wav2vec2, clips, tmp_path / "resumed", "--resume_from_checkpoint", "last") == 0
+    assert not moved(whole, tmp_path / "resumed")
+    assert fault_of(tmp_path / "resumed/checkpoint-2") is None
+
+
+def test_the_checkpoint_of_another_run_is_refused_with_what_differs(
+    whole, dense_wav2vec2, clips, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    other = table(tmp_path / "other", ["abc", "bad", "cab", "face"])
+    resume = ("--resume_from_checkpoint", "last")
+    for model, audio, more, named in (
+        (dense_wav2vec2, clips, ("--weight_decay", "0.5"), "its options.weight_decay is 0.0"),
+        (dense_wav2vec2, other, (), "its data.dataset is"),
+        (whole, clips, (), "its student is"),
+    ):
+        assert finetune(model, audio, out, *resume, *more) == 2
+        message = capsys.readouterr().err
+        assert "belongs to another run" in message and named in message
+
+
+def test_overwriting_sets_old_checkpoints_aside_so_that_last_cannot_mean_them(
+    whole, dense_wav2vec2, clips, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    bad = table(tmp_path / "bad", ["a" * 3000])
+    assert finetune(dense_wav2vec2, bad, out, "--overwrite") == 2
+    assert sorted(path.name for path in (out / "earlier-run-1").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    capsys.readouterr()
+    assert finetune(dense_wav2vec2, clips, out, "--resume_from_checkpoint", "last") == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_a_transcript_that_is_too_long_for_its_frames_is_refused_by_name_before_training(
+    dense_wav2vec2, tmp_path, capsys
+):
+    audio = table(tmp_path / "data", ["abc", "a" * 300], seconds=0.5)
+    assert finetune(dense_wav2vec2, audio, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "1.wav" in message and "its transcript needs 599 frames" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transcript_that_is_too_long_for_the_decoder_is_refused_by_name_before_training(
+    dense_whisper, tmp_path, capsys
+):
+    audio = table(tmp_path / "data", ["abc", "a" * 300])
+    assert finetune(dense_whisper, audio, tmp_path / "out", "--language", "en") == 2
+    message = capsys.readouterr().err
+    assert "row 1" in message and "tokens, and the model has 40" in message
+
+
+def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(dense_wav2vec2, clips, tmp_path, capsys):
+    assert (
+        finetune(dense_wav2vec2, clips, tmp_path / "out", "--learning_rate", "1e30", "--max_grad_norm", "0")
+        == 2
+    )
+    message = capsys.readouterr().err
+    assert "must be finite, got" in message and "in the batch of step 2" in message
+    assert not (tmp_path / "out" / "model.safetensors").exists()
