@@ -170,6 +170,8 @@ def distill(
         ValueError: when the teacher is missing or does not fit the student.
     """
     require_extra("train")
+    from .speech.collators import is_multilingual
+    from .speech.transcription import complete_token_ids
     from .speech.windows import WindowCollator
     from .training.recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, short_distillation
 
@@ -178,6 +180,8 @@ def distill(
     model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
+    if teacher.can_generate() and is_multilingual(teacher):
+        complete_token_ids(teacher, getattr(processor, "tokenizer", None))
     longest = getattr(processor.feature_extractor, "chunk_length", WINDOW_SECONDS)
     seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
     read = partial(rows_of, processor=processor, language=language, text_column=None, options=data_options)
@@ -219,6 +223,7 @@ def evaluate(
     data_options: Mapping[str, Any] | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    keep_marks: bool = False,
     device: str | torch.device | None = None,
     dtype: str = "float32",
     progress: bool = True,
@@ -236,6 +241,7 @@ def evaluate(
         data_options: further options of `load_speech_dataset`.
         batch_size: clips at a time.
         max_new_tokens: limit of a transcript's length in tokens; by default the model's own.
+        keep_marks: keeps the vowel signs of scripts such as Devanagari and Thai; see `evaluate_asr`.
         device: where a model that is given by name is put; by default a GPU if there is one.
         dtype: of a model that is given by name.
         progress: shows a progress bar.
@@ -257,6 +263,7 @@ def evaluate(
         language=language,
         task=task,
         max_new_tokens=max_new_tokens,
+        keep_marks=keep_marks,
         progress=progress,
     )
 
@@ -406,7 +413,7 @@ def rows_of(
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Rows of decoded recordings at the model's rate, from whatever form of `audio` the verbs take."""
-    from datasets import Audio, Dataset, DatasetDict, IterableDataset
+    from datasets import Audio, Dataset, DatasetDict, IterableDataset, Value
 
     from .speech.datasets import load_speech_dataset, prepare_speech_dataset
 
@@ -420,7 +427,10 @@ def rows_of(
         audio = audio[split]
     if isinstance(audio, Dataset | IterableDataset):
         column = options.get("audio_column", "audio")
-        if isinstance((audio.features or {}).get(column), Audio):
+        # A transform, such as that of `load_speech_dataset`, gives rows as they are to be.
+        ready = isinstance(audio, Dataset) and audio.format["type"] == "custom"
+        feature = (audio.features or {}).get(column)
+        if isinstance(feature, Audio) or (isinstance(feature, Value) and not ready):
             return prepare_speech_dataset(audio, **options)
         return audio
     if isinstance(audio, Mapping) or not isinstance(audio, Iterable):
@@ -441,8 +451,6 @@ def _at_rate(row: Any, rate: int) -> Any:
             f"{str(row)[:80]}"
         )
     audio = row["audio"]
-    if "array" in audio and audio.get("sampling_rate") == rate:
-        return row
     return {
         **row,
         "audio": {"array": decode_audio(audio, rate), "sampling_rate": rate, "path": audio.get("path")},

@@ -14,6 +14,7 @@ from .options import add_data_arguments, add_output_arguments, data_options, des
 
 HELP = "measure word error rates"
 USAGE = "hrt evaluate MODEL --audio DATA [options]"
+SETTINGS = ("task", "batch_size", "keep_marks", "device", "dtype", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="clips at a time (default: 8)")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of a transcript in tokens")
+    how.add_argument(
+        "--keep-marks",
+        action="store_true",
+        help="keep vowel signs, as of Devanagari and Thai, in comparisons",
+    )
     how.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     how.add_argument(
         "--dtype",
@@ -61,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         data_options=data_options(args),
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
+        keep_marks=args.keep_marks,
         device=args.device,
         dtype=args.dtype,
     )
@@ -72,6 +79,9 @@ def run(args: argparse.Namespace) -> None:
         output_dir,
         model=portable(args.model),
         data={**described_data(args, portable), "text_column": args.text_column},
-        settings={name: getattr(args, name) for name in ("task", "batch_size", "device", "dtype", "seed")},
+        settings={
+            name: getattr(args, name)
+            for name in ("task", "batch_size", "keep_marks", "device", "dtype", "seed")
+        },
     )
     print(f"{rates}; see {path}")

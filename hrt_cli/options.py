@@ -27,6 +27,7 @@ DATA_OPTIONS = {
     "source_sampling_rate": "source_sampling_rate",
     "max_seconds": "max_seconds",
     "max_samples": "max_samples",
+    "outside_files": "outside_files",
 }
 
 
@@ -52,6 +53,11 @@ def add_data_arguments(
     group.add_argument("--max-seconds", type=float, metavar="S", help="leave out longer clips")
     group.add_argument("--max-samples", type=int, metavar="N", help="read only the first N clips")
     group.add_argument("--streaming", action="store_true", help="read while downloading, keeping nothing")
+    group.add_argument(
+        "--outside-files",
+        action="store_true",
+        help="let a table that you trust name URLs and files outside of its folder",
+    )
     return group
 
 

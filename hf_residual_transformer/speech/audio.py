@@ -1,16 +1,28 @@
-"""Decodes audio files and arrays with libsndfile alone (WAV, FLAC, Ogg Vorbis and Opus, MP3)."""
+"""Decodes audio files and arrays with libsndfile alone (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, AU).
+
+libsndfile does not report a file that lacks its end. Therefore headers are read here too, as far as that needs it.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import soundfile
+
+logger = logging.getLogger(__name__)
+# Beyond these, in Hz, a rate is an error of the header, and resampling could take all memory.
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
+BLOCK = 1 << 16  # samples that are decoded at a time
+ENDLESS = 1 << 62  # frames; libsndfile says so of a FLAC file that does not know its length
+UNKNOWN_SIZE = 0x7FFF_F000  # bytes; sizes from here on are what programs write to a pipe
 
 
 def decode_audio(source: Any, sampling_rate: int, *, source_sampling_rate: int | None = None) -> np.ndarray:
@@ -26,14 +38,19 @@ def decode_audio(source: Any, sampling_rate: int, *, source_sampling_rate: int |
 
     Raises:
         ValueError: if the file is missing, cannot be decoded, is cut off or empty, has values that are not finite,
-            or has a rate that is unknown or not `source_sampling_rate`. The message names the file.
+            or has a rate that is unknown, not from 1,000 to 768,000 Hz, or not `source_sampling_rate`. The message
+            names the file.
     """
+    check_rate(sampling_rate, "`sampling_rate`")
+    if source_sampling_rate is not None:
+        check_rate(source_sampling_rate, "`source_sampling_rate`")
     name, content = read_audio(source)
     if isinstance(content, bytes):
         samples, rate = _decode_bytes(content, name)
     else:
         stated = source.get("sampling_rate") if isinstance(source, Mapping) else None
-        samples, rate = _check_array(content, stated or source_sampling_rate, name)
+        samples, rate = _check_array(content, source_sampling_rate if stated is None else stated, name)
+    check_rate(rate, f"the sampling rate of {name}")
     if source_sampling_rate not in (None, rate):
         raise ValueError(
             f"{name} has a sampling rate of {rate} Hz, not `source_sampling_rate`={source_sampling_rate}; "
@@ -41,11 +58,28 @@ def decode_audio(source: Any, sampling_rate: int, *, source_sampling_rate: int |
         )
     if samples.size == 0:
         raise ValueError(f"{name} holds no audio; remove it from the data")
+    with np.errstate(over="ignore"):
+        samples = samples.astype(np.float32, copy=False)
     if not np.isfinite(samples).all():
         raise ValueError(
             f"{name} has values that are NaN or infinite; write it again, or remove it from the data"
         )
-    return _resample(samples.astype(np.float32, copy=False), rate, sampling_rate)
+    return _resample(samples, rate, sampling_rate)
+
+
+def check_rate(rate: Any, what: str) -> None:
+    """Raises ValueError, with `what` for a name, for what cannot be a sampling rate of speech."""
+    whole = isinstance(rate, (int, np.integer)) and not isinstance(rate, bool)
+    if not whole or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ValueError(
+            f"{what} must be a whole number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}, got {rate!r}; correct it, or "
+            "convert the recording, as with `ffmpeg -i FILE -ar 16000 OUT.flac`"
+        )
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec reads a path, also one within an archive. A name such as `a::b.wav` is a file's."""
+    return "://" in path
 
 
 def read_audio(source: Any) -> tuple[str, bytes | np.ndarray]:
@@ -56,50 +90,117 @@ def read_audio(source: Any) -> tuple[str, bytes | np.ndarray]:
         content = next(
             (source[key] for key in ("array", "bytes", "path") if source.get(key) is not None), None
         )
+        if content is None:
+            raise ValueError(
+                f"{name}: a dict must hold 'path', 'bytes' or 'array', got only {', '.join(map(str, source))}"
+            )
     else:
         content = source
     if isinstance(content, (str, Path)):
         name = str(content)
-        try:
-            with fsspec.open(name, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read ({error}); correct its path, or remove it") from error
-    if isinstance(content, bytes):
-        return name, content
+        content = _read_url(name) if is_url(name) else _read_file(name)
+    if isinstance(content, (bytes, bytearray, memoryview)):
+        return name, bytes(content)
     if content is None:
-        raise ValueError(f"{name}: a dict must hold 'path', 'bytes' or 'array', got only {', '.join(source)}")
-    return name, np.asarray(content)
+        raise ValueError(
+            f"{name} is None; it must be a path, the bytes of a file, an array, or a dict of one"
+        )
+    try:
+        return name, np.asarray(content)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} is no array of samples ({error}); write it again, or remove it") from error
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        if os.path.exists(name) and not os.path.isfile(name):
+            # A pipe could block for ever, and a device such as /dev/zero has no end.
+            raise ValueError(f"{name} is a folder, pipe or device; it must be a file of audio")
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error}); correct its path, or remove it") from error
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        raise ValueError(f"{name!r} cannot be read ({error}); correct its path, or remove it") from error
+
+
+def _read_url(name: str) -> bytes:
+    try:
+        with fsspec.open(name, "rb") as file:
+            return file.read()
+    except ImportError as error:
+        raise ValueError(
+            f'{name} needs a package that is not installed ({error}); `pip install "fsspec[http]"` brings what '
+            "http needs"
+        ) from error
+    except Exception as error:  # each protocol of fsspec has exceptions of its own
+        raise ValueError(f"{name} cannot be read ({error}); correct its address, or remove it") from error
+
+
+class _Sequential(soundfile.SoundFile):
+    """Reads from the start to the end, without a seek after each block, which GSM and endless FLAC do not have."""
+
+    def seekable(self) -> bool:
+        return False
 
 
 def open_audio(data: bytes, name: str) -> soundfile.SoundFile:
-    """Opens the bytes of an audio file, which errors call `name`."""
+    """Opens the bytes of an audio file, which errors call `name`, to be read in blocks from its start."""
     if not data:
         raise ValueError(f"{name} is an empty file; remove it from the data")
     try:
-        return soundfile.SoundFile(io.BytesIO(data))
+        return _Sequential(io.BytesIO(_with_sizes(data)))
     except soundfile.LibsndfileError as error:
         raise ValueError(
-            f"{name} is not audio that libsndfile reads ({error.error_string}): it is damaged, or not WAV, "
-            "FLAC, Ogg Vorbis, Opus or MP3; fetch it again, or convert it, as with `ffmpeg -i FILE OUT.flac`"
+            f"{name} is not audio that libsndfile reads ({error.error_string}): it is damaged, or not WAV, FLAC, Ogg "
+            "Vorbis, Opus, MP3, AIFF or AU; convert it, as with `ffmpeg -i FILE OUT.flac`, or remove it from the data"
         ) from error
+
+
+def seconds_of(data: bytes, name: str) -> float:
+    """The length of a file by its header; of a file that does not know it, by decoding it."""
+    with open_audio(data, name) as file:
+        check_rate(file.samplerate, f"the sampling rate of {name}")
+        if file.frames < ENDLESS:
+            return file.frames / file.samplerate
+    samples, rate = _decode_bytes(data, name)
+    return len(samples) / rate
 
 
 def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """The mono samples of a file, of shape (num_samples,), and their rate in Hz."""
     with open_audio(data, name) as file:
-        frames, rate = file.frames, file.samplerate
-        estimated = file.format == "MP3" and not _has_count(data)
+        rate = file.samplerate
+        check_rate(rate, f"the sampling rate of {name}")
+        known = file.frames < ENDLESS and (file.format != "MP3" or _has_count(data))
+        blocks = [np.zeros(0, np.float32)]
         try:
-            samples = file.read(dtype="float32", always_2d=True)
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"{name} is damaged or cut off ({error.error_string})") from error
-    if (len(samples) < frames and not estimated) or _ends_early(data):
-        raise ValueError(
-            f"{name} is cut off after {len(samples) / rate:.2f} seconds, less than its header says; "
-            "fetch it again"
+            raise ValueError(
+                f"{name} is damaged or cut off ({error.error_string}); get a whole copy, or save what can be read, as "
+                "with `ffmpeg -i FILE OUT.flac`, or remove it from the data"
+            ) from error
+        samples = np.concatenate(blocks)
+        if (known and len(samples) < file.frames) or _ends_early(data):
+            raise ValueError(
+                f"{name} is cut off or damaged: {len(samples) / rate:.2f} seconds can be read, less than it says it "
+                "has; get a whole copy, or save what can be read, as with `ffmpeg -i FILE OUT.flac`, or remove it "
+                "from the data"
+            )
+    if _lacks_end_mark(data):
+        logger.warning(
+            f"{name} has no mark of its end, so that {len(samples) / rate:.2f} seconds are read, and nothing tells "
+            "whether there were more"
         )
-    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1), rate
+    if num_bytes := _bytes_after_samples(data):
+        logger.warning(
+            f"{name} has {num_bytes} bytes after its {len(samples) / rate:.2f} seconds that are not read; if these are "
+            "samples, the size in its header is wrong, and `ffmpeg -i FILE OUT.flac` may save them"
+        )
+    return samples, rate
 
 
 def _check_array(samples: np.ndarray, rate: int | None, name: str) -> tuple[np.ndarray, int]:
@@ -127,22 +228,77 @@ def _has_count(data: bytes) -> bool:
     return any(name in data[start : start + 64] for name in (b"Xing", b"Info", b"VBRI"))
 
 
-def _ends_early(data: bytes) -> bool:
-    """Whether a WAV or Ogg file lacks its end, which libsndfile does not report.
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The name, the start and the size in bytes of each chunk of a RIFF, RF64 or AIFF file."""
+    order: Any = "big" if data[:4] == b"FORM" else "little"
+    position = 12
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], order)
+        yield data[position : position + 4], position + 8, size
+        position += 8 + size + size % 2
 
-    A WAV file is compared with the size in its RIFF header. The last page of an Ogg file must be whole and have the
-    end-of-stream flag (RFC 3533, section 6).
+
+def _with_sizes(data: bytes) -> bytes:
+    """A WAV file with the size of its samples, which a recorder that was killed left at 0."""
+    if data[:4] != b"RIFF" or int.from_bytes(data[4:8], "little") == len(data) - 8:
+        return data
+    start = next((start for name, start, size in _chunks(data) if name == b"data" and size == 0), len(data))
+    if start == len(data):
+        return data
+    size = (len(data) - start).to_bytes(4, "little")
+    return data[: start - 4] + size + data[start:]
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a file lacks bytes at its end, which libsndfile does not report.
+
+    Bytes of samples are counted in WAV, RF64, AIFF and AU files. The last page of an Ogg file must be whole
+    (RFC 3533, section 6).
     """
-    if data[:4] == b"RIFF":
-        size = int.from_bytes(data[4:8], "little")
-        unknown = size >= 0x7FFFF000  # the file was written to a pipe
-        return not unknown and size > len(data) - 7  # one byte of padding may be missing
+    if data[:4] in (b"RIFF", b"RF64", b"FORM"):
+        sizes = {name: (start, size) for name, start, size in reversed(list(_chunks(data)))}
+        start, size = sizes.get(b"SSND" if data[:4] == b"FORM" else b"data", (0, 0))
+        if data[:4] == b"RF64" and b"ds64" in sizes:
+            at = sizes[b"ds64"][0] + 8
+            size = int.from_bytes(data[at : at + 8], "little")
+            return size > len(data) - start
+        return size < UNKNOWN_SIZE and size > len(data) - start
+    if data[:4] == b".snd":
+        start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
+        return size < UNKNOWN_SIZE and size > len(data) - start
     if data[:4] == b"OggS":
-        page = data.rfind(b"OggS")
-        segments = data[page + 26 : page + 27]
-        sizes = data[page + 27 : page + 27 + sum(segments)]
-        return not segments or not data[page + 5] & 4 or page + 27 + len(sizes) + sum(sizes) > len(data)
+        page, segments, body = _last_page(data)
+        return not segments or page + 27 + len(segments) + sum(segments) > len(data) or not body
     return False
+
+
+def _lacks_end_mark(data: bytes) -> bool:
+    """Whether the last page of an Ogg file is not marked as the last (RFC 3533, section 6), as in a recorded stream."""
+    return data[:4] == b"OggS" and not data[data.rfind(b"OggS") + 5] & 4
+
+
+def _bytes_after_samples(data: bytes) -> int:
+    """The number of bytes after the samples of a WAV file that are neither padding nor chunks, such as of tags."""
+    if data[:4] != b"RIFF":
+        return 0
+    chunks = list(_chunks(data))
+    names = [name for name, *_ in chunks]
+    if b"data" not in names:
+        return 0
+    _, start, size = chunks[names.index(b"data")]
+    if size == 0 or size >= UNKNOWN_SIZE:
+        return 0
+    rest = data[start + size :]
+    known = all(name.isascii() and name.decode().isprintable() for name in names)
+    return 0 if known and (len(names) > names.index(b"data") + 1 or len(rest) < 8) else len(rest.strip(b"\0"))
+
+
+def _last_page(data: bytes) -> tuple[int, bytes, bool]:
+    """Where the last page of an Ogg file starts, the lengths of its segments, and whether there are as many as said."""
+    page = data.rfind(b"OggS")
+    count = data[page + 26] if page + 26 < len(data) else 0
+    segments = data[page + 27 : page + 27 + count]
+    return page, segments, len(segments) == count
 
 
 def _resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,6 +44,7 @@ class SpeechCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         extractor = feature_extractor_of(self.processor)
+        check_lengths(rows, extractor)
         batch = extract(arrays_of(rows, extractor), extractor)
         if "text" in rows[0]:
             labels = [torch.tensor(ids, dtype=torch.long) for ids in self.encode(rows)]
@@ -64,15 +67,21 @@ class Seq2SeqCollator(SpeechCollator):
     Args:
         language: the language of all rows, a name or code that Whisper knows; by default each row's `language`.
         task: "transcribe", or "translate" for texts in English.
-        multilingual: False for an English-only model, whose labels have no language and task.
+        multilingual: False for an English-only model, whose labels have no language and task, whatever the processor
+            was saved with.
 
     Raises:
-        ValueError: if `multilingual` is true and a row has no language.
+        ValueError: if `multilingual` is true and a row has no language, or false and another language or task is asked
+            for.
     """
 
     language: str | None = None
     task: str = "transcribe"
     multilingual: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.multilingual:
+            check_english(self.language, self.task)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         tokenizer = self.processor.tokenizer
@@ -86,6 +95,11 @@ class Seq2SeqCollator(SpeechCollator):
                         "each row"
                     )
                 tokenizer.set_prefix_tokens(language=language, task=self.task, predict_timestamps=False)
+            else:
+                check_english(row.get("language"), self.task)
+                # `set_prefix_tokens` keeps what it is not given, here what the processor was saved with.
+                tokenizer.language = tokenizer.task = None
+                tokenizer.set_prefix_tokens(predict_timestamps=False)
             labels.append(tokenizer(row["text"]).input_ids[1:])
         return labels
 
@@ -142,6 +156,39 @@ def collator_for(
 def is_multilingual(model: Any) -> bool:
     """Whether a Whisper model takes a language and a task, from its generation config or the size of its vocabulary."""
     return getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865)
+
+
+def check_english(language: str | None, task: str, clip: str | None = None) -> None:
+    """Checks what is asked of a model that only transcribes English.
+
+    Raises:
+        ValueError: for another language or task.
+    """
+    where = f" of {clip}" if clip else ""
+    if task != "transcribe":
+        raise ValueError(f"`task` must be 'transcribe' for a model that only transcribes, got {task!r}")
+    if language is not None and not re.fullmatch(r"en(g|glish)?([-_ (].*)?", language.strip().lower()):
+        raise ValueError(
+            f"the language{where} must be English for an English-only Whisper, got {language!r}; choose a multilingual "
+            "model, or other data"
+        )
+
+
+def check_lengths(rows: Sequence[Mapping[str, Any]], extractor: Any) -> None:
+    """Checks that no clip is longer than a model's window.
+
+    Raises:
+        ValueError: naming the first that is.
+    """
+    longest = getattr(extractor, "n_samples", math.inf)
+    for row in rows:
+        length = len(row["audio"]["array"])
+        if length > longest:
+            rate = extractor.sampling_rate
+            raise ValueError(
+                f"{row['audio'].get('path') or 'a clip'} must be of at most {longest / rate:g} seconds, got "
+                f"{length / rate:.2f}; leave longer ones out with `max_seconds`, or cut them"
+            )
 
 
 def feature_extractor_of(processor: Any) -> Any:

@@ -7,23 +7,49 @@ or the file of an `Audio` feature, and this module reads the folders.
 
 from __future__ import annotations
 
-import csv
-import json
+import logging
+import math
 import operator
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Audio, Dataset, IterableDataset, Value, load_dataset_builder
+import pyarrow
+from datasets import Audio, ClassLabel, Dataset, IterableDataset, Value, load_dataset_builder
+from datasets.exceptions import DatasetsError
 
-from .audio import decode_audio, open_audio, read_audio
+from .audio import check_rate, decode_audio, is_url, read_audio, seconds_of
+from .tables import TABLES, Table, read_table
 
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-AUDIO_FILES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif")
+logger = logging.getLogger(__name__)
+AUDIO_FILES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au")
+# Recordings and films that libsndfile does not read, or of which nothing tells whether they are whole.
+OTHER_MEDIA = (
+    *(
+        ".3gp",
+        ".aac",
+        ".ac3",
+        ".amr",
+        ".ape",
+        ".caf",
+        ".m4a",
+        ".m4b",
+        ".mka",
+        ".mkv",
+        ".mov",
+        ".mp2",
+        ".mp4",
+        ".mpc",
+    ),
+    *(".ra", ".snd", ".sph", ".tta", ".voc", ".w64", ".weba", ".webm", ".wma", ".wv"),
+)
 # A streamed data set encodes `Audio(decode=False)` anew when a column is renamed, so these features replace it.
 UNDECODED = {"bytes": Value("binary"), "path": Value("string")}
+COLUMNS = ("audio_column", "text_column", "language_column")
+NO_CLIP = "no clip is left to read; check the split, `language`, `max_seconds` and `max_samples`"
 
 
 def load_speech_dataset(
@@ -33,6 +59,7 @@ def load_speech_dataset(
     config_name: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    outside_files: bool = False,
     **options: Any,
 ) -> Dataset | IterableDataset:
     """Loads one split of recordings; each row is decoded when it is read.
@@ -40,29 +67,39 @@ def load_speech_dataset(
     Args:
         name_or_path: a data set id on the Hub; a `.csv`, `.tsv`, `.jsonl` or `.parquet` file; or a folder. A folder
             has a table called `metadata`, at its top or in a folder for each split (the audiofolder layout), or only
-            audio files. Paths in a table are relative to the table's folder.
+            audio files. Paths in a table are relative to the table's folder. A `.tsv` file has no quoting. Hidden
+            files are not read, and a warning names recordings that cannot be.
         split: for the Hub, a split as `datasets` takes it, such as "train[:100]". For a local table, a value of its
             `split` column; if there is no such column, all rows are "train". "all" selects all rows.
         config_name: the configuration of a Hub data set.
         revision: the branch, tag or commit of a Hub data set.
         streaming: whether to return an `IterableDataset`, which does not keep what it downloads.
+        outside_files: whether the data may name files outside of its own folder, by absolute paths, `..` or URLs. Do
+            not allow this for data of people whom you do not trust.
         options: the options of `prepare_speech_dataset`.
 
     Raises:
-        ValueError: if a split, column or language does not exist, or a table cannot be read.
+        ValueError: if a split, column or language does not exist, a table cannot be read, or it names files outside.
         FileNotFoundError: if a path does not exist.
     """
+    if not str(name_or_path).strip():
+        raise ValueError(
+            f"`name_or_path` must be a data set id, a table or a folder ('.' is this one), got {str(name_or_path)!r}"
+        )
     path = Path(name_or_path)
     dataset: Dataset | IterableDataset
-    if path.exists():
-        dataset, folder = _load_local(path, split, streaming)
-        return prepare_speech_dataset(dataset, base_dir=folder, **options)
+    if os.path.exists(path):
+        names = {name: options[name] for name in COLUMNS if name in options}
+        dataset, folder = _load_local(path, split, streaming, names)
+        return prepare_speech_dataset(dataset, base_dir=folder, outside_files=outside_files, **options)
     if path.suffix in TABLES or path.is_absolute() or len(path.parts) > 2:
         raise FileNotFoundError(
             f"there is no file or folder {path}, and a Hub data set id looks like 'owner/name'"
         )
     return prepare_speech_dataset(
-        _build(str(name_or_path), split, streaming, config_name, revision), **options
+        _build(str(name_or_path), split, streaming, config_name, revision),
+        outside_files=outside_files,
+        **options,
     )
 
 
@@ -78,6 +115,7 @@ def prepare_speech_dataset(
     max_seconds: float | None = None,
     max_samples: int | None = None,
     base_dir: str | Path | None = None,
+    outside_files: bool | None = None,
 ) -> Dataset | IterableDataset:
     """Gives a data set the columns `audio`, `text` and `language` that this package reads, and drops all others.
 
@@ -93,26 +131,38 @@ def prepare_speech_dataset(
         max_seconds: drops longer clips. The header of each file is read for this.
         max_samples: keeps only the first `max_samples` rows.
         base_dir: the folder that relative paths start from.
+        outside_files: whether rows may name files outside of `base_dir`, or URLs. By default they may if there is no
+            `base_dir`, where the rows are the caller's own.
 
     Raises:
         ValueError: if a column or language does not exist, files are missing, or no row is left.
     """
+    check_rate(sampling_rate, "`sampling_rate`")
+    if max_seconds is not None and not (max_seconds > 0 and math.isfinite(max_seconds)):
+        raise ValueError(f"`max_seconds` must be above 0 and finite, got {max_seconds}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1, got {max_samples}")
     dataset = _rename_columns(dataset, audio_column, text_column, language_column)
     has_language = "language" in _columns(dataset)
     if language is not None and has_language:
         dataset = _keep(dataset, "language", language)
-    if isinstance(dataset, Dataset) and base_dir is not None:
-        _check_files(dataset, Path(base_dir))
-    decoder = _Decoder(sampling_rate, source_sampling_rate, base_dir, None if has_language else language)
+    outside_files = base_dir is None if outside_files is None else outside_files
+    decoder = _Decoder(
+        sampling_rate, source_sampling_rate, base_dir, outside_files, None if has_language else language
+    )
+    if isinstance(dataset, Dataset):
+        _check_files(dataset, decoder)
     if max_seconds is not None:
         dataset = _filter(dataset, "audio", partial(decoder.fits, max_seconds))
     if isinstance(dataset, IterableDataset):
         dataset = dataset if max_samples is None else dataset.take(max_samples)
+        if next(iter(dataset), None) is None:
+            raise ValueError(NO_CLIP)
         return dataset.map(decoder, batched=True, batch_size=1)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     if len(dataset) == 0:
-        raise ValueError("no clip is left to read; check the split, `max_seconds` and `max_samples`")
+        raise ValueError(NO_CLIP)
     return dataset.with_transform(decoder)
 
 
@@ -123,24 +173,53 @@ def _rename_columns(
     language_column: str | None,
 ) -> Dataset | IterableDataset:
     """Renames the given columns to `audio`, `text` and `language`, and keeps the audio undecoded."""
-    columns = _columns(dataset)
+    names = _meanings(_columns(dataset), audio_column, text_column, language_column)
+    for column, meaning in names.items():
+        feature = (dataset.features or {}).get(column)
+        if meaning == "audio":
+            if isinstance(feature, Audio):
+                dataset = dataset.cast_column(column, UNDECODED)
+        elif isinstance(feature, ClassLabel) or (
+            isinstance(feature, Value) and feature.dtype not in ("string", "large_string", "null")
+        ):
+            raise ValueError(
+                f"the column {column!r} must hold text, got {feature}; convert it with `map` or `cast`"
+            )
+    dataset = dataset.select_columns(list(names))
+    return dataset.rename_columns({old: new for old, new in names.items() if old != new})
+
+
+def _meanings(
+    columns: Sequence[str],
+    audio_column: str = "audio",
+    text_column: str | None = "text",
+    language_column: str | None = None,
+) -> dict[str, str]:
+    """What each column that is read holds: "audio", "text" or "language"."""
     if audio_column == "audio" and "audio" not in columns and "file_name" in columns:
         audio_column = "file_name"
     if language_column is None and "language" in columns:
         language_column = "language"
     wanted = ((audio_column, "audio"), (text_column, "text"), (language_column, "language"))
-    names = {column: meaning for column, meaning in wanted if column is not None}
-    for column, meaning in names.items():
+    names: dict[str, str] = {}
+    for column, meaning in wanted:
+        if column is None:
+            continue
         if column not in columns:
             raise ValueError(f"`{meaning}_column` must be one of {', '.join(columns)}, got {column!r}")
-    if isinstance((dataset.features or {}).get(audio_column), Audio):
-        dataset = dataset.cast_column(audio_column, UNDECODED)
-    dataset = dataset.select_columns(list(names))
-    return dataset.rename_columns({old: new for old, new in names.items() if old != new})
+        if column in names:
+            raise ValueError(
+                f"`{meaning}_column` must not be `{names[column]}_column`, got {column!r} for both"
+            )
+        names[column] = meaning
+    return names
 
 
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns:
+        raise ValueError("the data set has no rows; it must have at least one")
+    return columns
 
 
 @dataclass
@@ -150,6 +229,7 @@ class _Decoder:
     sampling_rate: int
     source_sampling_rate: int | None
     base_dir: str | Path | None
+    outside_files: bool
     language: str | None
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -157,8 +237,10 @@ class _Decoder:
         if "audio" in batch:
             rows["audio"] = [self.decode(source) for source in batch["audio"]]
             for audio, text in zip(rows["audio"], batch.get("text", ()), strict=False):
-                if text is None:
-                    raise ValueError(f"{audio['path']} has no text; remove it, or pass `text_column=None`")
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{audio['path']} has no text, but {text!r}; correct it, remove it, or pass `text_column=None`"
+                    )
         if self.language is not None:
             rows["language"] = [self.language] * len(next(iter(batch.values())))
         return rows
@@ -178,35 +260,71 @@ class _Decoder:
         """Whether a clip is at most `max_seconds` long; only the header of a file is decoded."""
         name, content = read_audio(self.locate(source))
         if isinstance(content, bytes):
-            with open_audio(content, name) as file:
-                return file.frames / file.samplerate <= max_seconds
+            return seconds_of(content, name) <= max_seconds
         return len(self.decode(source)["array"]) / self.sampling_rate <= max_seconds
 
     def locate(self, source: Any) -> Any:
         """Makes the path of `source` start from `base_dir`, if the audio is read from a path."""
-        if self.base_dir is None:
+        path = _path_of(source)
+        if path is None:
             return source
-        if isinstance(source, Mapping) and source.get("path") and not source.get("bytes"):
-            return {**source, "path": _join(self.base_dir, source["path"])}
-        return _join(self.base_dir, source) if isinstance(source, (str, Path)) else source
+        located = self._inside(path)
+        return {**source, "path": located} if isinstance(source, Mapping) else located
+
+    def _inside(self, path: str) -> str:
+        """Where a path leads from `base_dir`.
+
+        Raises:
+            ValueError: if that is outside, or a URL, and `outside_files` is false.
+        """
+        located = path if self.base_dir is None or is_url(path) else os.path.join(self.base_dir, path)
+        if self.outside_files:
+            return located
+        inside = self.base_dir is not None and not is_url(path)
+        # Without this, "a/../../b" would be opened as the system resolves it.
+        located = os.path.normpath(located) if inside else located
+        if not inside or not Path(os.path.abspath(located)).is_relative_to(
+            os.path.abspath(str(self.base_dir))
+        ):
+            raise ValueError(
+                f"the data names {path!r}, which is a URL or outside of "
+                + ("the data" if self.base_dir is None else f"its folder {self.base_dir}")
+                + "; correct the path, or, if you trust the data, pass `outside_files=True` (--outside-files)"
+            )
+        return located
 
 
-def _load_local(path: Path, split: str, streaming: bool) -> tuple[Dataset | IterableDataset, Path]:
+def _path_of(source: Any) -> str | None:
+    """The path that audio is read from; None if it is there already."""
+    if isinstance(source, Mapping):
+        held = any(source.get(key) is not None for key in ("array", "bytes"))
+        source = None if held else source.get("path")
+    return str(source) if isinstance(source, (str, Path)) else None
+
+
+def _load_local(
+    path: Path, split: str, streaming: bool, names: Mapping[str, Any]
+) -> tuple[Dataset | IterableDataset, Path]:
     """Returns the data set at `path`, and the folder that its relative paths start from."""
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or device; it must be a table or a folder")
     folder = path if path.is_dir() else path.parent
     table = _metadata(path) if path.is_dir() else path
     if table is None and (table := _metadata(path / split)) is not None:
         folder, split = path / split, "all"
     dataset: Dataset | IterableDataset
     if table is None:
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_FILES)
+        files = _audio_files(path)
         if not files:
             return _build(str(path), split, streaming), folder
-        dataset = Dataset.from_dict({"audio": [file.relative_to(path).as_posix() for file in files]})
+        dataset = Dataset.from_dict({"audio": files})
     elif table.suffix == ".parquet":
         dataset = _build("parquet", "train", streaming, data_files=str(table))
     else:
-        dataset = Dataset.from_dict(_read_table(table))
+        rows = read_table(table)
+        if "split" in rows.columns and split != "all":
+            rows, split = _split_of(rows, split), "all"
+        dataset = _as_dataset(rows, names)
     if "split" in (dataset.column_names or []) and split != "all":
         dataset = _keep(dataset, "split", split)
     elif split not in ("train", "all"):
@@ -219,33 +337,70 @@ def _load_local(path: Path, split: str, streaming: bool) -> tuple[Dataset | Iter
 
 
 def _metadata(folder: Path) -> Path | None:
-    files = (folder / f"metadata{suffix}" for suffix in TABLES)
-    return next((file for file in files if file.is_file()), None)
+    """The table of a folder."""
+    found = [file for suffix in TABLES if (file := folder / f"metadata{suffix}").is_file()]
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} must have one table, got {', '.join(file.name for file in found)}; name the one to read, or "
+            "remove the others"
+        )
+    return found[0] if found else None
 
 
-def _read_table(table: Path) -> dict[str, list[Any]]:
-    """The columns of a CSV, TSV or JSONL file. All values of a CSV or TSV file are text, also "1" and "null"."""
-    rows: list[dict[str, Any]] = []
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        if table.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                try:
-                    rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(
-                        f"line {number} of {table} must be a JSON object, got {line[:80]!r}"
-                    ) from error
-        elif table.suffix in TABLES:
-            reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"line {reader.line_num} of {table} must have as many fields as line 1")
-                rows.append(row)
+def _split_of(table: Table, split: str) -> Table:
+    kept = table.where("split", split)
+    if not kept.rows:
+        found = ", ".join(sorted({str(value) for value in table.texts("split", null=True)})[:20])
+        raise ValueError(f"`split` must be one of those in the data ({found}), got {split!r}")
+    return kept
+
+
+def _as_dataset(table: Table, names: Mapping[str, Any]) -> Dataset:
+    """The columns of a table that are read, after a check of each value."""
+    data: dict[str, list[Any]] = {}
+    for column, meaning in _meanings(table.columns, **names).items():
+        if meaning == "audio" and all(isinstance(row.get(column), Mapping) for row in table.rows):
+            data[column] = [row[column] for row in table.rows]
         else:
-            raise ValueError(f"a table must be one of {', '.join(TABLES)}, got {table}")
-    if not rows:
-        raise ValueError(f"{table} has no rows; it must have at least one")
-    return {column: [row.get(column) for row in rows] for column in rows[0]}
+            data[column] = table.texts(column, empty=meaning != "audio", null=meaning == "language")
+    try:
+        return Dataset.from_dict(data)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{table.path} has rows of different kinds of audio ({error}); write them alike"
+        ) from error
+
+
+def _audio_files(folder: Path) -> list[str]:
+    """The audio files in a folder and those below, relative to it; a warning names recordings that are not read.
+
+    Hidden files are left out, such as the `._x.wav` that macOS writes beside `x.wav`.
+    """
+    found, unread = [], []
+    for place, folders, files in os.walk(folder, onerror=_refuse_folder):
+        links = [name for name in folders if Path(place, name).is_symlink() and not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in [*sorted(files), *links]:
+            path = Path(place, name)
+            suffix = path.suffix.lower()
+            if suffix in AUDIO_FILES and not name.startswith(".") and path.is_file():
+                found.append(path.relative_to(folder).as_posix())
+            elif name in links or (suffix in AUDIO_FILES + OTHER_MEDIA and not name.startswith("._")):
+                unread.append(path.relative_to(folder).as_posix())
+    if unread:
+        problem = (
+            f"{len(unread)} of {len(unread) + len(found)} recordings in {folder} are not read, such as "
+            f"{', '.join(unread[:3])}: of these, convert those of another format, as with "
+            "`ffmpeg -i FILE OUT.flac`, put files in the place of links and pipes, and rename hidden files"
+        )
+        if not found:
+            raise ValueError(problem)
+        logger.warning(problem)
+    return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read ({error}); correct its permissions") from error
 
 
 def _build(
@@ -257,16 +412,26 @@ def _build(
     **options: Any,
 ) -> Dataset | IterableDataset:
     """Loads a split with a builder of `datasets`, from the Hub or from a clone of a Hub data set."""
-    builder = load_dataset_builder(name, config_name, revision=revision, **options)
-    if type(builder).__name__ == "AudioFolder":
+    local = options.get("data_files", name)
+    try:
+        builder = load_dataset_builder(name, config_name, revision=revision, **options)
+        if type(builder).__name__ == "AudioFolder":
+            raise ValueError(
+                f"{name!r} consists of loose audio files, which `datasets` reads through torchcodec alone; pass "
+                "revision 'refs/convert/parquet', the Hub's own conversion, or download it and pass the folder"
+            )
+        if streaming:
+            return builder.as_streaming_dataset(split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+    except (DatasetsError, pyarrow.ArrowException, OSError) as error:
+        if not os.path.exists(local):
+            raise
+        cause = error.__cause__ or error
         raise ValueError(
-            f"{name!r} consists of loose audio files, which `datasets` reads through torchcodec alone; pass "
-            "revision 'refs/convert/parquet', the Hub's own conversion, or download it and pass the folder"
-        )
-    if streaming:
-        return builder.as_streaming_dataset(split)
-    builder.download_and_prepare()
-    return builder.as_dataset(split)
+            f"{local} holds no recordings that can be read ({cause}); it must have audio files, a table called "
+            "metadata.csv, .tsv, .jsonl or .parquet, or the whole files of a Hub data set"
+        ) from error
 
 
 def _filter(
@@ -286,16 +451,16 @@ def _keep(dataset: Dataset | IterableDataset, column: str, value: str) -> Datase
     return kept
 
 
-def _check_files(dataset: Dataset, base_dir: Path) -> None:
-    """Checks before hours of training that all files exist."""
-    paths = [source for source in dataset["audio"] if isinstance(source, str) and "://" not in source]
-    missing = [path for path in paths if not (base_dir / path).is_file()]
+def _check_files(dataset: Dataset, decoder: _Decoder) -> None:
+    """Checks before hours of training that all files exist and are allowed."""
+    paths = [path for source in dataset["audio"] if (path := _path_of(source)) is not None]
+    located = {path: decoder.locate(path) for path in paths}
+    if decoder.base_dir is None:
+        return
+    missing = [path for path in paths if not is_url(path) and not os.path.isfile(located[path])]
     if missing:
+        kind = "no files" if os.path.exists(located[missing[0]]) else "missing"
         raise ValueError(
-            f"{len(missing)} of {len(dataset)} audio files are missing in {base_dir}: {missing[0]}, ...; "
+            f"{len(missing)} of {len(dataset)} audio files are {kind} in {decoder.base_dir}: {missing[0]}, ...; "
             "add them, or remove their rows"
         )
-
-
-def _join(base_dir: str | Path, path: str | Path) -> str:
-    return str(path) if "://" in str(path) else str(Path(base_dir) / path)

@@ -1,13 +1,16 @@
 """Measures the word and character error rates of a speech recogniser, and saves them with their provenance.
 
 jiwer counts the errors in texts that Whisper's normalisers have made alike: the English normaliser for English, and the
-basic one for all other languages (Radford et al. 2022, appendix C, https://arxiv.org/abs/2212.04356).
+basic one for all other languages (Radford et al. 2022, appendix C, https://arxiv.org/abs/2212.04356). The basic one
+takes vowel signs away from scripts such as Devanagari and Thai, and splits words there; `keep_marks` keeps them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +23,11 @@ from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from ..provenance import portable, provenance
-from .collators import SpeechCollator, batched, is_multilingual
+from .collators import SpeechCollator, arrays_of, batched, check_english, check_lengths, is_multilingual
+from .transcription import complete_token_ids
+
+logger = logging.getLogger(__name__)
+TASKS = ("transcribe", "translate")
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class EvaluationResult:
         audio_seconds: the total length of the clips.
         seconds: the time that features, model and decoding took, without reading the clips.
         predictions: one entry for each clip, in the order of the data.
+        removed_marks: the number of combining marks, such as vowel signs, that the normaliser took from the references.
+            If it is not 0, words are split there, and error rates tell little; `keep_marks` keeps them.
     """
 
     rates: ErrorRates
@@ -87,6 +96,7 @@ class EvaluationResult:
     audio_seconds: float
     seconds: float
     predictions: list[Prediction]
+    removed_marks: int = 0
 
     @property
     def wer(self) -> float:
@@ -132,9 +142,12 @@ def evaluate_asr(
     language: str | None = None,
     task: str = "transcribe",
     max_new_tokens: int | None = None,
+    keep_marks: bool = False,
     progress: bool = True,
 ) -> EvaluationResult:
     """Transcribes every row of `dataset` and counts the errors.
+
+    Rows that can be read again are checked before the first is transcribed, so that no work is lost to a bad one.
 
     Args:
         model: a sequence-to-sequence model, which decodes as its generation config says, or a CTC model, which decodes
@@ -147,22 +160,43 @@ def evaluate_asr(
             used, and the language of an English-only Whisper is English.
         task: the task of a multilingual Whisper: "transcribe", or "translate" for references in English.
         max_new_tokens: the maximum length of a transcript in tokens; by default that of the generation config.
+        keep_marks: whether the basic normaliser keeps combining marks, as scripts with vowel signs need it. Figures of
+            Whisper's authors are without them. In scripts without spaces between words, read the character error rate.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if there are no rows, rows have no text, or the references have no word.
+        ValueError: if there are no rows, rows have no text, the references have no word, a clip does not fit the
+            model, or an English-only or CTC model is asked for another language or task.
     """
-    normalize = _normalizers(processor)
-    default = "en" if model.can_generate() and not is_multilingual(model) else None
+    if task not in TASKS:
+        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    normalize = _normalizers(processor, keep_marks)
+    multilingual = model.can_generate() and is_multilingual(model)
+    default = "en" if model.can_generate() and not multilingual else None
+    if multilingual:
+        complete_token_ids(model, processor.tokenizer)
+    else:
+        check_english(default and language, task)
+
+    def checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        _check_row(model, processor, row, default and (language or row.get("language")))
+        return row
+
+    if isinstance(dataset, Sized):
+        for row in dataset:
+            checked(row)
     was_training = model.training
     model.eval()
     predictions: list[Prediction] = []
     seconds = audio_seconds = 0.0
+    removed_marks = 0
     try:
         with tqdm(total=_length(dataset), desc="evaluate", unit="clip", disable=not progress) as bar:
             for rows in batched(dataset, batch_size):
-                if any("text" not in row for row in rows):
-                    raise ValueError("the data must have texts to compare with; name their `text_column`")
+                for row in rows:
+                    checked(row)
                 languages = [language or row.get("language") or default for row in rows]
                 start = time.perf_counter()
                 texts = _transcribe(
@@ -173,6 +207,8 @@ def evaluate_asr(
                     name = portable(row["audio"].get("path") or str(len(predictions)))
                     written = normalize[_is_english(spoken, task)]
                     predictions.append(_compare(name, spoken, row["text"], text, written))
+                    if isinstance(written, BasicTextNormalizer) and not keep_marks:
+                        removed_marks += _count_marks(row["text"])
                     audio_seconds += len(row["audio"]["array"]) / row["audio"]["sampling_rate"]
                 bar.update(len(rows))
     finally:
@@ -185,7 +221,44 @@ def evaluate_asr(
         name: _rates(group) for name, group in groups.items() if any(p.normalized_reference for p in group)
     }
     names = {str(p.language): type(normalize[_is_english(p.language, task)]).__name__ for p in predictions}
-    return EvaluationResult(_rates(predictions), by_language, names, audio_seconds, seconds, predictions)
+    if removed_marks:
+        logger.warning(
+            f"the basic normaliser took {removed_marks} combining marks, such as vowel signs, from the references, and "
+            "split words there, so that error rates tell little; `keep_marks=True` (--keep-marks) keeps them"
+        )
+    return EvaluationResult(
+        _rates(predictions), by_language, names, audio_seconds, seconds, predictions, removed_marks
+    )
+
+
+def _check_row(model: Any, processor: Any, row: Mapping[str, Any], english: str | None) -> None:
+    """Checks a row before it is transcribed.
+
+    Args:
+        model: the recogniser.
+        processor: its processor.
+        row: the row.
+        english: the language of the row, if the model knows English alone.
+
+    Raises:
+        ValueError: naming the clip.
+    """
+    clip = row["audio"].get("path") or "a clip"
+    if row.get("text") is None:
+        raise ValueError(
+            f"the data must have texts to compare with, got none for {clip}; name their `text_column`"
+        )
+    if not isinstance(row["text"], str):
+        raise ValueError(f"the text of {clip} must be a string, got {row['text']!r}")
+    if english is not None:
+        check_english(english, "transcribe", clip)
+    (samples,) = arrays_of([row], processor.feature_extractor)
+    check_lengths([row], processor.feature_extractor)
+    if not model.can_generate() and model._get_feat_extract_output_lengths(torch.tensor(len(samples))) < 1:
+        raise ValueError(
+            f"{clip} must be longer than the model's receptive field, got {len(samples)} samples, which make no frame; "
+            "remove it from the data"
+        )
 
 
 @torch.inference_mode()
@@ -250,13 +323,32 @@ def _rates(predictions: Sequence[Prediction]) -> ErrorRates:
     )
 
 
-def _normalizers(processor: Any) -> dict[bool, Any]:
+class MarkKeepingNormalizer(BasicTextNormalizer):
+    """Whisper's basic normaliser, but it removes punctuation and symbols alone, and keeps combining marks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clean = _without_symbols
+
+
+def _without_symbols(s: str) -> str:
+    normalized = unicodedata.normalize("NFKC", s)
+    return "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in normalized)
+
+
+def _count_marks(text: str) -> int:
+    """The number of combining marks that the basic normaliser takes away; accents of composed letters stay."""
+    return sum(unicodedata.category(c)[0] == "M" for c in unicodedata.normalize("NFKC", text))
+
+
+def _normalizers(processor: Any, keep_marks: bool) -> dict[bool, Any]:
     """Whisper's normalisers for English (True) and for all other languages (False).
 
     Only Whisper's tokenizer has the table of American spellings; without it, the English normaliser keeps spellings.
     """
     spellings = getattr(processor.tokenizer, "english_spelling_normalizer", None)
-    return {True: EnglishTextNormalizer(spellings or {}), False: BasicTextNormalizer()}
+    basic = MarkKeepingNormalizer() if keep_marks else BasicTextNormalizer()
+    return {True: EnglishTextNormalizer(spellings or {}), False: basic}
 
 
 def _is_english(language: str | None, task: str) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import AutoTokenizer, GenerationMixin
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from .collators import LABEL_PADDING, is_multilingual
 
@@ -54,6 +55,47 @@ def encode(encoder: Any, input_features: Tensor, **kwargs: Any) -> Any:
         return encoder(input_features, **kwargs)
 
 
+def complete_token_ids(model: Any, tokenizer: Any = None) -> None:
+    """Gives a multilingual Whisper the numbers of its language and task tokens, which older fine-tunes lack.
+
+    `lang_to_id` and `task_to_id` of the generation config are set where they are missing.
+
+    Args:
+        model: a multilingual Whisper.
+        tokenizer: the model's; by default that of `model.processor`, or the one saved with the model.
+
+    Raises:
+        ValueError: if there is no tokenizer, or it has no such tokens.
+    """
+    config = model.generation_config
+    if getattr(config, "lang_to_id", None) and getattr(config, "task_to_id", None):
+        return
+    if tokenizer is None:
+        tokenizer = getattr(getattr(model, "processor", None), "tokenizer", None)
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                "the generation config of a multilingual Whisper must have `lang_to_id` and `task_to_id`, and "
+                f"{model.name_or_path or 'the model'!r} has neither these nor a tokenizer to take them from; set "
+                "`model.processor`, or save the tokenizer beside the model"
+            ) from error
+    vocabulary = tokenizer.get_vocab()
+    languages = {token: vocabulary[token] for code in LANGUAGES if (token := f"<|{code}|>") in vocabulary}
+    tasks = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS if f"<|{task}|>" in vocabulary}
+    if not languages or len(tasks) < len(TASK_IDS):
+        raise ValueError(
+            "the tokenizer of a multilingual Whisper must have tokens such as <|en|> and <|transcribe|>, got "
+            f"{len(languages)} languages and {len(tasks)} tasks; take the tokenizer that the model was trained with"
+        )
+    if not getattr(config, "lang_to_id", None):
+        config.lang_to_id = languages
+    if not getattr(config, "task_to_id", None):
+        config.task_to_id = tasks
+    config.is_multilingual = True
+
+
 @torch.no_grad()
 def transcribe(model: Any, input_features: Tensor) -> Tensor:
     """Transcribes mel features, which may be shorter than Whisper's window, into labels.
@@ -69,6 +111,8 @@ def transcribe(model: Any, input_features: Tensor) -> Tensor:
         Labels of shape (batch_size, num_tokens), as from `Seq2SeqCollator`: language and task if the model is
         multilingual, the text, its end, and -100 as padding.
     """
+    if is_multilingual(model):
+        complete_token_ids(model)
     config, encoder = model.generation_config, model.get_encoder()
     num_frames = input_features.shape[-1]
     untimed = getattr(config, "no_timestamps_token_id", None)

@@ -42,7 +42,8 @@ def calibration_batches(
         silence_seconds: the length of the zeros between two packed clips.
 
     Raises:
-        ValueError: if the data set has no rows, a clip does not have the model's rate, or an argument is out of range.
+        ValueError: if the data set has no rows or is silent, a clip does not have the model's rate, or an argument is
+            out of range.
     """
     extractor = feature_extractor_of(processor)
     rate = extractor.sampling_rate
@@ -64,6 +65,11 @@ def calibration_batches(
     windows += islice(split_windows(clips, window, silence, pack=True), packed)
     if not windows:
         raise ValueError("the calibration data has no rows; it must have at least one clip")
+    if not any(np.ptp(window) > 0 for window in windows):
+        raise ValueError(
+            f"the calibration data is silent: all samples of {len(windows)} windows are the same; choose recordings "
+            "with speech"
+        )
     length = longest or max(map(len, windows))
     return [extract(group, extractor, length) for group in batched(windows, batch_size)]
 

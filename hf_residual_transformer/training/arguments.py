@@ -80,6 +80,10 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read a data set while it downloads, keeping nothing on disk."}
     )
+    outside_files: bool = field(
+        default=False,
+        metadata={"help": "Let a table that you trust name URLs and files outside of its folder."},
+    )
 
     def load(self, split: str, sampling_rate: int, *, with_text: bool = True) -> Dataset | IterableDataset:
         """One split, with the columns of `load_speech_dataset`; without text for label-free training."""
@@ -89,6 +93,7 @@ class DataArguments:
             config_name=self.dataset_config,
             revision=self.dataset_revision,
             streaming=self.streaming,
+            outside_files=self.outside_files,
             audio_column=self.audio_column,
             text_column=self.text_column if with_text else None,
             language_column=self.language_column,

@@ -191,7 +191,8 @@ def write_table(path: Path, rows=ROWS) -> Path:
         path.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
     else:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            writer = csv.DictWriter(file, list(rows[0]), **(plain if path.suffix == ".tsv" else {}))
             writer.writeheader()
             writer.writerows(rows)
     return path
@@ -304,8 +305,11 @@ class TestLoading:
             load_speech_dataset(write_table(folder / "table.csv"))
 
     def test_a_row_without_text_is_named(self, folder):
-        rows = load_speech_dataset(
-            write_table(folder / "t.jsonl", [{"file_name": "a/one.wav", "text": None}])
+        table = write_table(folder / "t.jsonl", [{"file_name": "a/one.wav", "text": None}])
+        with pytest.raises(ValueError, match=r"line 1 of .*t\.jsonl: 'text' must be text, got nothing"):
+            load_speech_dataset(table)
+        rows = prepare_speech_dataset(
+            Dataset.from_dict({"audio": ["a/one.wav"], "text": [None]}), base_dir=folder
         )
         with pytest.raises(ValueError, match=r"a/one\.wav has no text"):
             rows[0]
@@ -414,6 +418,7 @@ class TestCalibration:
             ([row(tone())], {"window_seconds": 0}, "`window_seconds` must be above 0"),
             ([row(tone())], {"pack": 2}, "`pack` must be from 0 to 1, got 2"),
             ([{"audio": {"array": tone(), "sampling_rate": 8000}}], {}, "model's rate of 16000 Hz, got 8000"),
+            ([row(np.zeros(1600)), row(np.zeros(800))], {}, "calibration data is silent"),
         ],
     )
     def test_bad_arguments_are_refused(self, rows, options, problem):
@@ -452,6 +457,24 @@ class TestCollators:
         ids = processor.tokenizer.get_vocab()
         labels = Seq2SeqCollator(processor, multilingual=False)([row(tone(), text="a")])["labels"]
         assert labels.tolist() == [[ids["<|notimestamps|>"], ids["a"], ids["<|endoftext|>"]]]
+
+    def test_labels_of_an_english_only_whisper_do_not_depend_on_how_its_processor_was_saved(self, tmp_path):
+        processor = whisper_processor()
+        plain = Seq2SeqCollator(processor, multilingual=False)([row(tone(), text="a")])["labels"]
+        processor.tokenizer.set_prefix_tokens(language="german", task="translate", predict_timestamps=True)
+        processor.save_pretrained(tmp_path)
+        loaded = WhisperProcessor.from_pretrained(tmp_path)
+        labels = Seq2SeqCollator(loaded, multilingual=False)([row(tone(), text="a", language="en")])["labels"]
+        assert labels.tolist() == plain.tolist()
+
+    def test_an_english_only_whisper_is_not_trained_on_another_language_or_task(self):
+        for options in ({"language": "de"}, {"task": "translate"}):
+            with pytest.raises(ValueError, match=r"must be English|must be 'transcribe'"):
+                Seq2SeqCollator(whisper_processor(), multilingual=False, **options)
+        with pytest.raises(ValueError, match="must be English for an English-only Whisper, got 'de'"):
+            Seq2SeqCollator(whisper_processor(), multilingual=False)([row(tone(), text="a", language="de")])
+        for language in ("en", "English", "eng", "en-US"):
+            Seq2SeqCollator(whisper_processor(), language, multilingual=False)
 
     def test_ctc_labels_and_audio_are_padded_and_masked(self, tmp_path):
         processor = wav2vec2_processor(tmp_path)
@@ -495,7 +518,7 @@ class TestCollators:
         [
             (row(tone(), text="a"), "need a language"),
             (row(tone(), text="a", language="klingon"), "Unsupported language: klingon"),
-            (row(tone(1.01), text="a", language="en"), "at most 1 seconds, got 1.01"),
+            (row(tone(1.01), text="a", language="en"), r"clip\.wav must be of at most 1 seconds, got 1\.01"),
             (
                 {"audio": {"array": tone(), "sampling_rate": 8000, "path": "a.wav"}},
                 r"a\.wav must have .* 16000 Hz",

@@ -144,6 +144,51 @@ class TestCTC:
             evaluate_asr(model, processor, rows, progress=False)
         assert model.training
 
+    def test_a_row_that_cannot_be_used_is_found_before_the_first_is_transcribed(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        model = Scripted(processor, ["a"] * 9)
+        model._get_feat_extract_output_lengths = lambda num_samples: num_samples // 400
+        for bad, problem in (
+            (
+                row("a", "short.wav", seconds=0.02),
+                r"short\.wav must be longer than the model's receptive field, got 320",
+            ),
+            (row(None, "mute.wav"), r"must have texts to compare with, got none for mute\.wav"),
+            (row(5, "five.wav"), r"text of five\.wav must be a string, got 5"),
+        ):
+            with pytest.raises(ValueError, match=problem):
+                evaluate_asr(model, processor, [row("a"), bad], batch_size=1, progress=False)
+            assert len(model.texts) == 9
+            with pytest.raises(ValueError, match=problem):
+                evaluate_asr(model, processor, iter([bad]), batch_size=1, progress=False)
+
+    def test_a_ctc_model_does_not_translate(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        with pytest.raises(ValueError, match="`task` must be 'transcribe' for a model that only transcribes"):
+            evaluate_asr(Scripted(processor, ["a"]), processor, [row("a")], task="translate", progress=False)
+        with pytest.raises(ValueError, match="`task` must be one of transcribe, translate, got 'write'"):
+            evaluate_asr(Scripted(processor, ["a"]), processor, [row("a")], task="write", progress=False)
+
+    def test_vowel_signs_are_kept_on_request_and_their_loss_is_said(self, tmp_path, caplog):
+        processor = wav2vec2_processor(tmp_path)
+        for text, split, kept, marks in (
+            ("हिन्दी भाषा।", 5, "हिन्दी भाषा", 5),
+            ("ที่นี่", 2, "ที่นี่", 4),
+            ("cafe\u0301 Étienne!", 2, "café étienne", 0),
+        ):
+            caplog.clear()
+            rows = [row(text, language="xx")]
+            plain = evaluate_asr(Scripted(processor, ["a"]), processor, rows, progress=False)
+            assert (plain.rates.words, plain.removed_marks) == (split, marks)
+            assert ("--keep-marks" in caplog.text) == (marks > 0)
+            assert plain.to_dict()["removed_marks"] == marks
+            result = evaluate_asr(
+                Scripted(processor, ["a"]), processor, rows, keep_marks=True, progress=False
+            )
+            assert result.predictions[0].normalized_reference == kept
+            assert (result.rates.characters, result.removed_marks) == (len(kept), 0)
+            assert result.normalizers == {"xx": "MarkKeepingNormalizer"}
+
 
 class TestWhisper:
     @pytest.fixture
@@ -194,6 +239,40 @@ class TestWhisper:
         result = evaluate_asr(model, whisper_processor(), [row("a")], max_new_tokens=3, progress=False)
         assert set(model.asked[0]) == {"input_features", "max_new_tokens"}
         assert result.normalizers == {"en": "EnglishTextNormalizer"}
+
+    def test_an_english_only_model_is_not_asked_for_another_language_or_task(self, model):
+        model.generation_config.is_multilingual = False
+        for options, problem in (
+            ({"language": "de"}, "must be English for an English-only Whisper, got 'de'"),
+            ({"task": "translate"}, "`task` must be 'transcribe'"),
+        ):
+            with pytest.raises(ValueError, match=problem):
+                evaluate_asr(model, whisper_processor(), [row("a")], progress=False, **options)
+        with pytest.raises(ValueError, match=r"the language of clip\.wav must be English .* got 'de'"):
+            evaluate_asr(model, whisper_processor(), [row("a", language="de")], progress=False)
+        assert model.asked == []
+
+    def test_a_clip_longer_than_the_window_is_named_before_work_is_done(self, model):
+        rows = [row("a"), row("b", "long.wav", seconds=1.5)]
+        with pytest.raises(
+            ValueError, match=r"long\.wav must be of at most 1 seconds, got 1\.50.*max_seconds"
+        ):
+            evaluate_asr(model, whisper_processor(), rows, batch_size=1, progress=False)
+        assert model.asked == []
+
+    @pytest.mark.parametrize(
+        "missing", [("lang_to_id",), ("task_to_id",), ("lang_to_id", "task_to_id", "is_multilingual")]
+    )
+    def test_an_older_model_takes_the_numbers_of_languages_and_tasks_from_the_tokenizer(self, model, missing):
+        expected = whisper_generation_config()
+        model.config.vocab_size = 51_865  # by which a config without `is_multilingual` is told
+        for name in missing:
+            delattr(model.generation_config, name)
+        rows = [row("a", language="de"), row("b", language="de")]
+        evaluate_asr(model, whisper_processor(), rows, max_new_tokens=4, progress=False)
+        assert model.asked[0]["language"] == ["de", "de"]
+        assert model.generation_config.task_to_id == expected.task_to_id
+        assert model.generation_config.lang_to_id == expected.lang_to_id
 
     def test_inputs_are_cast_to_the_models_dtype(self, model):
         evaluate_asr(

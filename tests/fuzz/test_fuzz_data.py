@@ -1,0 +1,288 @@
+"""Broken tables and audio files from a generator with a seed: each gives a clear error or what the whole one gives.
+
+By default a few cases run. `python -m pytest -m fuzz tests/fuzz/test_fuzz_data.py` runs thousands, and with
+HRT_FUZZ_RESULTS=results/fuzz-data.json it writes their counts. HRT_FUZZ_SEED chooses other cases.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from hf_residual_transformer.provenance import provenance
+from hf_residual_transformer.speech.audio import decode_audio
+from hf_residual_transformer.speech.datasets import load_speech_dataset
+
+SEED = int(os.environ.get("HRT_FUZZ_SEED", "19"))
+RATE = 16_000
+FEW, MANY = 25, 3000
+SECONDS = 10  # that a case may take; one that hangs takes longer
+TEXTS = ["one", "two, three", 'four "five"', "sechs ä", "हिन्दी", "null"]
+NAMES = ("file_name", "text", "language", "split")
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def speech(seconds: float = 0.5) -> np.ndarray:
+    """Noise with an envelope, which no codec makes to nothing."""
+    generator = np.random.default_rng(SEED)
+    time = np.arange(int(seconds * RATE)) / RATE
+    return (0.2 * generator.standard_normal(len(time)) * (1 + np.sin(20 * time)) / 2).astype(np.float32)
+
+
+@functools.cache
+def container(format: str, subtype: str) -> bytes:
+    buffer = io.BytesIO()
+    rate = 8000 if subtype == "GSM610" else RATE
+    soundfile.write(buffer, speech(), rate, format=format, subtype=subtype)
+    return buffer.getvalue()
+
+
+CONTAINERS = [
+    *(("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "GSM610"), ("WAV", "IMA_ADPCM"), ("WAVEX", "PCM_24")),
+    *(("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16")),
+    *(("AU", "PCM_16"), ("RF64", "PCM_16")),
+]
+# Plain samples have no checksum, so that nothing tells a changed one from a recorded one.
+HEADERS = {"WAV": 44, "WAVEX": 80, "AIFF": 54, "AU": 24, "RF64": 104}
+
+
+def changed(random: random.Random, content: bytes, limit: int | None = None) -> tuple[str, bytes]:
+    """One change, its name, and the result; `limit` is the number of first bytes that may change in place."""
+    kind = random.choice(("cut", "flip", "byte", "four bytes", "delete", "insert", "double", "append"))
+    if limit is not None and kind in ("delete", "insert", "double"):
+        kind = "cut"
+    position = random.randrange(min(limit or len(content), len(content)))
+    if kind == "cut":
+        return kind, content[: random.randrange(len(content))]
+    if kind == "flip":
+        return kind, splice(content, position, bytes([content[position] ^ 1 << random.randrange(8)]))
+    if kind == "byte":
+        return kind, splice(
+            content, position, bytes([random.choice((0, 0x22, 0x2C, 0x7F, 0x80, 0xFF, 10, 9))])
+        )
+    if kind == "four bytes":
+        value = random.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, random.randrange(2**32)))
+        return kind, splice(content, position, value.to_bytes(4, random.choice(("little", "big"))))[
+            : len(content)
+        ]
+    length = random.randrange(1, 64)
+    part = content[position : position + length]
+    if kind == "delete":
+        return kind, content[:position] + content[position + length :]
+    if kind == "insert":
+        return kind, content[:position] + random.randbytes(length) + content[position:]
+    if kind == "double":
+        return kind, content[:position] + part + content[position:]
+    return kind, content + random.randbytes(length)
+
+
+def splice(content: bytes, position: int, new: bytes) -> bytes:
+    return content[:position] + new + content[position + len(new) :]
+
+
+class Counts:
+    """What came of the cases of one kind of input, and every case that must not be."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.slowest = 0.0
+
+    def note(self, outcome: str, case: str, seconds: float, *, fault: bool = False) -> None:
+        self.outcomes[outcome] += 1
+        self.slowest = max(self.slowest, seconds)
+        if fault or seconds > SECONDS:
+            self.faults.append(f"{case}: {outcome}, {seconds:.1f} s")
+
+
+class Warned(logging.Handler):
+    """Whether the package said something."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said = True
+
+    def __enter__(self) -> Warned:
+        logging.getLogger("hf_residual_transformer").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("hf_residual_transformer").removeHandler(self)
+
+
+def fuzz_audio(number: int, counts: dict[str, Counts], folder: Path) -> None:
+    random_ = random.Random(f"audio {SEED} {number}")
+    format, subtype = CONTAINERS[number % len(CONTAINERS)]
+    content = container(format, subtype)
+    kind, broken = changed(random_, content, HEADERS.get(format))
+    case = f"audio {number}, {format} {subtype}, {kind}"
+    found = counts.setdefault(f"{format} {subtype}", Counts())
+    path = folder / "clip.bin"
+    path.write_bytes(broken)
+    start = time.perf_counter()
+    with Warned() as warned:
+        try:
+            samples = decode_audio(path, RATE)
+        except Exception as error:
+            clear = type(error) is ValueError and "clip.bin" in str(error)
+            outcome = "clear error" if clear else f"{type(error).__name__}: {error}"
+            found.note(outcome, case, time.perf_counter() - start, fault=not clear)
+            return
+    seconds = time.perf_counter() - start
+    whole = decode_audio(content, RATE)
+    if samples.shape == whole.shape and np.abs(samples - whole).max() <= 1e-3:
+        found.note("equal output", case, seconds)
+    elif warned.said:
+        found.note("said", case, seconds)
+    elif consistent(format, content, broken, samples, whole):
+        found.note("another right file", case, seconds)
+    else:
+        found.note(f"silently {len(samples)} samples of {len(whole)}", case, seconds, fault=True)
+
+
+def consistent(format: str, content: bytes, broken: bytes, samples: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether a changed file is one that somebody could have written: another rate, codec or gain in its header, or
+    other compressed samples of the same length. No reader can tell.
+    """
+    if len(broken) < len(content):
+        return False
+    if format in HEADERS:
+        return broken[HEADERS[format] : len(content)] == content[HEADERS[format] :]
+    return format == "MP3"
+
+
+def table_of(suffix: str) -> bytes:
+    rows = [
+        {"file_name": f"{n}.wav", "text": text, "language": "en", "split": "train"}
+        for n, text in enumerate(TEXTS)
+    ]
+    if suffix == ".parquet":
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+        return sink.getvalue()
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    text = io.StringIO(newline="")
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if suffix == ".tsv" else {}
+    writer = csv.DictWriter(text, NAMES, lineterminator="\n", **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def fuzz_table(number: int, counts: dict[str, Counts], folder: Path) -> None:
+    random_ = random.Random(f"table {SEED} {number}")
+    suffix = (".csv", ".tsv", ".jsonl", ".parquet")[number % 4]
+    content = table_of(suffix)
+    kind, broken = changed(random_, content)
+    if suffix != ".parquet" and random_.random() < 0.2:
+        kind, broken = random_.choice(
+            (
+                ("UTF-16", content.decode().encode("utf-16")),
+                ("UTF-8 with a mark", b"\xef\xbb\xbf" + content),
+                ("line ends of Windows", content.replace(b"\n", b"\r\n")),
+                ("a quote more", splice_in(content, random_.randrange(len(content)), b'"')),
+                ("a line twice", content + content.splitlines(keepends=True)[-1]),
+                ("a line less", b"".join(content.splitlines(keepends=True)[:-1])),
+            )
+        )
+    case = f"table {number}, {suffix}, {kind}"
+    found = counts.setdefault(suffix[1:], Counts())
+    table = folder / f"table{suffix}"
+    table.write_bytes(broken)
+    start = time.perf_counter()
+    with Warned() as warned:
+        try:
+            rows = load_speech_dataset(table)
+            texts = [(row["audio"]["path"], row["text"]) for row in rows]
+        except Exception as error:
+            named = any(
+                word in str(error) for word in (table.name, str(folder), "_column`", "`split`", "column '")
+            )
+            clear = type(error) is ValueError and named
+            outcome = "clear error" if clear else f"{type(error).__name__}: {error}"
+            found.note(outcome, case, time.perf_counter() - start, fault=not clear)
+            return
+        finally:
+            for cached in (folder / "cache").rglob("*.arrow"):
+                cached.unlink()
+    seconds = time.perf_counter() - start
+    expected = [(f"{n}.wav", text) for n, text in enumerate(TEXTS)]
+    if texts == expected:
+        found.note("equal output", case, seconds)
+    elif warned.said:
+        found.note("said", case, seconds)
+    elif written(suffix, broken, texts):
+        found.note("another right file", case, seconds)
+    else:
+        found.note(f"silently {texts}", case, seconds, fault=True)
+
+
+def splice_in(content: bytes, position: int, new: bytes) -> bytes:
+    return content[:position] + new + content[position:]
+
+
+def written(suffix: str, broken: bytes, texts: list[tuple[str, str]]) -> bool:
+    """Whether what was read stands in a changed file line by line: a row for each line, and its text in the line."""
+    if suffix == ".parquet":
+        return False
+    lines = [line for line in broken.decode("utf-8-sig").splitlines() if line.strip()]
+    lines = lines if suffix == ".jsonl" else lines[1:]
+    return len(lines) == len(texts) and all(
+        set(text.replace('"', "")) <= set(line) | set(json.loads(f'"{line}"') if "\\u" in line else "")
+        for line, (_, text) in zip(lines, texts, strict=True)
+    )
+
+
+def run(fuzz, number: int, folder: Path) -> dict[str, Counts]:
+    for clip in range(len(TEXTS)):
+        soundfile.write(folder / f"{clip}.wav", speech(0.01), RATE)
+    counts: dict[str, Counts] = {}
+    for case in range(number):
+        fuzz(case, counts, folder)
+    return counts
+
+
+@pytest.mark.parametrize("fuzz", [fuzz_audio, fuzz_table])
+def test_a_broken_input_gives_a_clear_error_or_what_the_whole_one_gives(tmp_path, fuzz):
+    counts = run(fuzz, FEW, tmp_path)
+    assert [fault for found in counts.values() for fault in found.faults] == []
+    assert sum(found.outcomes["clear error"] for found in counts.values()) > FEW // 4
+
+
+@pytest.mark.fuzz
+def test_thousands_of_broken_inputs_give_a_clear_error_or_what_the_whole_one_gives(tmp_path):
+    report, faults = {}, []
+    for fuzz in (fuzz_audio, fuzz_table):
+        for name, found in sorted(run(fuzz, MANY, tmp_path).items()):
+            report[name] = {**found.outcomes, "slowest_seconds": round(found.slowest, 2)}
+            faults += found.faults
+    if path := os.environ.get("HRT_FUZZ_RESULTS"):
+        result = {"seed": SEED, "cases": 2 * MANY, "faults": len(faults), "outcomes": report, **provenance()}
+        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1), file=sys.stderr)
+    assert faults == []
