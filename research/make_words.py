@@ -1,5 +1,5 @@
-"""Builds `sample/words/`, the small-vocabulary speech that `research/paper.py` trains on: single words in many synthetic
-voices, English for recognition and Spanish for translation.
+"""Builds `sample/words/`, the small-vocabulary speech that `research/paper.py` trains on: single words in many
+synthetic voices, English for recognition and Spanish for translation.
 
     apt-get install espeak-ng
     pip install onnxruntime soundfile scipy
@@ -12,11 +12,11 @@ its 54 voices. Phonemes are espeak-ng's. Each clip is kept in CACHE as soon as i
 stopped goes on; about 20 minutes of one core in all. Nothing here is human speech.
 """
 
+# ruff: noqa: RUF001 (phonemes)
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import shutil
 import subprocess
 import tarfile
@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-
 from words import SENTENCE_WORDS, WORDS
 
 SAMPLING_RATE = 16_000
@@ -71,10 +70,10 @@ TOKENS = {
 
 README = """# Words of synthetic voices
 
-**Synthetic speech**: {english} English and {spanish} Spanish words, each said once by every voice ({english_voices} and
-{spanish_voices} voices of Kokoro-82M), {minutes:.0f} minutes in all. `research/paper.py` joins them into random strings.
-A file holds the words of one voice, 16 kHz mono Ogg Opus; `words.csv` says where each word starts and stops, in seconds,
-and in which split its voice is. No voice is in two splits.
+**Synthetic speech**: {english} English and {spanish} Spanish words, each said once by every voice ({english_voices}
+and {spanish_voices} voices of Kokoro-82M), {minutes:.0f} minutes in all. `research/paper.py` joins them into random
+strings. A file holds the words of one voice, 16 kHz mono Ogg Opus; `words.csv` says where each word starts and stops,
+in seconds, and in which split its voice is. No voice is in two splits.
 
 The Spanish words are said by voices of Spanish, French, Hindi, Italian, Japanese, Portuguese and Mandarin, with their
 accents; only three of them are Spanish.
@@ -106,7 +105,10 @@ class Clip:
         """Kokoro's phonemes; a British voice says them as the British do."""
         language = "es" if self.language == "es" else "en-gb" if self.voice.startswith("b") else "en-us"
         done = subprocess.run(
-            ["espeak-ng", "-q", "--ipa", "-v", language, self.word], capture_output=True, text=True, check=True
+            ["espeak-ng", "-q", "--ipa", "-v", language, self.word],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found = done.stdout.strip()
         for theirs, ours in REPLACEMENTS[language].items():
@@ -151,7 +153,9 @@ class Kokoro:
         phonemes = clip.phonemes + "."
         unknown = sorted(set(phonemes) - TOKENS.keys())
         if unknown:
-            raise ValueError(f"`TOKENS` must have every phoneme of {clip.word!r} ({phonemes}), got {unknown[0]!r}")
+            raise ValueError(
+                f"`TOKENS` must have every phoneme of {clip.word!r} ({phonemes}), got {unknown[0]!r}"
+            )
         tokens = [TOKENS[phoneme] for phoneme in phonemes]
         inputs = {
             "tokens": np.array([[0, *tokens, 0]], np.int64),
@@ -227,9 +231,13 @@ def _by_voice(clips: list[Clip]) -> Iterator[tuple[str, list[Clip]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kokoro", type=Path, required=True, help="folder with the five downloads")
-    parser.add_argument("--cache", type=Path, required=True, help="folder that keeps each clip once it is made")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="folder that keeps each clip once it is made"
+    )
     parser.add_argument("--output", type=Path, default=Path("sample/words"))
     args = parser.parse_args()
     if shutil.which("espeak-ng") is None:
@@ -238,7 +246,9 @@ def main() -> None:
     clips = all_clips(list(kokoro.voices))
     synthesise(clips, kokoro, args.cache)
     minutes = write_voices(clips, args.cache, args.output)
-    voices = {language: len({clip.voice for clip in clips if clip.language == language}) for language in KINDS}
+    voices = {
+        language: len({clip.voice for clip in clips if clip.language == language}) for language in KINDS
+    }
     text = README.format(
         english=len(WORDS),
         spanish=len(SENTENCE_WORDS),

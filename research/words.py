@@ -1,8 +1,8 @@
 """The words of `sample/words/`, and the random strings that they are joined into as they are read: English words to
 recognise, and Spanish sentences to translate into English.
 
-Item `index` of a split depends on the seed and on nothing else, so that every cell of a grid reads the same strings, and
-a run that was stopped goes on with the strings that it would have read.
+Item `index` of a split depends on the seed and on nothing else, so that every cell of a grid reads the same strings,
+and a run that was stopped goes on with the strings that it would have read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from torch.utils.data import Dataset
 FOLDER = Path(__file__).resolve().parent.parent / "sample" / "words"
 SAMPLING_RATE = 16_000
 SPLITS = ("train", "validation", "test")
-SPEEDS = {"train": (0.9, 1.0, 1.1), "validation": (1.0,), "test": (1.0,)}  # by resampling, so that pitch moves too
+SPEEDS = {
+    "train": (0.9, 1.0, 1.1),
+    "validation": (1.0,),
+    "test": (1.0,),
+}  # by resampling, so that pitch moves too
 MOST_WORDS = 3  # of a string that is to be recognised
+EARLY = 0.4  # the part of the training strings, from the first on, that are single words: aligning is learnt later
 GAP_SECONDS = (0.0, 0.12)
-NOISE_DECIBELS = (5.0, 30.0)  # of the speech over the noise
+NOISE_DECIBELS = (10.0, 40.0)  # of the speech over the noise
 
 WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
@@ -60,6 +65,7 @@ class WordStrings(Dataset):
         size: number of strings.
         seconds: the longest string; words that do not fit are left out.
         seed: of the strings.
+        words: how many of `WORDS` are joined, from the first; the first ten are the digits.
         folder: as `research/make_words.py` writes it.
 
     Raises:
@@ -67,11 +73,20 @@ class WordStrings(Dataset):
     """
 
     def __init__(
-        self, language: str, split: str, size: int, seconds: float, seed: int = 0, folder: Path = FOLDER
+        self,
+        language: str,
+        split: str,
+        size: int,
+        seconds: float,
+        seed: int = 0,
+        words: int = len(WORDS),
+        folder: Path = FOLDER,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}")
         self.language, self.split, self.size, self.seconds, self.seed = language, split, size, seconds, seed
+        self.words = WORDS[:words]
+        self.noises = _noises(SPLITS.index(split))
         self.voices: dict[str, dict[str, list[np.ndarray]]] = defaultdict(dict)
         for voice, word, audio in _read(folder, language, split):
             self.voices[voice][word] = [_at_speed(audio, speed) for speed in SPEEDS[split]]
@@ -84,7 +99,7 @@ class WordStrings(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         voice = list(self.voices)[rng.integers(len(self.voices))]
-        words, text = self._words(rng)
+        words, text = self._words(rng, index)
         clips = self.voices[voice]
         speed = rng.integers(len(SPEEDS[self.split]))
         audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
@@ -101,12 +116,16 @@ class WordStrings(Dataset):
         if self.language == "en":
             text = " ".join(words[:said])
         path = f"{voice}-{self.split}-{index}"
-        array = audio + _noise(rng, audio)
+        noise = self.noises[rng.integers(len(self.noises))]
+        start = rng.integers(len(noise) - len(audio))
+        loudness = np.sqrt((audio[audio != 0] ** 2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
+        array = audio + loudness * noise[start : start + len(audio)]
         return {"audio": {"array": array, "sampling_rate": SAMPLING_RATE, "path": path}, "text": text}
 
-    def _words(self, rng: np.random.Generator) -> tuple[list[str], str]:
+    def _words(self, rng: np.random.Generator, index: int) -> tuple[list[str], str]:
         if self.language == "en":
-            return list(rng.choice(WORDS, rng.integers(1, MOST_WORDS + 1))), ""
+            is_early = self.split == "train" and index < EARLY * self.size
+            return list(rng.choice(self.words, 1 if is_early else rng.integers(1, MOST_WORDS + 1))), ""
         while True:
             words, text = random_sentence(rng)
             is_test = zlib.crc32(" ".join(words[-3:]).encode()) % 5 == 0
@@ -130,10 +149,10 @@ def random_sentence(rng: np.random.Generator) -> tuple[list[str], str]:
     return words, text
 
 
-def all_texts(language: str) -> list[str]:
+def all_texts(language: str, words: int = len(WORDS)) -> list[str]:
     """Texts that have every word, to train a tokenizer on."""
     if language == "en":
-        return list(WORDS)
+        return list(WORDS[:words])
     rng = np.random.default_rng(0)
     return [random_sentence(rng)[1] for _ in range(1000)]
 
@@ -156,12 +175,9 @@ def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
     return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
 
 
-def _noise(rng: np.random.Generator, audio: np.ndarray) -> np.ndarray:
-    """White noise, or noise that falls with frequency, at a random level below the speech."""
-    noise = rng.standard_normal(len(audio)).astype(np.float32)
-    if rng.random() < 0.5:
-        spectrum = np.fft.rfft(noise)
-        spectrum /= np.sqrt(np.arange(1, len(spectrum) + 1))
-        noise = np.fft.irfft(spectrum, len(audio)).astype(np.float32)
-    loudness = np.sqrt((audio[audio != 0] ** 2).mean())
-    return noise * (loudness / noise.std() * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20))
+def _noises(seed: int) -> list[np.ndarray]:
+    """Half a minute of white noise, and of noise that falls with frequency, both of standard deviation 1."""
+    white = np.random.default_rng(seed).standard_normal(30 * SAMPLING_RATE)
+    spectrum = np.fft.rfft(white)
+    falling = np.fft.irfft(spectrum / np.sqrt(np.arange(1, len(spectrum) + 1)), len(white))
+    return [(noise / noise.std()).astype(np.float32) for noise in (white, falling)]

@@ -1,13 +1,15 @@
 """Training a Whisper-type model from scratch, dense or residual: its vocabulary, its sizes, and its Trainer.
 
-A decoder that learns to attend and an encoder that learns to hear hold each other up at first. As is usual, a CTC loss on
-the encoder helps (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773); its output layer goes when training ends.
+A decoder that learns to attend and an encoder that learns to hear hold each other up at first. A CTC loss on the
+encoder may help (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773); its output layer goes when training ends.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from ..whisper import ResidualWhisperConfig, ResidualWhisperForConditionalGenera
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
+SPECTROGRAM_GAIN = 3.5  # Whisper's spectrograms have a standard deviation of about 0.29
 PREFIX = 2  # tokens before a text: START and NO_TIMESTAMPS
 
 
@@ -45,23 +48,35 @@ class ModelSizes:
 
     encoder_layers: int = field(default=18, metadata={"help": "Number of encoder layers."})
     d_model: int = field(default=512, metadata={"help": "Width of both stacks."})
-    encoder_ffn_dim: int = field(default=2048, metadata={"help": "Inner width of the encoder's feed-forwards."})
+    encoder_ffn_dim: int = field(
+        default=2048, metadata={"help": "Inner width of the encoder's feed-forwards."}
+    )
     attention_heads: int = field(default=8, metadata={"help": "Attention heads of both stacks."})
     decoder_layers: int = field(default=4, metadata={"help": "Number of decoder layers."})
-    decoder_ffn_dim: int = field(default=2048, metadata={"help": "Inner width of the decoder's feed-forwards."})
+    decoder_ffn_dim: int = field(
+        default=2048, metadata={"help": "Inner width of the decoder's feed-forwards."}
+    )
     num_mel_bins: int = field(default=80, metadata={"help": "Mel bands of the spectrogram."})
     hop_length: int = field(
         default=160,
-        metadata={"help": "Samples from one frame of the spectrogram to the next; the encoder has half as many."},
+        metadata={
+            "help": "Samples from one frame of the spectrogram to the next; the encoder has half as many."
+        },
     )
     window_seconds: int = field(
         default=24, metadata={"help": "Length that every clip is padded to; longer clips are an error."}
     )
-    max_tokens: int = field(default=256, metadata={"help": "The most tokens of a text, with its special ones."})
+    max_tokens: int = field(
+        default=256, metadata={"help": "The most tokens of a text, with its special ones."}
+    )
     dropout: float = field(default=0.1, metadata={"help": "Dropout of both stacks."})
-    mask_time: float = field(default=0.05, metadata={"help": "SpecAugment: part of the frames where a mask starts."})
+    mask_time: float = field(
+        default=0.05, metadata={"help": "SpecAugment: part of the frames where a mask starts."}
+    )
     mask_time_length: int = field(default=10, metadata={"help": "SpecAugment: frames of a mask."})
-    mask_bands: float = field(default=0.05, metadata={"help": "SpecAugment: part of the bands where a mask starts."})
+    mask_bands: float = field(
+        default=0.05, metadata={"help": "SpecAugment: part of the bands where a mask starts."}
+    )
     mask_bands_length: int = field(default=10, metadata={"help": "SpecAugment: bands of a mask."})
 
     def __post_init__(self) -> None:
@@ -86,8 +101,8 @@ class ModelSizes:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> WhisperTokenizer:
-    """A byte-level BPE trained on `texts`, with the special tokens of an English-only Whisper. It knows the characters of
-    `texts` and no others.
+    """A byte-level BPE trained on `texts`, with the special tokens of an English-only Whisper. It knows the characters
+    of `texts` and no others.
 
     Raises:
         ValueError: if `texts` is empty, or `vocab_size` is too small for its characters.
@@ -97,29 +112,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> WhisperTokenizer:
     texts = list(texts)
     if not texts:
         raise ValueError("the training split must have clips with text, got none")
-    alphabet = {char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece}
+    alphabet = {
+        char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece
+    }
     if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
         raise ValueError(
-            f"`vocab_size` must be at least {len(alphabet) + len(SPECIAL_TOKENS)}, for the {len(alphabet)} characters of "
-            f"the texts and {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}"
+            f"`vocab_size` must be at least {len(alphabet) + len(SPECIAL_TOKENS)}, for the {len(alphabet)} characters "
+            f"of the texts and {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}"
         )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     vocab = bpe.get_vocab()
-    merges = [tuple(pair) for pair in bpe.model.merges] if hasattr(bpe.model, "merges") else _merges_of(bpe)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     for token in SPECIAL_TOKENS:
         vocab[token] = len(vocab)
     tokenizer = WhisperTokenizer(vocab=vocab, merges=merges, add_prefix_space=True, pad_token=END)
     tokenizer.add_special_tokens({"additional_special_tokens": [START, NO_TIMESTAMPS]})
     return tokenizer
-
-
-def _merges_of(bpe: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 
 def new_processor(tokenizer: WhisperTokenizer, sizes: ModelSizes) -> WhisperProcessor:
@@ -148,6 +159,7 @@ def new_model(
         "max_source_positions": sizes.num_frames,
         "max_target_positions": sizes.max_tokens,
         "dropout": sizes.dropout,
+        "init_std": sizes.d_model**-0.5,
         "apply_spec_augment": sizes.mask_time > 0 or sizes.mask_bands > 0,
         "mask_time_prob": sizes.mask_time,
         "mask_time_length": sizes.mask_time_length,
@@ -166,6 +178,12 @@ def new_model(
     else:
         config = ResidualWhisperConfig(**values, residual_config=residual_config)
         model = ResidualWhisperForConditionalGeneration(config)
+    encoder = model.get_encoder()
+    with torch.no_grad():
+        # Else a narrow encoder hardly hears the spectrogram beside its positions, which are about seven times as large.
+        for convolution, gain in ((encoder.conv1, SPECTROGRAM_GAIN), (encoder.conv2, 2**0.5)):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            convolution.weight.mul_(gain)
     model.generation_config.update(
         is_multilingual=False,
         no_timestamps_token_id=tokenizer.convert_tokens_to_ids(NO_TIMESTAMPS),
@@ -195,14 +213,15 @@ def check_transcripts(
         if len(spoken) != len(ids) - len(SPECIAL_TOKENS):
             unknown = sorted({c for c in text if _is_unknown(c, tokenizer)})
             raise ValueError(
-                f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in {text!r}"
+                f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in "
+                f"{text!r}"
             )
         if len(ids) > sizes.max_tokens:
             raise ValueError(
                 f"the text of {name} must have at most `max_tokens` = {sizes.max_tokens} tokens, got {len(ids)}; leave "
                 "the clip out or raise `max_tokens`"
             )
-        frames = len(spoken) + sum(a == b for a, b in zip(spoken, spoken[1:]))
+        frames = len(spoken) + sum(a == b for a, b in pairwise(spoken))
         if with_ctc and frames > sizes.num_frames:
             raise ValueError(
                 f"the text of {name} must fit the {sizes.num_frames} encoder frames of a window, got one that needs "
@@ -258,11 +277,12 @@ class ScratchTrainer(Seq2SeqTrainer):
             loss = (1 - self.ctc_weight) * loss + self.ctc_weight * self._ctc_loss(ctc_logits, labels)
         if not torch.isfinite(loss):
             texts = self.processing_class.tokenizer.batch_decode(  # type: ignore[union-attr]
-                labels.masked_fill(labels == LABEL_PADDING, self.model.config.eos_token_id), skip_special_tokens=True
+                labels.masked_fill(labels == LABEL_PADDING, self.model.config.eos_token_id),
+                skip_special_tokens=True,
             )
             raise ValueError(
-                f"the loss must be finite, got {float(loss)} at step {self.state.global_step} for the batch of the texts "
-                f"{texts}; lower `learning_rate`, or raise `warmup_steps`"
+                f"the loss must be finite, got {float(loss)} at step {self.state.global_step} for the batch of the "
+                f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -291,6 +311,7 @@ class ScratchTrainer(Seq2SeqTrainer):
             self.model.tie_weights()
         if self.ctc_weight:
             del self.model.ctc_head
+            self.ctc_weight = 0.0
 
 
 def average_checkpoints(folders: Sequence[Path]) -> dict[str, Tensor]:
