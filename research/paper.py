@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def make_cells(sizes: ModelSizes) -> dict[str, Cell]:
     layers = max(1, round(sizes.encoder_layers / 3))
     widths = range(sizes.encoder_ffn_dim, 4 * sizes.encoder_ffn_dim, 4)
     shallow = [{"encoder_layers": layers, "encoder_ffn_dim": width} for width in widths]
-    step = 2 * sizes.attention_heads
+    step = math.lcm(2, sizes.attention_heads)
     narrow = [
         {"d_model": width, "encoder_ffn_dim": width * sizes.encoder_ffn_dim // sizes.d_model}
         for width in range(step, sizes.d_model, step)
@@ -105,11 +107,12 @@ def make_cells(sizes: ModelSizes) -> dict[str, Cell]:
     }
 
 
-def _largest(choices: list[Any], size: Callable[[Any], int], most: int) -> Any:
-    fitting = [choice for choice in choices if size(choice) <= most]
-    if not fitting:
+def _largest(choices: Sequence[Any], size: Callable[[Any], int], most: int) -> Any:
+    """The last of `choices`, which become larger, whose size is at most `most`."""
+    number = bisect_right(choices, most, key=size)
+    if not number:
         raise ValueError(f"`sizes` must leave room for controls of {most} parameters, got none that fits")
-    return max(fitting, key=size)
+    return choices[number - 1]
 
 
 def _size(sizes: ModelSizes, changes: dict[str, int]) -> int:
@@ -171,10 +174,11 @@ class Scale:
         Raises:
             ValueError: for a task or cell that does not exist.
         """
+        found = {task: make_cells(self.sizes_for(task)) for task in self.data}
         for run in self.runs:
-            if run["task"] not in self.data:
-                raise ValueError(f"`task` must be one of {', '.join(self.data)}, got {run['task']!r}")
-            cells = make_cells(self.sizes_for(run["task"]))
+            if run["task"] not in found:
+                raise ValueError(f"`task` must be one of {', '.join(found)}, got {run['task']!r}")
+            cells = found[run["task"]]
             for seed in run["seeds"]:
                 for cell in run["cells"]:
                     if cell not in cells:
@@ -296,18 +300,23 @@ def recognise(model: Any, processor: Any, dataset: Any, batch_size: int) -> tupl
     return references, predictions
 
 
-def measure(references: list[str], predictions: list[str]) -> dict[str, Any]:
-    """WER and CER, BLEU and chrF, and for each clip its numbers of words and of word errors."""
-    import sacrebleu
+def measure(task: str, references: list[str], predictions: list[str]) -> dict[str, Any]:
+    """WER and CER, for a translation BLEU and chrF too, and for each clip its numbers of words and of word errors."""
+    translated = {}
+    if task == "translation":
+        import sacrebleu
 
+        translated = {
+            "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
+            "chrf": sacrebleu.corpus_chrf(predictions, [references]).score,
+        }
     counts = [jiwer.process_words(*pair) for pair in zip(references, predictions)]
     errors = [count.substitutions + count.deletions + count.insertions for count in counts]
     words = [len(reference.split()) for reference in references]
     return {
         "wer": sum(errors) / sum(words),
         "cer": jiwer.cer(references, predictions),
-        "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
-        "chrf": sacrebleu.corpus_chrf(predictions, [references]).score,
+        **translated,
         "clips": len(references),
         "words": sum(words),
         "word_errors_of_clips": " ".join(map(str, errors)),
@@ -343,7 +352,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
             for entry in history
             if "eval_wer" in entry
         ],
-        "test": measure(*recognise(model, processor, splits.test, batch_size)),
+        "test": measure(task, *recognise(model, processor, splits.test, batch_size)),
     }
     if cell.four_bits:
         collator = Seq2SeqCollator(processor, multilingual=False)
@@ -354,7 +363,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         values["four_bits"] = {
             "bytes": num_bytes,
             "ratio": num_bytes / (2 * dense),
-            "test": measure(*recognise(small, processor, splits.test, batch_size)),
+            "test": measure(task, *recognise(small, processor, splits.test, batch_size)),
         }
     if trainer.is_world_process_zero():
         save_processor(processor, work)

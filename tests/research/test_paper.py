@@ -61,7 +61,6 @@ def tokenizer():
 
 
 def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, monkeypatch):
-    pytest.importorskip("sacrebleu")
     monkeypatch.setattr(
         sys,
         "argv",
