@@ -14,6 +14,7 @@ from hf_residual_transformer import (
     ResidualWhisperConfig,
     ResidualWhisperForConditionalGeneration,
 )
+from hf_residual_transformer.configuration import RESIDUAL_FIELDS
 from hf_residual_transformer.families import WHISPER
 from hf_residual_transformer.layers import SharedLinear
 from hf_residual_transformer.modeling import residual_linears
@@ -42,7 +43,7 @@ def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
             covariance = covariances[id(module)]
             covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
             del weights[f"{path}.weight"]
-            packed, scale = quantize(module.weight, covariance, BITS)
+            packed, scale, _ = quantize(module.weight, covariance, BITS)
             weights |= {f"{path}.weight_packed": packed, f"{path}.weight_scale": scale.float()}
     small.load_state_dict(weights)
     small.generation_config = source.generation_config
@@ -51,7 +52,7 @@ def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
 
 def _residual(config: Any, residual: ResidualConfig) -> Any:
     values = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "residual_config"):
+    for key in ("model_type", "architectures", "transformers_version", *RESIDUAL_FIELDS):
         values.pop(key, None)
     return ResidualWhisperForConditionalGeneration(ResidualWhisperConfig(**values, residual_config=residual))
 

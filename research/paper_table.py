@@ -74,8 +74,8 @@ def ratio_to_dense(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> l
     shared = [run for run in runs if run["seed"] in by_seed]
     if not shared:
         return ["-", "-"]
-    ours = sum(word_errors(run) for run in shared)
-    theirs = sum(word_errors(by_seed[run["seed"]]) for run in shared)
+    ours = np.sum([word_errors(run) for run in shared], axis=0)
+    theirs = np.sum([word_errors(by_seed[run["seed"]]) for run in shared], axis=0)
     if not theirs.sum():
         return ["-", "-"]
     draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))

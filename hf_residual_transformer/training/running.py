@@ -218,7 +218,7 @@ def run_training(
         args=args,
         ctc_weight=ctc_weight,
         train_dataset=splits[data.train_split],
-        eval_dataset=splits.get(data.eval_split),
+        eval_dataset=None if data.eval_split is None else splits.get(data.eval_split),
         data_collator=Seq2SeqCollator(processor, multilingual=False),
         processing_class=processor,
     )

@@ -246,6 +246,10 @@ class ScratchTrainer(Seq2SeqTrainer):
         ValueError: for a weight outside of these bounds; during training, for a loss that is not finite.
     """
 
+    args: Any
+    model: Any
+    processing_class: Any
+
     def __init__(self, *args: Any, ctc_weight: float = 0.3, **kwargs: Any) -> None:
         if not 0 <= ctc_weight < 1:
             raise ValueError(f"`ctc_weight` must be at least 0 and below 1, got {ctc_weight!r}")
@@ -276,7 +280,7 @@ class ScratchTrainer(Seq2SeqTrainer):
         if ctc_logits is not None:
             loss = (1 - self.ctc_weight) * loss + self.ctc_weight * self._ctc_loss(ctc_logits, labels)
         if not torch.isfinite(loss):
-            texts = self.processing_class.tokenizer.batch_decode(  # type: ignore[union-attr]
+            texts = self.processing_class.tokenizer.batch_decode(
                 labels.masked_fill(labels == LABEL_PADDING, self.model.config.eos_token_id),
                 skip_special_tokens=True,
             )
