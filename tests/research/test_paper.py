@@ -154,9 +154,9 @@ def test_strings_depend_on_index_and_seed_alone_and_voices_are_in_one_split():
 
 
 def test_translations_in_the_test_are_of_combinations_that_training_never_has():
-    sentences = {split: {WordStrings("es", split, 300, 3)[i]["text"].split(" ", 1)[-1] for i in range(200)}
-                 for split in ("train", "test")}  # fmt: skip
-    of_three = [{text for text in texts if len(text.split()) == 3} for texts in sentences.values()]
+    strings = [WordStrings("es", split, 300, 3) for split in ("train", "test")]
+    sentences = [{split[index]["text"] for index in range(200)} for split in strings]
+    of_three = [{text for text in texts if len(text.split()) == 3} for texts in sentences]
     assert not of_three[0] & of_three[1]
 
 
