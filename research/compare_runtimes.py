@@ -105,7 +105,8 @@ class Results:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.contents = path, {"settings": dict(settings), "runs": [], "results": []}
+        self.path = path
+        self.contents: dict[str, Any] = {"settings": dict(settings), "runs": [], "results": []}
         if path.exists():
             try:
                 self.contents = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +123,9 @@ class Results:
 
     @property
     def results(self) -> list[Result]:
-        return self.contents["results"]
+        """One for each system."""
+        found: list[Result] = self.contents["results"]
+        return found
 
     def has(self, system: str, weights: str) -> bool:
         """Whether the system has a result with these weights."""
@@ -195,7 +198,8 @@ def main() -> None:
     results = Results(args.output, settings)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clips.npz"
-        np.savez(path, **{f"{index:05d}": array for index, array in enumerate(samples)})
+        arrays: dict[str, Any] = {f"{index:05d}": array for index, array in enumerate(samples)}
+        np.savez(path, **arrays)
         for system, runtime in systems.items():
             weights = digest(runtime.files)
             if results.has(runtime.name, weights):
