@@ -206,12 +206,14 @@ def check_transcripts(
     Raises:
         ValueError: naming the clip, for an empty split, a text that is too long, or one with unknown characters.
     """
-    number = 0
+    number, known = 0, set(" ")
     for number, (name, text) in enumerate(clips, start=1):  # noqa: B007
         ids = tokenizer(text).input_ids
         spoken = [i for i in ids if i < len(tokenizer) - len(SPECIAL_TOKENS)]
-        if len(spoken) != len(ids) - len(SPECIAL_TOKENS):
-            unknown = sorted({c for c in text if _is_unknown(c, tokenizer)})
+        new = set(text) - known
+        unknown = sorted(character for character in new if _is_unknown(character, tokenizer))
+        known |= new
+        if unknown:
             raise ValueError(
                 f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in "
                 f"{text!r}"
@@ -232,7 +234,9 @@ def check_transcripts(
 
 
 def _is_unknown(character: str, tokenizer: WhisperTokenizer) -> bool:
-    return tokenizer.unk_token_id in tokenizer(character).input_ids[PREFIX:-1]
+    """Whether it is lost, since the vocabulary lacks one of its bytes."""
+    found: str = tokenizer.decode(tokenizer(character).input_ids, skip_special_tokens=True)
+    return found.strip() != character.strip()
 
 
 class ScratchTrainer(Seq2SeqTrainer):
