@@ -275,7 +275,7 @@ def export(
     format: str = "onnx",
     processor: Any = None,
     floats: str = "float16",
-    accuracy_level: int = 4,
+    accuracy_level: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Writes a Whisper, dense or compact, for runtimes that need no PyTorch, and returns the folder.
@@ -290,7 +290,8 @@ def export(
         format: "onnx".
         processor: the model's; by default the one that it has, or that is saved with it.
         floats: how weights that are not quantised are stored, "float16" or "float32". Products are in float32.
-        accuracy_level: 4 rounds the inputs of matrices in few bits to 8 bits, in blocks, which is faster; 0 does not.
+        accuracy_level: 4 rounds the inputs of matrices in few bits to 8 bits, in blocks, which is faster on some
+            processors; 0 does not.
         overwrite: whether `out` may hold files; those of the same name are replaced.
 
     Raises:

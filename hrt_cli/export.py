@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accuracy-level",
         type=int,
         choices=(0, 4),
-        default=4,
-        help="4 rounds the inputs of matrices in few bits to 8 bits, which is faster; 0 is exact (default: 4)",
+        default=0,
+        help="4 rounds inputs of matrices in few bits to 8 bits, faster on some processors (default: 0, exact)",
     )
 
 

@@ -67,10 +67,10 @@ class DemoArguments:
         metadata={"help": "Bytes of the whole saved model, relative to dense in 16 bits."},
     )
     calibration_windows: int = field(
-        default=16,
+        default=64,
         metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
-    max_steps: int = field(default=40, metadata={"help": "Steps of distillation."})
+    max_steps: int = field(default=20, metadata={"help": "Steps of distillation."})
     batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
     window_seconds: float = field(
         default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}

@@ -395,14 +395,9 @@ class _Conversion:
             found: list[Curve] = []
             roundings: list[Rounding] = []
             estimate = 0.0
-            for run_idx, run in enumerate(part.runs):
-                statistics = part.observe(run_idx)
-                found += curves_of(part.search, run, statistics)
-                if divergence is not None:
-                    rounded, error = round_plainly(
-                        part.search.source, statistics, part.search.config.block_size
-                    )
-                    roundings, estimate = roundings + rounded, estimate + error
+            for run_idx in range(len(part.runs)):
+                of_run, rounded, error = _run_curves(part, run_idx, rounds=divergence is not None)
+                found, roundings, estimate = found + of_run, roundings + rounded, estimate + error
             curves += _scaled(found, roundings, estimate, divergence)
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
@@ -464,6 +459,15 @@ class _Conversion:
                 of_run = [group for group in chosen if group.layers[0] in layers]
                 errors += _fit_run(source, target, streams, of_run, part.observe(run_idx), self.request, bar)
         return errors
+
+
+def _run_curves(part: _Part, run_idx: int, *, rounds: bool) -> tuple[list[Curve], list[Rounding], float]:
+    """The curves of a run of layers, and if `rounds` its plain rounding with the estimated error."""
+    statistics = part.observe(run_idx)
+    curves = curves_of(part.search, part.runs[run_idx], statistics)
+    if not rounds:
+        return curves, [], 0.0
+    return curves, *round_plainly(part.search.source, statistics, part.search.config.block_size)
 
 
 def _scaled(

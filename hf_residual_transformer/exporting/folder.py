@@ -34,7 +34,7 @@ def export_model(
     *,
     format: str = "onnx",
     floats: str = "float16",
-    accuracy_level: int = 4,
+    accuracy_level: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Writes the folder, whole or not at all; see `hf_residual_transformer.export`."""

@@ -1,8 +1,8 @@
 """Builds an ONNX graph from PyTorch modules, in which matrices in few bits stay in few bits.
 
-`MatMulNBits` of ONNX Runtime multiplies with a matrix in blocks, and `GatherBlockQuantized` looks its rows up. Both read
-the same tensor, so that an embedding that is tied to the output is stored once, and so is a `U` that several layers
-share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file.
+`MatMulNBits` of ONNX Runtime multiplies with a matrix in blocks, and `GatherBlockQuantized` looks its rows up. Both
+read the same tensor, so that an embedding that is tied to the output is stored once, and so is a `U` that several
+layers share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Graph:
         self.outputs: list[Any] = []
         self.initializers: dict[str, Any] = {}
         self.casts: list[Any] = []
-        self.widened: Counter[tuple[int, int]] = Counter()  # matrices by their bits and by those of the operator
+        self.widened: Counter[tuple[int, int]] = (
+            Counter()
+        )  # matrices by their bits and by those of the operator
         self.floats, self.accuracy_level = FLOATS[floats], accuracy_level
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._counts: Counter[str] = Counter()
@@ -75,7 +77,9 @@ class Graph:
         name = self._unused("If")
         names = [f"{name}_{index}" for index in range(len(graphs[0].output))]
         self.nodes.append(
-            helper.make_node("If", [condition], names, name=name, then_branch=graphs[0], else_branch=graphs[1])
+            helper.make_node(
+                "If", [condition], names, name=name, then_branch=graphs[0], else_branch=graphs[1]
+            )
         )
         return names
 
@@ -113,7 +117,7 @@ class Graph:
             self.casts.append(helper.make_node("Cast", [name], [value], name=value, to=TensorProto.FLOAT))
         return value
 
-    def linear(self, module: nn.Module, x: str) -> str:
+    def linear(self, module: Any, x: str) -> str:
         """The output of a linear module, dense or residual, for the value `x`, (..., in_features)."""
         path, bias = self.path(module), module.bias
         shared: Any = module.shared if isinstance(module, ResidualLinear) else module
@@ -165,7 +169,7 @@ class Graph:
         )
 
     def rows(self, weight: QuantizedWeight, ids: str) -> str:
-        """Rows of a matrix in few bits by their numbers, (batch_size, seq_len) to (batch_size, seq_len, in_features)."""
+        """Rows of a matrix in few bits: (batch_size, seq_len) to (batch_size, seq_len, in_features)."""
         packed, bits = self._packed(weight)
         scale = self.tensor(f"{self.path(weight)}.weight_scale", weight.weight_scale)
         found = self.add(

@@ -1,8 +1,8 @@
 """Whisper as two ONNX graphs, with the names of inputs and outputs that optimum uses: `encoder_model`, and
 `decoder_model_merged`, which decodes the first tokens and, with `use_cache_branch`, those that follow.
 
-The encoder takes fewer frames than 30 seconds. In the decoder, only the choice between the cache and the encoder's states
-stands in an `If`, so that every matrix has one node.
+The encoder takes fewer frames than 30 seconds. In the decoder, only the choice between the cache and the encoder's
+states stands in an `If`, so that every matrix has one node.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def encoder_graph(model: Any, **options: Any) -> Graph:
 def decoder_graph(model: Any, **options: Any) -> Graph:
     """Token ids, the encoder's states and the cache to logits, (batch_size, seq_len, vocab_size), and the new cache.
 
-    Without `use_cache_branch`, the cache that is given does not count, and the keys and values of the cross-attention are
-    computed. With it they are read, and their outputs are empty.
+    Without `use_cache_branch`, the cache that is given does not count, and the keys and values of the cross-attention
+    are computed. With it they are read, and their outputs are empty.
     """
     graph, config, decoder = Graph(model, **options), model.config, model.get_decoder()
     heads = config.decoder_attention_heads
@@ -75,7 +75,9 @@ def decoder_graph(model: Any, **options: Any) -> Graph:
     for layer, old in zip(decoder.layers, cache):
         attention = layer.self_attn
         normed = graph.layer_norm(layer.self_attn_layer_norm, x)
-        heads_of = [_split(graph, graph.linear(p, normed), heads) for p in (attention.k_proj, attention.v_proj)]
+        heads_of = [
+            _split(graph, graph.linear(p, normed), heads) for p in (attention.k_proj, attention.v_proj)
+        ]
         joined = graph.branch(
             uses_cache,
             lambda old=old, heads_of=heads_of: [
@@ -84,7 +86,7 @@ def decoder_graph(model: Any, **options: Any) -> Graph:
             ],
             lambda heads_of=heads_of: [graph.add("Identity", value) for value in heads_of],
         )
-        context = _attention(graph, attention, normed, *joined, mask=mask)
+        context = _attention(graph, attention, normed, joined[0], joined[1], mask)
         x = graph.add("Add", x, graph.linear(attention.out_proj, context))
         normed = graph.layer_norm(layer.encoder_attn_layer_norm, x)
         context, *kept = _cross_attention(graph, layer.encoder_attn, normed, states, old, uses_cache)
@@ -106,7 +108,7 @@ def _cache_shape(config: Any, name: str) -> list[Any]:
     return [batch, heads, f"{name}_sequence_length", config.d_model // heads]
 
 
-def _convolution(graph: Graph, conv: nn.Conv1d, x: str) -> str:
+def _convolution(graph: Graph, conv: Any, x: str) -> str:
     path = graph.path(conv)
     weight, bias = graph.tensor(f"{path}.weight", conv.weight), graph.tensor(f"{path}.bias", conv.bias)
     (padding,) = conv.padding
@@ -171,9 +173,7 @@ def _logits(graph: Graph, model: Any, x: str) -> str:
 
 def _split(graph: Graph, x: str, heads: int) -> str:
     """(batch_size, seq_len, d_model) to (batch_size, heads, seq_len, d_model / heads)."""
-    return graph.add(
-        "Transpose", graph.add("Reshape", x, graph.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3]
-    )
+    return graph.add("Transpose", graph.add("Reshape", x, graph.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3])
 
 
 def _size(graph: Graph, x: str, axis: int) -> str:

@@ -19,9 +19,11 @@ from transformers import (
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
+    WhisperFeatureExtractor,
     set_seed,
 )
 
+from ..configuration import ResidualConfig
 from ..folders import (
     adopt,
     model_bytes,
@@ -31,12 +33,13 @@ from ..folders import (
     set_checkpoints_aside,
     unfinished,
 )
-from ..speech.collators import CTCCollator, collator_for
+from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
 from ..speech.windows import WindowCollator
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
-from .checkpoints import bytes_to_write
+from .checkpoints import bytes_to_write, last_checkpoint
 from .clips import checked
 from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
+from .scratch import ModelSizes, ScratchTrainer, check_transcripts, new_model, new_processor, train_tokenizer
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
@@ -169,6 +172,59 @@ def run_ctc_finetuning(
     _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates)
 
 
+def run_training(
+    sizes: ModelSizes,
+    data: TrainingDataArguments,
+    args: Any,
+    *,
+    residual: str | None = None,
+    vocab_size: int = 1024,
+    ctc_weight: float = 0.3,
+    average_checkpoints: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Trains a Whisper-type model from scratch, and saves it in `args.output_dir`.
+
+    Args:
+        sizes: of the model.
+        data: clips with transcripts, or with translations; streamed data is not read here.
+        args: `Seq2SeqTrainingArguments`.
+        residual: fields of `ResidualConfig` as JSON; None for a dense model.
+        vocab_size: tokens of the vocabulary, which is trained on the texts of the training split.
+        ctc_weight: as in `ScratchTrainer`.
+        average_checkpoints: the model is the mean of the last so many checkpoints.
+        overwrite: writes into a folder that already holds files.
+
+    Raises:
+        ValueError: naming the clip or the option, before training starts.
+    """
+    values = None if residual is None else read_json("residual", residual)
+    if data.streaming:
+        raise ValueError(
+            "`streaming` must be false, since the vocabulary is trained on all texts first, got true"
+        )
+    _prepare(args, overwrite)
+    rate = WhisperFeatureExtractor().sampling_rate
+    splits = {name: data.load(name, rate) for name in (data.train_split, data.eval_split) if name}
+    tokenizer = train_tokenizer(splits[data.train_split]["text"], vocab_size)
+    for name, split in splits.items():
+        clips = ((f"clip {index} of split {name!r}", text) for index, text in enumerate(split["text"]))
+        check_transcripts(clips, tokenizer, sizes, with_ctc=ctc_weight > 0)
+    model = new_model(sizes, tokenizer, None if values is None else ResidualConfig.from_dict(values))
+    processor = new_processor(tokenizer, sizes)
+    args.remove_unused_columns = False  # the collator reads columns that no model does
+    trainer = ScratchTrainer(
+        model=model,
+        args=args,
+        ctc_weight=ctc_weight,
+        train_dataset=splits[data.train_split],
+        eval_dataset=None if data.eval_split is None else splits.get(data.eval_split),
+        data_collator=Seq2SeqCollator(processor, multilingual=False),
+        processing_class=processor,
+    )
+    train_and_save(trainer, partial(trainer.finish, average_checkpoints))
+
+
 def respell(text: str, case: str, remove: str) -> str:
     """The text in another case, then without what `remove` matches, and with single spaces."""
     return " ".join(re.sub(remove, "", CASES[case](text)).split())
@@ -210,13 +266,22 @@ def _finetune(
     train_and_save(trainer)
 
 
-def train_and_save(trainer: Any) -> None:
+def train_and_save(trainer: Any, finish: Callable[[], None] | None = None) -> None:
     """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the
     model, its processor, the trainer's log and the results in the output folder.
+
+    Args:
+        trainer: of any kind.
+        finish: called between training and saving.
     """
     output_dir = Path(trainer.args.output_dir)
     require_space(output_dir, bytes_to_write(trainer, model_bytes(trainer.model)))
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = str(last_checkpoint(output_dir))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if finish is not None:
+        finish()
     new = unfinished(output_dir)
     if trainer.is_world_process_zero() and new.is_dir():
         shutil.rmtree(new)  # of a run that was killed

@@ -1,0 +1,335 @@
+"""Training a Whisper-type model from scratch, dense or residual: its vocabulary, its sizes, and its Trainer.
+
+A decoder that learns to attend and an encoder that learns to hear hold each other up at first. A CTC loss on the
+encoder may help (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773); its output layer goes when training ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    Seq2SeqTrainer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+
+from ..configuration import ResidualConfig
+from ..modeling import forward_as
+from ..speech.collators import LABEL_PADDING
+from ..whisper import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
+
+END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
+SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
+SPECTROGRAM_GAIN = 3.5  # Whisper's spectrograms have a standard deviation of about 0.29
+PREFIX = 2  # tokens before a text: START and NO_TIMESTAMPS
+
+
+@dataclass
+class ModelSizes:
+    """The sizes of a new model; the defaults are the encoder of the paper.
+
+    Raises:
+        ValueError: naming the field, for sizes that cannot be.
+    """
+
+    encoder_layers: int = field(default=18, metadata={"help": "Number of encoder layers."})
+    d_model: int = field(default=512, metadata={"help": "Width of both stacks."})
+    encoder_ffn_dim: int = field(
+        default=2048, metadata={"help": "Inner width of the encoder's feed-forwards."}
+    )
+    attention_heads: int = field(default=8, metadata={"help": "Attention heads of both stacks."})
+    decoder_layers: int = field(default=4, metadata={"help": "Number of decoder layers."})
+    decoder_ffn_dim: int = field(
+        default=2048, metadata={"help": "Inner width of the decoder's feed-forwards."}
+    )
+    num_mel_bins: int = field(default=80, metadata={"help": "Mel bands of the spectrogram."})
+    hop_length: int = field(
+        default=160,
+        metadata={
+            "help": "Samples from one frame of the spectrogram to the next; the encoder has half as many."
+        },
+    )
+    window_seconds: int = field(
+        default=24, metadata={"help": "Length that every clip is padded to; longer clips are an error."}
+    )
+    max_tokens: int = field(
+        default=256, metadata={"help": "The most tokens of a text, with its special ones."}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of both stacks."})
+    mask_time: float = field(
+        default=0.05, metadata={"help": "SpecAugment: part of the frames where a mask starts."}
+    )
+    mask_time_length: int = field(default=10, metadata={"help": "SpecAugment: frames of a mask."})
+    mask_bands: float = field(
+        default=0.05, metadata={"help": "SpecAugment: part of the bands where a mask starts."}
+    )
+    mask_bands_length: int = field(default=10, metadata={"help": "SpecAugment: bands of a mask."})
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_layers", "d_model", "encoder_ffn_dim", "attention_heads", "decoder_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.attention_heads or self.d_model % 2:
+            raise ValueError(
+                f"`d_model` must be an even multiple of `attention_heads` ({self.attention_heads}), got {self.d_model}"
+            )
+        samples = self.window_seconds * WhisperFeatureExtractor().sampling_rate
+        if self.window_seconds < 1 or samples % (2 * self.hop_length):
+            raise ValueError(
+                f"`window_seconds` must be a whole number of encoder frames of {2 * self.hop_length} samples, got "
+                f"{self.window_seconds}"
+            )
+
+    @property
+    def num_frames(self) -> int:
+        """Encoder frames of a window."""
+        return self.window_seconds * WhisperFeatureExtractor().sampling_rate // (2 * self.hop_length)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> WhisperTokenizer:
+    """A byte-level BPE trained on `texts`, with the special tokens of an English-only Whisper. It knows the characters
+    of `texts` and no others.
+
+    Raises:
+        ValueError: if `texts` is empty, or `vocab_size` is too small for its characters.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    texts = list(texts)
+    if not texts:
+        raise ValueError("the training split must have clips with text, got none")
+    alphabet = {
+        char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece
+    }
+    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
+        raise ValueError(
+            f"`vocab_size` must be at least {len(alphabet) + len(SPECIAL_TOKENS)}, for the {len(alphabet)} characters "
+            f"of the texts and {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}"
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    vocab = bpe.get_vocab()
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    for token in SPECIAL_TOKENS:
+        vocab[token] = len(vocab)
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=merges, add_prefix_space=True, pad_token=END)
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, NO_TIMESTAMPS]})
+    return tokenizer
+
+
+def new_processor(tokenizer: WhisperTokenizer, sizes: ModelSizes) -> WhisperProcessor:
+    """The processor of a new model."""
+    extractor = WhisperFeatureExtractor(
+        feature_size=sizes.num_mel_bins, hop_length=sizes.hop_length, chunk_length=sizes.window_seconds
+    )
+    return WhisperProcessor(extractor, tokenizer)
+
+
+def new_model(
+    sizes: ModelSizes, tokenizer: WhisperTokenizer, residual_config: ResidualConfig | None = None
+) -> Any:
+    """A model with random weights, residual if there is a `residual_config`."""
+    end = tokenizer.eos_token_id
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "num_mel_bins": sizes.num_mel_bins,
+        "d_model": sizes.d_model,
+        "encoder_layers": sizes.encoder_layers,
+        "encoder_ffn_dim": sizes.encoder_ffn_dim,
+        "encoder_attention_heads": sizes.attention_heads,
+        "decoder_layers": sizes.decoder_layers,
+        "decoder_ffn_dim": sizes.decoder_ffn_dim,
+        "decoder_attention_heads": sizes.attention_heads,
+        "max_source_positions": sizes.num_frames,
+        "max_target_positions": sizes.max_tokens,
+        "dropout": sizes.dropout,
+        "init_std": sizes.d_model**-0.5,
+        "apply_spec_augment": sizes.mask_time > 0 or sizes.mask_bands > 0,
+        "mask_time_prob": sizes.mask_time,
+        "mask_time_length": sizes.mask_time_length,
+        "mask_feature_prob": sizes.mask_bands,
+        "mask_feature_length": sizes.mask_bands_length,
+        "decoder_start_token_id": tokenizer.convert_tokens_to_ids(START),
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    }
+    model: Any
+    if residual_config is None:
+        model = WhisperForConditionalGeneration(WhisperConfig(**values))
+    else:
+        config = ResidualWhisperConfig(**values, residual_config=residual_config)
+        model = ResidualWhisperForConditionalGeneration(config)
+    encoder = model.get_encoder()
+    with torch.no_grad():
+        # Else a narrow encoder hardly hears the spectrogram beside its positions, which are about seven times as large.
+        for convolution, gain in ((encoder.conv1, SPECTROGRAM_GAIN), (encoder.conv2, 2**0.5)):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            convolution.weight.mul_(gain)
+    model.generation_config.update(
+        is_multilingual=False,
+        no_timestamps_token_id=tokenizer.convert_tokens_to_ids(NO_TIMESTAMPS),
+        max_length=sizes.max_tokens,
+    )
+    return model
+
+
+def check_transcripts(
+    clips: Iterable[tuple[str, str]], tokenizer: WhisperTokenizer, sizes: ModelSizes, *, with_ctc: bool
+) -> None:
+    """Checks every text before training starts.
+
+    Args:
+        clips: name and text of each clip.
+        tokenizer: the vocabulary.
+        sizes: of the model.
+        with_ctc: whether the text must fit the encoder's frames too.
+
+    Raises:
+        ValueError: naming the clip, for an empty split, a text that is too long, or one with unknown characters.
+    """
+    number, known = 0, set(" ")
+    for number, (name, text) in enumerate(clips, start=1):  # noqa: B007
+        ids = tokenizer(text).input_ids
+        spoken = [i for i in ids if i < len(tokenizer) - len(SPECIAL_TOKENS)]
+        new = set(text) - known
+        unknown = sorted(character for character in new if _is_unknown(character, tokenizer))
+        known |= new
+        if unknown:
+            raise ValueError(
+                f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in "
+                f"{text!r}"
+            )
+        if len(ids) > sizes.max_tokens:
+            raise ValueError(
+                f"the text of {name} must have at most `max_tokens` = {sizes.max_tokens} tokens, got {len(ids)}; leave "
+                "the clip out or raise `max_tokens`"
+            )
+        frames = len(spoken) + sum(a == b for a, b in pairwise(spoken))
+        if with_ctc and frames > sizes.num_frames:
+            raise ValueError(
+                f"the text of {name} must fit the {sizes.num_frames} encoder frames of a window, got one that needs "
+                f"{frames}; raise `vocab_size`, or set `ctc_weight` to 0"
+            )
+    if not number:
+        raise ValueError("every split must have clips, got an empty one")
+
+
+def _is_unknown(character: str, tokenizer: WhisperTokenizer) -> bool:
+    """Whether it is lost, since the vocabulary lacks one of its bytes."""
+    found: str = tokenizer.decode(tokenizer(character).input_ids, skip_special_tokens=True)
+    return found.strip() != character.strip()
+
+
+class ScratchTrainer(Seq2SeqTrainer):
+    """The loss of the decoder with label smoothing, and beside it CTC on the encoder.
+
+    Args:
+        ctc_weight: the weight of CTC, from 0 to 1; the decoder's loss has the rest. Its blank is the end of text.
+        args: as of `Seq2SeqTrainer`; `label_smoothing_factor` is the decoder's.
+
+    Raises:
+        ValueError: for a weight outside of these bounds; during training, for a loss that is not finite.
+    """
+
+    args: Any
+    model: Any
+    processing_class: Any
+
+    def __init__(self, *args: Any, ctc_weight: float = 0.3, **kwargs: Any) -> None:
+        if not 0 <= ctc_weight < 1:
+            raise ValueError(f"`ctc_weight` must be at least 0 and below 1, got {ctc_weight!r}")
+        self.ctc_weight = ctc_weight
+        model = kwargs["model"]
+        if ctc_weight:
+            model.ctc_head = nn.Linear(model.config.d_model, model.config.vocab_size)
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum; a loss that is not finite stops the run."""
+        labels = inputs["labels"]
+        with forward_as(self.model, self._forward):
+            outputs, ctc_logits = model(input_features=inputs["input_features"], labels=labels)
+        loss = F.cross_entropy(
+            outputs.logits.flatten(0, 1).float(),
+            labels.flatten(),
+            ignore_index=LABEL_PADDING,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if ctc_logits is not None:
+            loss = (1 - self.ctc_weight) * loss + self.ctc_weight * self._ctc_loss(ctc_logits, labels)
+        if not torch.isfinite(loss):
+            texts = self.processing_class.tokenizer.batch_decode(
+                labels.masked_fill(labels == LABEL_PADDING, self.model.config.eos_token_id),
+                skip_special_tokens=True,
+            )
+            raise ValueError(
+                f"the loss must be finite, got {float(loss)} at step {self.state.global_step} for the batch of the "
+                f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, input_features: Tensor, labels: Tensor) -> Any:
+        """The dense class's own outputs, and CTC's logits; one call, as data parallelism wants it."""
+        model: Any = self.model
+        outputs = type(model).forward(model, input_features=input_features, labels=labels)
+        return outputs, model.ctc_head(outputs.encoder_last_hidden_state) if self.ctc_weight else None
+
+    def _ctc_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        end = self.model.config.eos_token_id
+        spoken = labels[:, 1:]  # without NO_TIMESTAMPS
+        lengths = ((spoken != LABEL_PADDING) & (spoken != end)).sum(1)
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+        frames = torch.full((len(logits),), logits.shape[1], dtype=torch.long)
+        targets = spoken.masked_fill(spoken == LABEL_PADDING, end)
+        return F.ctc_loss(log_probs, targets, frames, lengths, blank=end, reduction="sum") / lengths.sum()
+
+    def finish(self, last: int) -> None:
+        """Takes the mean of the last checkpoints' weights, and removes CTC's layer. All processes call it."""
+        folders = sorted(
+            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1])
+        )
+        if last > 1 and folders:
+            self.model.load_state_dict(average_checkpoints(folders[-last:]), strict=False)
+            self.model.tie_weights()
+        if self.ctc_weight:
+            del self.model.ctc_head
+            self.ctc_weight = 0.0
+
+
+def average_checkpoints(folders: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of the weights in each folder's `model.safetensors`, in their dtypes."""
+    total: dict[str, Tensor] = {}
+    for folder in folders:
+        for name, value in load_file(folder / "model.safetensors").items():
+            total[name] = total[name] + value.double() if name in total else value.double()
+    first = load_file(folders[0] / "model.safetensors")
+    return {
+        name: (value / len(folders)).to(first[name].dtype) if first[name].is_floating_point() else first[name]
+        for name, value in total.items()
+    }

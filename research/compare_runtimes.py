@@ -1,0 +1,227 @@
+"""Compares ways to run a Whisper: bytes, memory, speed, word error rate, and disagreement with the dense model.
+
+The same clips go to each system, in a fresh process each. `runtimes.py` says which systems there are, and how they
+decode. Disagreement is the word error rate of a system's transcripts against those of the dense model in PyTorch. Both
+texts are normalised first. Intervals are 95 % of bootstrap samples of the clips; the same samples serve all systems, so
+ratios to dense are paired. Memory is the greatest unique set size of the process, read ten times a second, libraries
+included.
+
+    python research/compare_runtimes.py --model openai/whisper-base --data /tmp/queen --max_clips 120 \\
+        --systems torch-dense q4_0-rounded ours:outputs/base-31 faster-whisper:/tmp/int8 whisper.cpp:/tmp/q4_0.bin \\
+        --python faster-whisper=/tmp/peers/bin/python whisper.cpp=/tmp/peers/bin/python \\
+        --output results/runtimes-base.json
+
+A minute on a CPU: `--data sample --split validation --max_clips 4 --systems torch-dense q4_0-rounded --output
+outputs/runtimes.json`. A system whose result is in the JSON file, with the same weights and settings, is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from pretrained import resolve_pretrained
+from runtimes import KINDS, SAMPLING_RATE, Runtime, create
+from runtimes_report import DENSE, Clips, write_report
+from transformers import AutoProcessor
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from hf_residual_transformer.provenance import portable, provenance
+from hf_residual_transformer.speech.datasets import load_speech_dataset
+
+Result = dict[str, Any]
+SECONDS_BETWEEN_READINGS = 0.1
+
+
+def read_clips(
+    folder: str, split: str, language: str, max_clips: int | None, max_seconds: float
+) -> tuple[Clips, list[np.ndarray]]:
+    """The ids and references of so many clips, evenly spread over the split, and their samples."""
+    rows: Any = load_speech_dataset(folder, split, language=language, max_seconds=max_seconds)
+    number = min(max_clips or len(rows), len(rows))
+    rows = [rows[index * len(rows) // number] for index in range(number)]
+    clips = Clips([portable(row["audio"]["path"] or "") for row in rows], [row["text"] for row in rows])
+    return clips, [row["audio"]["array"] for row in rows]
+
+
+def normalizer_for(model: str, language: str) -> Any:
+    """Whisper's normaliser. Diacritics count only in English, because transcripts in the sample lack them."""
+    if language != "en":
+        return BasicTextNormalizer(remove_diacritics=True)
+    spellings = AutoProcessor.from_pretrained(model).tokenizer.english_spelling_normalizer
+    return EnglishTextNormalizer(spellings or {})
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """A hash of the contents of files, by which a result stays tied to its weights."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()[:16]
+
+
+def run_in_fresh_process(command: Sequence[str], threads: int) -> Result:
+    """Runs a command, and returns the JSON in the last line that it prints with the `peak_uss` of the process.
+
+    Raises:
+        RuntimeError: the command failed; the message has the end of what it said.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
+        process = subprocess.Popen(command, stdout=said, stderr=complaints, env=environment)
+        peak, watched = 0, psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                peak = max(peak, watched.memory_full_info().uss)
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                process.wait()
+            time.sleep(SECONDS_BETWEEN_READINGS)
+        if process.returncode:
+            complaints.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{complaints.read()[-2000:]}")
+        said.seek(0)
+        return {**json.loads(said.read().splitlines()[-1]), "peak_uss": peak}
+
+
+class Results:
+    """The JSON file of all systems' results.
+
+    Raises:
+        ValueError: `path` has results of other settings, or is another kind of file.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.contents: dict[str, Any] = {"settings": dict(settings), "runs": [], "results": []}
+        if path.exists():
+            try:
+                self.contents = json.loads(path.read_text(encoding="utf-8"))
+                known = self.contents["settings"]
+                assert isinstance(self.contents["results"], list)
+            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                raise ValueError(f"`output` must be new or a file of this script, got {path}") from error
+            if known != dict(settings):
+                raise ValueError(
+                    f"`output` must have results of the same settings, {dict(settings)}, but {path} has {known}; "
+                    "name another file"
+                )
+        self.contents["runs"].append(provenance())
+
+    @property
+    def results(self) -> list[Result]:
+        """One for each system."""
+        found: list[Result] = self.contents["results"]
+        return found
+
+    def has(self, system: str, weights: str) -> bool:
+        """Whether the system has a result with these weights."""
+        return any((r["system"], r["weights"]) == (system, weights) for r in self.results)
+
+    def add(self, result: Result) -> None:
+        """Adds a result in place of the system's older one, and saves all."""
+        kept = [other for other in self.results if other["system"] != result["system"]]
+        self.contents["results"] = [*kept, {**result, "run": len(self.contents["runs"]) - 1}]
+        self.save()
+
+    def save(self) -> None:
+        """Replaces the file as a whole, so that an interruption leaves the earlier contents."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+
+def interpreters_of(values: Sequence[str]) -> dict[str, str]:
+    """The interpreter of each kind of system, from words such as `whisper.cpp=/tmp/peers/bin/python`."""
+    found = {}
+    for value in values:
+        kind, _, path = value.partition("=")
+        if kind not in KINDS or not Path(path).is_file():
+            raise ValueError(f"`python` must be a kind of system, '=' and an interpreter, got {value!r}")
+        found[kind] = path
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="openai/whisper-base", help="id or folder of the dense Whisper")
+    parser.add_argument("--data", required=True, help="folder with recordings and transcripts")
+    parser.add_argument("--split", default="test", help="split of the data")
+    parser.add_argument("--max_clips", type=int, help="so many clips, evenly spread; by default all")
+    parser.add_argument("--max_seconds", type=float, default=30.0, help="leaves out longer clips; at most 30")
+    parser.add_argument("--language", default="en", help="language of the clips")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each system")
+    parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
+    parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
+    args = parser.parse_args()
+    if not 0 < args.max_seconds <= 30:
+        parser.error(
+            f"--max_seconds must be above 0 and at most 30, Whisper's window, got {args.max_seconds:g}"
+        )
+    if args.max_clips is not None and args.max_clips < 1:
+        parser.error(f"--max_clips must be at least 1, got {args.max_clips}")
+
+    model = resolve_pretrained(args.model)
+    pythons = interpreters_of(args.python)
+    systems: dict[str, Runtime] = {
+        system: create(system, model, args.language, args.threads) for system in args.systems
+    }
+    clips, samples = read_clips(args.data, args.split, args.language, args.max_clips, args.max_seconds)
+    settings = {
+        "model": portable(args.model),
+        "data": Path(args.data).name,
+        "split": args.split,
+        "language": args.language,
+        "clips": len(samples),
+        "max_seconds": args.max_seconds,
+        "audio_seconds": round(sum(map(len, samples)) / SAMPLING_RATE, 2),
+        "threads": args.threads,
+        "transcripts": hashlib.sha256("\n".join(clips.references).encode()).hexdigest()[:16],
+    }
+    results = Results(args.output, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clips.npz"
+        arrays: dict[str, Any] = {f"{index:05d}": array for index, array in enumerate(samples)}
+        np.savez(path, **arrays)
+        for system, runtime in systems.items():
+            weights = digest(runtime.files)
+            if results.has(runtime.name, weights):
+                print(f"{runtime.name} is in {args.output}", flush=True)
+                continue
+            command = [
+                pythons.get(runtime.kind, sys.executable),
+                str(Path(__file__).with_name("runtimes.py")),
+            ]
+            command += ["--system", system, "--model", model, "--clips", str(path)]
+            command += ["--language", args.language, "--threads", str(args.threads)]
+            measured = run_in_fresh_process(command, args.threads)
+            about = {"system": runtime.name, "kind": runtime.kind, "rounded": runtime.rounded}
+            results.add({**about, "weights": weights, "file_bytes": runtime.file_bytes(), **measured})
+            print(f"{runtime.name}: {measured['seconds']:.0f} s", flush=True)
+    if not results.has(DENSE, digest(create(DENSE, model).files)):
+        parser.error(f"disagreement is with {DENSE}, which {args.output} lacks; add it to --systems")
+    normalize = normalizer_for(model, args.language)
+    results.contents["runs"][-1] = provenance()
+    results.contents["figures"] = write_report(args.output, settings, results.results, clips, normalize)
+    results.save()
+
+
+if __name__ == "__main__":
+    main()

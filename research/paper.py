@@ -1,0 +1,401 @@
+"""Runs the grid of the paper: models trained from scratch that differ in their encoder alone, for recognition and
+translation, and the equally small dense and low-rank models that decide what sharing is worth.
+
+    pip install sacrebleu matplotlib
+    python research/paper.py --scale cpu
+
+Every run has the same recipe, data, steps and seeds, and leaves one JSON file in `results/paper/<scale>/`. A run that
+has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. `--table` only writes the table
+and the curves from what is there. `research/paper/*.yaml` hold the scales: `cpu` on synthetic words, minutes a run on
+one core; `gpu` and `cluster` on LibriSpeech and CoVoST 2, which many processes run by
+
+    accelerate launch --config_file research/paper/accelerate.yaml research/paper.py --scale cluster
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import torch
+from paper_bits import with_four_bits
+from paper_table import write_table
+from transformers import Seq2SeqTrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from words import WordStrings, all_texts
+
+from hf_residual_transformer import ResidualConfig
+from hf_residual_transformer.folders import save_processor
+from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.provenance import provenance
+from hf_residual_transformer.speech.collators import Seq2SeqCollator, batched
+from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
+from hf_residual_transformer.training.scratch import (
+    ModelSizes,
+    ScratchTrainer,
+    check_transcripts,
+    new_model,
+    new_processor,
+    train_tokenizer,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCALES = REPOSITORY / "research" / "paper"
+LANGUAGES = {"recognition": "en", "translation": "es"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    Args:
+        title: of the row.
+        residual: what the encoder shares; None for a dense one.
+        sizes: sizes that differ from the scale's.
+        cyclic: whether layers l and l + L / K share, rather than K adjacent ones.
+        four_bits: whether `U`, or each dense matrix, is also measured in four bits after training.
+    """
+
+    title: str
+    residual: ResidualConfig | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    cyclic: bool = False
+    four_bits: bool = True
+
+
+def make_cells(sizes: ModelSizes) -> dict[str, Cell]:
+    """The rows by name. The controls have at most the parameters of K=3, R=2, as near as whole numbers allow."""
+    paper = ResidualConfig.paper
+    most = encoder_size(sizes, paper(3, 2))
+    layers = max(1, round(sizes.encoder_layers / 3))
+    widths = range(sizes.encoder_ffn_dim, 4 * sizes.encoder_ffn_dim, 4)
+    shallow = [{"encoder_layers": layers, "encoder_ffn_dim": width} for width in widths]
+    step = math.lcm(2, sizes.attention_heads)
+    narrow = [
+        {"d_model": width, "encoder_ffn_dim": width * sizes.encoder_ffn_dim // sizes.d_model}
+        for width in range(step, sizes.d_model, step)
+    ]
+    low_rank = [
+        ResidualConfig(group_size=None, rank=rank, diagonal="square") for rank in range(1, sizes.d_model)
+    ]
+    return {
+        "dense": Cell("dense"),
+        "k3-r2": Cell("K=3, R=2", paper(3, 2)),
+        "shallow": Cell("dense, fewer layers", sizes=_largest(shallow, lambda s: _size(sizes, s), most)),
+        "narrow": Cell("dense, narrower", sizes=_largest(narrow, lambda s: _size(sizes, s), most)),
+        "low-rank": Cell(
+            "low rank, nothing shared",
+            _largest(low_rank, lambda r: encoder_size(sizes, r), most),
+            four_bits=False,
+        ),
+        "k3-r16": Cell("K=3, R=16", paper(3, 16)),
+        "k3-r0": Cell("K=3, R=0 (diagonal alone)", paper(3, 0)),
+        "k3-r0-none": Cell("K=3, R=0, no diagonal (pure sharing)", replace(paper(3, 0), diagonal="none")),
+        "k3-r2-none": Cell("K=3, R=2, no diagonal", replace(paper(3, 2), diagonal="none")),
+        "k3-r2-all": Cell("K=3, R=2, diagonal on all", replace(paper(3, 2), diagonal="all")),
+        "k3-r2-cyclic": Cell("K=3, R=2, cyclic", paper(3, 2), cyclic=True),
+        "k6-r16": Cell("K=6, R=16", paper(6, 16)),
+        "k9-r16": Cell("K=9, R=16", paper(9, 16)),
+    }
+
+
+def _largest(choices: Sequence[Any], size: Callable[[Any], int], most: int) -> Any:
+    """The last of `choices`, which become larger, whose size is at most `most`."""
+    number = bisect_right(choices, most, key=size)
+    if not number:
+        raise ValueError(f"`sizes` must leave room for controls of {most} parameters, got none that fits")
+    return choices[number - 1]
+
+
+def _size(sizes: ModelSizes, changes: dict[str, int]) -> int:
+    return encoder_size(replace(sizes, **changes), None)
+
+
+def encoder_size(sizes: ModelSizes, residual: ResidualConfig | None) -> int:
+    """Parameters of the encoder's layers and of what they share."""
+    with torch.device("meta"):
+        model = new_model(sizes, train_tokenizer(["a"], 8), residual)
+    return count_encoder(model)
+
+
+def count_encoder(model: Any) -> int:
+    """Parameters of the encoder's layers and of what they share."""
+    encoder = model.get_encoder()
+    parts = [encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What every run of a grid has in common, from a YAML file.
+
+    Args:
+        name: of the file.
+        data: of each task: `words: {...}` for synthetic words, or the options of `TrainingDataArguments`.
+        sizes: of the dense model, as `ModelSizes`; `sizes_of` has what differs by task.
+        recipe: options of the Trainer.
+        vocab_size, ctc_weight, average_checkpoints: as in `scripts/train_asr.py`.
+        runs: cells and seeds by task, in the order in which they run.
+    """
+
+    name: str
+    data: dict[str, dict[str, Any]]
+    sizes: dict[str, Any]
+    recipe: dict[str, Any]
+    runs: list[dict[str, Any]]
+    sizes_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vocab_size: int = 1024
+    ctc_weight: float = 0.3
+    average_checkpoints: int = 1
+
+    @classmethod
+    def read(cls, path: Path) -> Scale:
+        """Reads a YAML file; a field that it may not have is an error."""
+        try:
+            return cls(name=path.stem, **read_options(path))
+        except TypeError as error:
+            raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
+
+    def sizes_for(self, task: str) -> ModelSizes:
+        """The sizes of the dense model of a task."""
+        return ModelSizes(**self.sizes | self.sizes_of.get(task, {}))
+
+    def all_runs(self) -> Iterator[tuple[str, str, int]]:
+        """Task, cell and seed of each run, in order.
+
+        Raises:
+            ValueError: for a task or cell that does not exist.
+        """
+        found = {task: make_cells(self.sizes_for(task)) for task in self.data}
+        for run in self.runs:
+            if run["task"] not in found:
+                raise ValueError(f"`task` must be one of {', '.join(found)}, got {run['task']!r}")
+            cells = found[run["task"]]
+            for seed in run["seeds"]:
+                for cell in run["cells"]:
+                    if cell not in cells:
+                        raise ValueError(f"`cells` must be of {', '.join(cells)}, got {cell!r}")
+                    yield run["task"], cell, seed
+
+
+@dataclass
+class Splits:
+    """The data of a task; texts are what the vocabulary is trained on."""
+
+    texts: list[str]
+    train: Any
+    validation: Any
+    test: Any
+
+
+def load_splits(scale: Scale, task: str, seed: int) -> Splits:
+    """The data of a run. Only the strings to train on depend on the seed.
+
+    Raises:
+        ValueError: for an empty split.
+    """
+    data, sizes = scale.data[task], scale.sizes_for(task)
+    if "words" in data:
+        language, words = LANGUAGES[task], data["words"]
+        strings = scale.recipe["max_steps"] * scale.recipe["per_device_train_batch_size"]
+        splits = {
+            split: WordStrings(
+                language,
+                split,
+                words.get(split, strings),
+                sizes.window_seconds,
+                seed if split == "train" else 0,
+                words["vocabulary"],
+            )
+            for split in ("train", "validation", "test")
+        }
+        return Splits(all_texts(language, words["vocabulary"]), **splits)
+    names = {split: data[f"{split}_split"] for split in ("train", "validation", "test")}
+    options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
+    loaded = {split: options.load(name, 16_000) for split, name in names.items()}
+    return Splits(list(loaded["train"]["text"]), **loaded)
+
+
+def make_cyclic(model: Any) -> None:
+    """Lets layers l and l + L / K share, rather than K adjacent ones."""
+    for path, linear in residual_linears(model):
+        layer_idx = int(path.split("layers.")[1].split(".")[0])
+        linear.group_idx = layer_idx % len(linear.__dict__["_shared"])
+
+
+def train(
+    scale: Scale, task: str, cell: Cell, seed: int, folder: Path
+) -> tuple[ScratchTrainer, Splits, float]:
+    """Trains one model, or goes on where it stopped. Returns the CPU seconds of a step too."""
+    sizes = replace(scale.sizes_for(task), **cell.sizes)
+    splits = load_splits(scale, task, seed)
+    tokenizer = train_tokenizer(splits.texts, scale.vocab_size)
+    check_transcripts(
+        ((f"text {index}", text) for index, text in enumerate(splits.texts)),
+        tokenizer,
+        sizes,
+        with_ctc=scale.ctc_weight > 0,
+    )
+    set_seed(seed)
+    model = new_model(sizes, tokenizer, cell.residual)
+    if cell.cyclic:
+        make_cyclic(model)
+    processor = new_processor(tokenizer, sizes)
+    trainer = ScratchTrainer(
+        model=model,
+        ctc_weight=scale.ctc_weight,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            remove_unused_columns=False,
+            predict_with_generate=True,
+            generation_max_length=sizes.max_tokens,
+            report_to=[],
+            **scale.recipe,
+        ),
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        data_collator=Seq2SeqCollator(processor, multilingual=False),
+        processing_class=processor,
+        compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
+    )
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    started, first = time.process_time(), trainer.state.global_step
+    trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else first)
+    seconds = (time.process_time() - started) / max(steps, 1)
+    trainer.finish(scale.average_checkpoints)
+    return trainer, splits, seconds
+
+
+def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
+    end = processor.tokenizer.eos_token_id
+    return tuple(  # type: ignore[return-value]
+        [text.strip() for text in processor.batch_decode(ids.clip(min=0) * (ids >= 0) + end * (ids < 0),
+                                                         skip_special_tokens=True)]
+        for ids in (predicted.label_ids, predicted.predictions)
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def recognise(model: Any, processor: Any, dataset: Any, batch_size: int) -> tuple[list[str], list[str]]:
+    """References and predictions, by greedy search."""
+    collator = Seq2SeqCollator(processor, multilingual=False)
+    references: list[str] = []
+    predictions: list[str] = []
+    model.eval()
+    for rows in batched((dataset[index] for index in range(len(dataset))), batch_size):
+        features = collator([{"audio": row["audio"]} for row in rows])["input_features"]
+        ids = model.generate(input_features=features.to(model.device))
+        predictions += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+        references += [row["text"] for row in rows]
+    return references, predictions
+
+
+def measure(task: str, references: list[str], predictions: list[str]) -> dict[str, Any]:
+    """WER and CER, for a translation BLEU and chrF too, and for each clip its numbers of words and of word errors."""
+    translated = {}
+    if task == "translation":
+        import sacrebleu
+
+        translated = {
+            "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
+            "chrf": sacrebleu.corpus_chrf(predictions, [references]).score,
+        }
+    counts = [jiwer.process_words(*pair) for pair in zip(references, predictions)]
+    errors = [count.substitutions + count.deletions + count.insertions for count in counts]
+    words = [len(reference.split()) for reference in references]
+    return {
+        "wer": sum(errors) / sum(words),
+        "cer": jiwer.cer(references, predictions),
+        **translated,
+        "clips": len(references),
+        "words": sum(words),
+        "word_errors_of_clips": " ".join(map(str, errors)),
+        "words_of_clips": " ".join(map(str, words)),
+    }
+
+
+def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path) -> None:
+    """Trains and measures one model, and writes its JSON file, last of all."""
+    cell = make_cells(scale.sizes_for(task))[name]
+    trainer, splits, seconds = train(scale, task, cell, seed, work / f"{task}-{name}-{seed}")
+    model: Any = trainer.model
+    processor: Any = trainer.processing_class
+    batch_size = trainer.args.per_device_eval_batch_size
+    parameters = count_encoder(model)
+    dense = encoder_size(scale.sizes_for(task), None)
+    history = trainer.state.log_history
+    values: dict[str, Any] = {
+        "scale": scale.name,
+        "task": task,
+        "cell": name,
+        "title": cell.title,
+        "seed": seed,
+        "steps": trainer.state.global_step,
+        "residual_config": cell.residual and cell.residual.to_dict(),
+        "cyclic": cell.cyclic,
+        "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
+        "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
+        "cpu_seconds_per_step": seconds,
+        "losses": [[entry["step"], float(entry["loss"])] for entry in history if "loss" in entry],
+        "validation": [
+            [entry["step"], float(entry["eval_loss"]), entry["eval_wer"]]
+            for entry in history
+            if "eval_wer" in entry
+        ],
+        "test": measure(task, *recognise(model, processor, splits.test, batch_size)),
+    }
+    if cell.four_bits:
+        collator = Seq2SeqCollator(processor, multilingual=False)
+        rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
+        small, num_bytes = with_four_bits(model, collator(rows)["input_features"])
+        if cell.cyclic:
+            make_cyclic(small)
+        values["four_bits"] = {
+            "bytes": num_bytes,
+            "ratio": num_bytes / (2 * dense),
+            "test": measure(task, *recognise(small, processor, splits.test, batch_size)),
+        }
+    if trainer.is_world_process_zero():
+        save_processor(processor, work)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = result.with_suffix(".part")
+        unfinished.write_text(json.dumps(values | provenance(), indent=1) + "\n", encoding="utf-8")
+        unfinished.rename(result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", default="cpu", help="cpu, gpu, cluster, or a YAML file of the same fields")
+    parser.add_argument("--work", type=Path, default=Path("outputs/paper"), help="folder for checkpoints")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/paper"), help="folder for JSON files and table"
+    )
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    args = parser.parse_args()
+    path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
+    scale = Scale.read(path)
+    results = args.results / scale.name
+    for task, name, seed in [] if args.table else list(scale.all_runs()):
+        result = results / f"{task}-{name}-{seed}.json"
+        if result.is_file():
+            continue
+        print(f"{task}, {name}, seed {seed}", flush=True)
+        run(scale, task, name, seed, args.work / scale.name, result)
+        write_table(results)
+    write_table(results)
+
+
+if __name__ == "__main__":
+    main()

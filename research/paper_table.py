@@ -1,0 +1,106 @@
+"""The table and the curves of `research/paper.py`, from the JSON files of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+METRICS = {"recognition": ("wer", "cer"), "translation": ("bleu", "chrf", "wer")}
+PERCENT = ("wer", "cer")
+
+
+def write_table(folder: Path) -> str:
+    """Writes `table.md`, and a figure of the curves for each task, beside the JSON files; returns the table."""
+    runs = read_runs(folder)
+    parts = []
+    for task in METRICS:
+        own = {cell: found for (kind, cell), found in runs.items() if kind == task}
+        if own:
+            parts.append(f"## {task.capitalize()}\n\n" + "\n".join(_rows(task, own)))
+            plot(own, folder / f"{task}.png")
+    text = "\n\n".join(parts) + "\n"
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def read_runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The runs of each task and cell, by seed."""
+    found = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found[values["task"], values["cell"]].append(values)
+    return found
+
+
+def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
+    metrics = METRICS[task]
+    names = [f"{m.upper()} %" if m in PERCENT else {"bleu": "BLEU", "chrf": "chrF"}[m] for m in metrics]
+    head = ["encoder", "seeds", "parameters", "encoder %", *names, "spread of seeds", "WER / dense", "95 %"]
+    head += ["4-bit bytes %", "4-bit WER %", "CPU s a step"]
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    order = sorted(
+        cells.values(), key=lambda runs: (runs[0]["cell"] != "dense", -runs[0]["encoder"]["ratio"])
+    )
+    for runs in order:
+        first = runs[0]
+        spread = [run["test"][metrics[0]] for run in runs]
+        row = [first["title"], str(len(runs)), f"{first['encoder']['parameters']:,}"]
+        row += [f"{100 * first['encoder']['ratio']:.1f}"]
+        row += [_written(metric, float(np.mean([run["test"][metric] for run in runs]))) for metric in metrics]
+        row += [f"{_written(metrics[0], min(spread))} to {_written(metrics[0], max(spread))}"]
+        row += ratio_to_dense(runs, cells.get("dense", []))
+        bits = [run["four_bits"] for run in runs if "four_bits" in run]
+        row += [f"{100 * bits[0]['ratio']:.1f}"] if bits else ["-"]
+        row += [_written("wer", float(np.mean([entry["test"]["wer"] for entry in bits])))] if bits else ["-"]
+        row += [f"{np.mean([run['cpu_seconds_per_step'] for run in runs]):.3f}"]
+        lines.append(" | ".join(row))
+    return [f"| {line} |" for line in lines]
+
+
+def _written(metric: str, value: float) -> str:
+    return f"{100 * value:.2f}" if metric in PERCENT else f"{value:.1f}"
+
+
+def ratio_to_dense(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> list[str]:
+    """The ratio of the word errors to those of the dense runs of the same seeds, and the interval in which it lies in
+    95 % of the bootstrap's draws of test clips. It says nothing of other seeds.
+    """
+    by_seed = {run["seed"]: run for run in dense}
+    shared = [run for run in runs if run["seed"] in by_seed]
+    if not shared:
+        return ["-", "-"]
+    ours = np.sum([word_errors(run) for run in shared], axis=0)
+    theirs = np.sum([word_errors(by_seed[run["seed"]]) for run in shared], axis=0)
+    if not theirs.sum():
+        return ["-", "-"]
+    draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+    ratios = ours[draws].sum(1) / np.maximum(theirs[draws].sum(1), 1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return [f"{ours.sum() / theirs.sum():.2f}", f"{low:.2f} to {high:.2f}"]
+
+
+def word_errors(run: dict[str, Any]) -> np.ndarray:
+    """Word errors of each test clip."""
+    return np.array([int(number) for number in run["test"]["word_errors_of_clips"].split()])
+
+
+def plot(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training loss, and WER on the validation strings, over the steps; means over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for runs in cells.values():
+        for axes, key, column in ((left, "losses", 1), (right, "validation", 2)):
+            steps = [point[0] for point in runs[0][key]]
+            values = np.mean([[point[column] for point in run[key]] for run in runs], axis=0)
+            axes.plot(steps, values, label=runs[0]["title"], linewidth=1.2)
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="step", ylabel="WER on validation strings", ylim=(0, 1.05))
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,198 @@
+"""Counts words that differ, with bootstrap intervals over clips, and writes the table and plot of a comparison.
+
+`compare_runtimes.py` makes the transcripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+
+DENSE = "torch-dense"
+SAMPLES = 2000
+INTERVAL = (0.025, 0.975)
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The ids and references of clips, in the order of the systems' texts."""
+
+    ids: list[str]
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The words of each clip's reference, and the errors in each clip's hypothesis; both of shape (num_clips,)."""
+
+    errors: np.ndarray
+    words: np.ndarray
+
+    def rate(self) -> float:
+        """The word error rate over all clips."""
+        return float(self.errors.sum() / self.words.sum())
+
+    def rates(self, samples: np.ndarray) -> np.ndarray:
+        """The word error rates of samples of clips, where `samples` has indices, (num_samples, num_clips)."""
+        words = self.words[samples].sum(axis=1)
+        return _divide(self.errors[samples].sum(axis=1), words)
+
+
+def count_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    """Counts words and word errors, clip by clip, in normalised texts.
+
+    Raises:
+        ValueError: the references hold no word, or there is not one hypothesis for each.
+    """
+    outputs = [
+        jiwer.process_words(reference.strip(), hypothesis.strip())
+        for reference, hypothesis in zip(references, hypotheses, strict=True)
+    ]
+    words = np.array([o.hits + o.substitutions + o.deletions for o in outputs])
+    if not words.sum():
+        raise ValueError(f"the {len(words)} references hold no word, so there is no error rate")
+    return Counts(np.array([o.substitutions + o.deletions + o.insertions for o in outputs]), words)
+
+
+def bootstrap_samples(num_clips: int, num_samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """Indices of clips drawn with replacement, of shape (num_samples, num_clips)."""
+    return np.random.default_rng(seed).integers(num_clips, size=(num_samples, num_clips))
+
+
+def _divide(numbers: np.ndarray, divisors: np.ndarray) -> np.ndarray:
+    """The quotients, NaN where the divisor is 0."""
+    return np.divide(numbers, divisors, out=np.full(len(numbers), np.nan), where=divisors != 0)
+
+
+def with_interval(value: float, sampled: np.ndarray) -> dict[str, float]:
+    """A figure with the interval of its bootstrap samples, of those in which it has a value."""
+    low, high = np.nanquantile(sampled, INTERVAL).tolist()
+    return {"value": value, "low": low, "high": high}
+
+
+def figures_of(
+    results: Sequence[Mapping[str, Any]], clips: Clips, normalize: Callable[[str], str], audio_seconds: float
+) -> list[dict[str, Any]]:
+    """The figures of each system, by file size.
+
+    `wer_ratio` and `wer_difference` are to the dense model's word error rate, with the same samples of clips. There is
+    no ratio where the dense model makes no error.
+    """
+    texts = {r["system"]: [normalize(text).strip() for text in r["texts"]] for r in results}
+    references = [normalize(text).strip() for text in clips.references]
+    samples = bootstrap_samples(len(references))
+    dense = count_errors(references, texts[DENSE])
+    sampled = dense.rates(samples)
+    figures = []
+    for result in sorted(results, key=lambda r: -r["file_bytes"]):
+        own = count_errors(references, texts[result["system"]])
+        changed = count_errors(texts[DENSE], texts[result["system"]])
+        rates = own.rates(samples)
+        timed = None if result["rounded"] else result
+        figures.append(
+            {
+                "system": result["system"],
+                "file_mb": result["file_bytes"] / MB,
+                "wer": with_interval(own.rate(), rates),
+                "wer_ratio": with_interval(own.rate() / dense.rate(), _divide(rates, sampled))
+                if dense.errors.any()
+                else None,
+                "wer_difference": with_interval(own.rate() - dense.rate(), rates - sampled),
+                "disagreement": with_interval(changed.rate(), changed.rates(samples)),
+                "words": int(own.words.sum()),
+                "real_time_factor": timed and timed["seconds"] / audio_seconds,
+                "load_seconds": timed and timed["load_seconds"],
+                "peak_uss_mb": timed and timed["peak_uss"] / MB,
+            }
+        )
+    return figures
+
+
+def table(figures: Sequence[Mapping[str, Any]]) -> str:
+    """The figures as a Markdown table whose columns line up."""
+    head = ["system", "file, MB", "WER, %", "95 % interval", "WER / dense", "95 % interval"]
+    head += ["disagreement, %", "95 % interval", "real-time factor", "load, s", "peak memory, MB"]
+
+    def interval(figure: Mapping[str, float] | None, scale: float, places: int) -> list[str]:
+        if figure is None:
+            return ["", ""]
+        value, low, high = (f"{scale * figure[name]:.{places}f}" for name in ("value", "low", "high"))
+        return [value, f"{low} to {high}"]
+
+    rows = [head]
+    for f in figures:
+        cells = [f["system"], f"{f['file_mb']:.1f}", *interval(f["wer"], 100, 1)]
+        cells += [*interval(f["wer_ratio"], 1, 2), *interval(f["disagreement"], 100, 1)]
+        for name, places in (("real_time_factor", 3), ("load_seconds", 1), ("peak_uss_mb", 0)):
+            cells.append("" if f[name] is None else f"{f[name]:.{places}f}")
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    aligned = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    rule = " | ".join("-" * (width - bool(index)) + ":" * bool(index) for index, width in enumerate(widths))
+    return "\n".join(f"| {line} |" for line in (aligned[0], rule, *aligned[1:]))
+
+
+def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Plots the disagreement over the file's size, with intervals; a line joins the sizes of one runtime."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(_kind(f) for f in figures):
+        points = [f for f in figures if _kind(f) == kind]
+        x = [f["file_mb"] for f in points]
+        y, low, high = (
+            100 * np.array([f["disagreement"][name] for f in points]) for name in ("value", "low", "high")
+        )
+        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=kind)
+        for f, height in zip(points, y):
+            label = f["system"].removeprefix(f"{kind}:").removesuffix("-rounded")
+            axes.annotate(
+                label, (f["file_mb"], height), xytext=(5, 5), textcoords="offset points", fontsize=8
+            )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("file, MB")
+    axes.set_ylabel("words that differ from the dense transcript, %")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _kind(figure: Mapping[str, Any]) -> str:
+    """The runtime that a line of the plot stands for."""
+    system = figure["system"]
+    return "rounded as whisper.cpp, in PyTorch" if system.endswith("-rounded") else system.partition(":")[0]
+
+
+def write_report(
+    path: Path,
+    settings: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    clips: Clips,
+    normalize: Callable[[str], str],
+) -> list[dict[str, Any]]:
+    """Writes the table and the plot beside the JSON file at `path`, and returns the figures."""
+    figures = figures_of(results, clips, normalize, settings["audio_seconds"])
+    title = f"{settings['model']} on {settings['data']}, split {settings['split']}"
+    image = path.with_suffix(".png")
+    plot(figures, title, image)
+    notes = (
+        f"{settings['clips']} clips, {settings['audio_seconds'] / 60:.1f} minutes, {figures[0]['words']} words in "
+        f"{settings['language']}. Greedy, {settings['threads']} threads, a fresh process for each system. Disagreement "
+        "is the word error rate against the dense model's own transcripts; texts are normalised. Intervals are over "
+        f"{SAMPLES} bootstrap samples of clips, the same for all systems. A system named `-rounded` runs in PyTorch "
+        "with the matrices rounded as whisper.cpp's format of that name; its words and bytes count, its speed and "
+        "memory would be PyTorch's and are left out. The dense file is in 16 bits. A whisper.cpp file holds the "
+        "vocabulary too. Peak memory is the unique set size, libraries included. Loading includes imports. The "
+        f"real-time factor is of whole transcriptions. All figures: [{path.name}]({path.name})."
+    )
+    text = "\n\n".join([f"# {title}", table(figures), f"![disagreement over file size]({image.name})", notes])
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    return figures

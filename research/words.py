@@ -1,0 +1,183 @@
+"""The words of `sample/words/`, and the random strings that they are joined into as they are read: English words to
+recognise, and Spanish sentences to translate into English.
+
+Item `index` of a split depends on the seed and on nothing else, so that every cell of a grid reads the same strings,
+and a run that was stopped goes on with the strings that it would have read.
+"""
+
+from __future__ import annotations
+
+import csv
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from torch.utils.data import Dataset
+
+FOLDER = Path(__file__).resolve().parent.parent / "sample" / "words"
+SAMPLING_RATE = 16_000
+SPLITS = ("train", "validation", "test")
+SPEEDS = {
+    "train": (0.9, 1.0, 1.1),
+    "validation": (1.0,),
+    "test": (1.0,),
+}  # by resampling, so that pitch moves too
+MOST_WORDS = 3  # of a string that is to be recognised
+EARLY = 0.4  # the part of the training strings, from the first on, that are single words: aligning is learnt later
+GAP_SECONDS = (0.0, 0.12)
+NOISE_DECIBELS = (10.0, 40.0)  # of the speech over the noise
+
+WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    "yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go",
+    "bed", "bird", "cat", "dog", "happy", "house", "tree", "wow", "learn", "follow",
+)  # fmt: skip
+
+# Spanish, with the English that it becomes.
+VERBS = {"abre": "open", "cierra": "close", "busca": "find", "mira": "see"}
+NUMBERS = {
+    "dos": "two", "tres": "three", "cuatro": "four", "cinco": "five", "seis": "six", "siete": "seven", "ocho": "eight",
+    "nueve": "nine",
+}  # fmt: skip
+# Whether a noun is feminine decides the form of its adjective.
+NOUNS = {
+    "libros": ("books", False), "perros": ("dogs", False), "coches": ("cars", False), "barcos": ("ships", False),
+    "puertas": ("doors", True), "casas": ("houses", True), "cajas": ("boxes", True), "mesas": ("tables", True),
+}  # fmt: skip
+ADJECTIVES = {
+    ("rojos", "rojas"): "red", ("blancos", "blancas"): "white", ("negros", "negras"): "black",
+    ("nuevos", "nuevas"): "new", ("viejos", "viejas"): "old",
+}  # fmt: skip
+AND = {"y": "and"}
+SENTENCE_WORDS = (*VERBS, *NUMBERS, *NOUNS, *(form for forms in ADJECTIVES for form in forms))
+
+
+class WordStrings(Dataset):
+    """Random strings of one split, by voices that no other split has, in noise.
+
+    Args:
+        language: "en" for words with their transcript, "es" for sentences with their translation.
+        split: one of `SPLITS`.
+        size: number of strings.
+        seconds: the longest string; words that do not fit are left out.
+        seed: of the strings.
+        words: how many of `WORDS` are joined, from the first; the first ten are the digits.
+        folder: as `research/make_words.py` writes it.
+
+    Raises:
+        ValueError: for a split that is not one of `SPLITS`, or that has no voices.
+    """
+
+    def __init__(
+        self,
+        language: str,
+        split: str,
+        size: int,
+        seconds: float,
+        seed: int = 0,
+        words: int = len(WORDS),
+        folder: Path = FOLDER,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}")
+        self.language, self.split, self.size, self.seconds, self.seed = language, split, size, seconds, seed
+        self.words = WORDS[:words]
+        self.noises = _noises(SPLITS.index(split))
+        self.voices: dict[str, dict[str, list[np.ndarray]]] = defaultdict(dict)
+        for voice, word, audio in _read(folder, language, split):
+            self.voices[voice][word] = [_at_speed(audio, speed) for speed in SPEEDS[split]]
+        if not self.voices:
+            raise ValueError(f"`split` must have voices in {folder}, got none for {language!r} and {split!r}")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        voice = list(self.voices)[rng.integers(len(self.voices))]
+        words, text = self._words(rng, index)
+        clips = self.voices[voice]
+        speed = rng.integers(len(SPEEDS[self.split]))
+        audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
+        position, said = 0, 0
+        for word in words:
+            clip = clips[word][speed]
+            position += round(rng.uniform(*GAP_SECONDS) * SAMPLING_RATE)
+            if position + len(clip) > len(audio) and said and self.language == "en":
+                break
+            kept = clip[: len(audio) - position]
+            audio[position : position + len(kept)] = kept
+            position += len(clip)
+            said += 1
+        if self.language == "en":
+            text = " ".join(words[:said])
+        path = f"{voice}-{self.split}-{index}"
+        noise = self.noises[rng.integers(len(self.noises))]
+        start = rng.integers(len(noise) - len(audio))
+        loudness = np.sqrt((audio[audio != 0] ** 2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
+        array = audio + loudness * noise[start : start + len(audio)]
+        return {"audio": {"array": array, "sampling_rate": SAMPLING_RATE, "path": path}, "text": text}
+
+    def _words(self, rng: np.random.Generator, index: int) -> tuple[list[str], str]:
+        if self.language == "en":
+            is_early = self.split == "train" and index < EARLY * self.size
+            return list(rng.choice(self.words, 1 if is_early else rng.integers(1, MOST_WORDS + 1))), ""
+        while True:
+            words, text = random_sentence(rng)
+            is_test = zlib.crc32(" ".join(words[-3:]).encode()) % 5 == 0
+            if is_test == (self.split != "train"):
+                return words, text
+
+
+def random_sentence(rng: np.random.Generator) -> tuple[list[str], str]:
+    """The words of a Spanish sentence, such as `abre dos puertas rojas`, and its translation, `open two red doors`.
+
+    A fifth of the combinations of number, noun and adjective are in no training string.
+    """
+    verb = list(VERBS)[rng.integers(len(VERBS))]
+    number = list(NUMBERS)[rng.integers(len(NUMBERS))]
+    noun = list(NOUNS)[rng.integers(len(NOUNS))]
+    forms = list(ADJECTIVES)[rng.integers(len(ADJECTIVES))]
+    english, is_feminine = NOUNS[noun]
+    words, text = [number, noun, forms[is_feminine]], f"{NUMBERS[number]} {ADJECTIVES[forms]} {english}"
+    if rng.random() < 0.5:
+        words, text = [verb, *words], f"{VERBS[verb]} {text}"
+    return words, text
+
+
+def all_texts(language: str, words: int = len(WORDS)) -> list[str]:
+    """Texts that have every word, to train a tokenizer on."""
+    if language == "en":
+        return list(WORDS[:words])
+    rng = np.random.default_rng(0)
+    return [random_sentence(rng)[1] for _ in range(1000)]
+
+
+def _read(folder: Path, language: str, split: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Voice, word and samples of each clip."""
+    files: dict[str, np.ndarray] = {}
+    with open(folder / "words.csv", encoding="utf-8", newline="") as table:
+        for row in csv.DictReader(table):
+            if (row["language"], row["split"]) == (language, split):
+                voice = row["voice"]
+                if voice not in files:
+                    files[voice] = soundfile.read(folder / f"{voice}.ogg", dtype="float32")[0]
+                start, stop = (round(float(row[name]) * SAMPLING_RATE) for name in ("start", "stop"))
+                yield voice, row["word"], files[voice][start:stop]
+
+
+def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
+    places = np.arange(0, len(audio) - 1, speed)
+    return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
+
+
+def _noises(seed: int) -> list[np.ndarray]:
+    """Half a minute of white noise, and of noise that falls with frequency, both of standard deviation 1."""
+    white = np.random.default_rng(seed).standard_normal(30 * SAMPLING_RATE)
+    spectrum = np.fft.rfft(white)
+    falling = np.fft.irfft(spectrum / np.sqrt(np.arange(1, len(spectrum) + 1)), len(white))
+    return [(noise / noise.std()).astype(np.float32) for noise in (white, falling)]

@@ -1,0 +1,285 @@
+"""Exported Whispers, dense and compact, beside PyTorch: numbers, sizes, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import (
+    WHISPER_VOCAB,
+    randomize_,
+    tiny_whisper_config,
+    whisper_generation_config,
+    whisper_processor,
+)
+from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
+
+import hf_residual_transformer as hrt
+import hrt_cli
+from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
+from hf_residual_transformer.exporting.graph import operator_bits, repacked
+from hf_residual_transformer.layers import QuantizedWeight
+from hf_residual_transformer.quantization import dequantize
+
+FORMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "float U": {"residual_config": ResidualConfig(group_size=3, rank=4, share_biases=True)},
+    "low rank alone": {"residual_config": ResidualConfig(group_size=None, rank=5, diagonal="all")},
+    "shared few bits": {
+        "residual_config": ResidualConfig(group_size=2, rank=4, shared_bits=3, diagonal="all")
+    },
+    "everything": {
+        "residual_config": ResidualConfig(
+            group_size=1, rank=2, shared_bits=4, diagonal="none", bits_pattern={"fc1": 2, "fc2": 8}
+        ),
+        "decoder_residual_config": ResidualConfig(group_size=2, rank=3, shared_bits=5, diagonal="none"),
+        "embedding_bits": 4,
+    },
+    "embedding of six bits": {"residual_config": ResidualConfig(group_size=1), "embedding_bits": 6},
+}
+
+
+def whisper(form: str) -> Any:
+    config = tiny_whisper_config(**FORMS[form])
+    cls = ResidualWhisperForConditionalGeneration if FORMS[form] else WhisperForConditionalGeneration
+    model = randomize_(cls(config))
+    model.generation_config = whisper_generation_config()
+    return model
+
+
+def exported(model: Any, folder: Path, **options: Any) -> Path:
+    options = {"floats": "float32", "accuracy_level": 0} | options
+    return hrt.export(model, folder / "out", processor=whisper_processor(), **options)
+
+
+class Runtime:
+    """The two graphs in ONNX Runtime, called as the runtimes of others call them."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = [folder / "onnx" / f"{name}.onnx" for name in ("encoder_model", "decoder_model_merged")]
+        self.encoder, self.decoder = map(onnxruntime.InferenceSession, paths)
+        self.outputs = [output.name for output in self.decoder.get_outputs()]
+
+    def encode(self, features: torch.Tensor) -> np.ndarray:
+        return self.encoder.run(["last_hidden_state"], {"input_features": features.numpy()})[0]
+
+    def empty_cache(self, batch_size: int, length: int = 0) -> dict[str, np.ndarray]:
+        past = [value for value in self.decoder.get_inputs() if value.name.startswith("past")]
+        return {
+            value.name: np.ones((batch_size, value.shape[1], length, value.shape[3]), dtype=np.float32)
+            for value in past
+        }
+
+    def decode(self, ids: torch.Tensor, states: np.ndarray, cache: dict[str, np.ndarray], uses: bool) -> Any:
+        inputs = {
+            "input_ids": ids.numpy(),
+            "encoder_hidden_states": states,
+            "use_cache_branch": np.array([uses]),
+        }
+        found = dict(zip(self.outputs, self.decoder.run(None, inputs | cache)))
+        kept = {name: found[name.replace("past_key_values", "present")] for name in cache}
+        return found["logits"], {
+            name: cache[name] if uses and ".encoder." in name else value for name, value in kept.items()
+        }
+
+    def logits(
+        self, ids: torch.Tensor, states: np.ndarray, first: int, cache: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        """Of all tokens: the `first` at once, and the others one by one with the cache."""
+        start, cache = self.decode(ids[:, :first], states, cache, uses=False)
+        parts = [start]
+        for index in range(first, ids.shape[1]):
+            part, cache = self.decode(ids[:, index : index + 1], states, cache, uses=True)
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
+
+
+def inputs(frames: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(2, 16, frames, generator=generator),
+        torch.randint(0, len(WHISPER_VOCAB), (2, 7), generator=generator),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_states_and_logits_are_those_of_pytorch(form, tmp_path):
+    model, (features, ids) = whisper(form), inputs()
+    runtime = Runtime(exported(model, tmp_path))
+    states = runtime.encode(features)
+    wanted = model(input_features=features, decoder_input_ids=ids)
+    torch.testing.assert_close(
+        torch.from_numpy(states), wanted.encoder_last_hidden_state, rtol=1e-5, atol=1e-5
+    )
+    found = torch.from_numpy(runtime.logits(ids, states, 4, runtime.empty_cache(2)))
+    torch.testing.assert_close(found, wanted.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "length"), [(0, 0), (2, 1)], ids=["onnx-asr", "optimum"])
+@torch.no_grad()
+def test_what_stands_for_an_empty_cache_does_not_count(batch_size, length, tmp_path):
+    model, (features, ids) = whisper("everything"), inputs()
+    runtime = Runtime(exported(model, tmp_path))
+    states = runtime.encode(features)
+    found = runtime.logits(ids, states, 3, runtime.empty_cache(batch_size, length))
+    wanted = runtime.logits(ids, states, ids.shape[1], runtime.empty_cache(2))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_encoder_takes_fewer_frames(tmp_path):
+    model, (features, _) = whisper("everything"), inputs(frames=60)
+    states = Runtime(exported(model, tmp_path)).encode(features)
+    encoder = model.get_encoder()
+    positions = encoder.embed_positions
+    shorter = torch.nn.Embedding.from_pretrained(positions.weight[:30])
+    encoder.embed_positions, encoder.config.max_source_positions = shorter, 30
+    torch.testing.assert_close(
+        torch.from_numpy(states), encoder(features).last_hidden_state, rtol=1e-5, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_rounded_activations_and_floats_in_16_bits_change_logits_little(tmp_path):
+    model, (features, ids) = whisper("everything"), inputs()
+    folder = exported(model, tmp_path, floats="float16", accuracy_level=4)
+    runtime = Runtime(folder)
+    found = torch.from_numpy(runtime.logits(ids, runtime.encode(features), 4, runtime.empty_cache(2)))
+    wanted = model(input_features=features, decoder_input_ids=ids).logits
+    error = (found - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_that_no_operator_has_keep_their_numbers_in_the_next(bits):
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (6, 64 * bits // 8), dtype=torch.uint8, generator=generator)
+    scale = torch.randn(6, 2, generator=generator)
+    wider = operator_bits(bits)
+    assert wider == {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}[bits]
+    assert torch.equal(
+        dequantize(repacked(packed, bits, wider), scale, wider), dequantize(packed, scale, bits)
+    )
+
+
+def test_wider_bits_are_said(tmp_path, caplog):
+    exported(whisper("everything"), tmp_path)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("decoder_model_merged: 10 matrices of 5 bits are stored in 8" in line for line in said)
+
+
+def test_a_shared_matrix_and_a_tied_embedding_are_stored_once(tmp_path):
+    model = whisper("everything")
+    folder = exported(model, tmp_path, floats="float16")
+    packed = []
+    for name in ("encoder_model", "decoder_model_merged"):
+        graph = onnx.load(folder / "onnx" / f"{name}.onnx").graph
+        packed += [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8]
+    held = [path for path, module in model.named_modules() if isinstance(module, QuantizedWeight)]
+    assert sorted(packed) == sorted(f"{path}.weight_packed" for path in held)
+
+
+def test_the_file_is_as_small_as_the_tensors(tmp_path):
+    config = tiny_whisper_config(
+        d_model=128,
+        encoder_ffn_dim=512,
+        decoder_ffn_dim=512,
+        residual_config=ResidualConfig(group_size=1, rank=0, shared_bits=4, diagonal="none"),
+        decoder_residual_config=ResidualConfig(group_size=1, rank=0, shared_bits=4, diagonal="none"),
+        embedding_bits=4,
+    )
+    model = randomize_(ResidualWhisperForConditionalGeneration(config))
+    folder = exported(model, tmp_path, floats="float16")
+    weights = sum(
+        tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in model.state_dict().values()
+    )
+    files = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
+    nodes = 130_000  # names and attributes, which do not grow with the matrices
+    assert weights < files < weights + nodes
+
+
+def test_the_folder_is_a_plain_whisper_for_other_runtimes(tmp_path):
+    folder = exported(whisper("everything"), tmp_path)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names >= {
+        "onnx/encoder_model.onnx",
+        "onnx/decoder_model_merged.onnx",
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "added_tokens.json",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "whisper"
+    assert config["architectures"] == ["WhisperForConditionalGeneration"]
+    assert not {"residual_config", "decoder_residual_config", "embedding_bits"} & set(config)
+    tokens = [json.loads((folder / name).read_text()) for name in ("vocab.json", "added_tokens.json")]
+    assert tokens[0] | tokens[1] == WHISPER_VOCAB
+
+
+def test_a_generation_config_without_languages_gets_those_of_the_tokenizer(tmp_path, caplog):
+    model = whisper("dense")
+    wanted = model.generation_config.to_dict()
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
+        delattr(model.generation_config, name)
+    folder = exported(model, tmp_path)
+    found = json.loads((folder / "generation_config.json").read_text())
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
+        assert found[name] == wanted[name]
+    assert any("lang_to_id" in record.getMessage() for record in caplog.records)
+
+
+def test_a_folder_with_files_is_refused_and_stays_as_it_is(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="already holds files"):
+        exported(whisper("dense"), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    exported(whisper("dense"), tmp_path, overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "onnx" / "encoder_model.onnx").exists()
+
+
+def test_a_runtime_that_cannot_load_the_result_is_named_and_nothing_is_written(tmp_path, monkeypatch):
+    def too_old(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", too_old)
+    with pytest.raises(ValueError, match=f"onnxruntime {onnxruntime.__version__}.*no such operator"):
+        exported(whisper("everything"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_exported_form_is_refused(dense_wav2vec2, tmp_path):
+    with pytest.raises(ValueError, match="`model` must be a Whisper for transcription"):
+        hrt.export(dense_wav2vec2, tmp_path / "out")
+    with pytest.raises(ValueError, match="`format` must be one of onnx, got 'tflite'"):
+        exported(whisper("dense"), tmp_path, format="tflite")
+    model = whisper("dense")
+    model.config.activation_function = "silu"
+    with pytest.raises(ValueError, match="`activation_function` must be one of gelu, relu, got 'silu'"):
+        exported(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+def test_the_command_writes_what_a_compact_folder_computes(compressed, tmp_path, capsys):
+    words = ["export", compressed["whisper"], "--out", tmp_path / "out", "--accuracy-level", 0]
+    assert hrt_cli.main([*map(str, words)]) == 0
+    assert "encoder_model.onnx" in capsys.readouterr().out
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(compressed["whisper"], dtype=torch.float32)
+    features, ids = inputs()
+    runtime = Runtime(tmp_path / "out")
+    found = runtime.logits(ids, runtime.encode(features), 4, runtime.empty_cache(2))
+    wanted = model(input_features=features, decoder_input_ids=ids).logits
+    assert (found.argmax(-1) == wanted.argmax(-1).numpy()).all()

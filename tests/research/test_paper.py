@@ -1,0 +1,225 @@
+"""The paper's grid end to end on a tiny scale: training, resuming, four bits, the table; and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hf_residual_transformer import ResidualConfig
+from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.training.scratch import (
+    ModelSizes,
+    ScratchTrainer,
+    average_checkpoints,
+    check_transcripts,
+    new_model,
+    train_tokenizer,
+)
+
+RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
+sys.path.insert(0, str(RESEARCH))
+paper, paper_bits, paper_table, words = map(
+    importlib.import_module, ("paper", "paper_bits", "paper_table", "words")
+)
+WordStrings, all_texts = words.WordStrings, words.all_texts
+
+TINY = {
+    "data": {"recognition": {"words": {"vocabulary": 3, "validation": 8, "test": 8}}},
+    "sizes": {
+        "encoder_layers": 3, "d_model": 32, "encoder_ffn_dim": 64, "attention_heads": 2, "decoder_layers": 1,
+        "decoder_ffn_dim": 32, "num_mel_bins": 16, "hop_length": 320, "window_seconds": 2, "max_tokens": 12,
+        "dropout": 0.0, "mask_time": 0.0, "mask_bands": 0.0,
+    },
+    "vocab_size": 40,
+    "recipe": {
+        "max_steps": 40, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "learning_rate": 3e-3,
+        "warmup_steps": 0.1, "logging_steps": 10, "eval_strategy": "steps", "eval_steps": 20, "save_strategy": "steps",
+        "save_steps": 20, "use_cpu": True, "disable_tqdm": True, "train_sampling_strategy": "sequential",
+    },
+    "runs": [{"task": "recognition", "seeds": [0], "cells": ["dense", "k3-r2"]}],
+}  # fmt: skip
+SIZES = ModelSizes(**TINY["sizes"])
+
+
+@pytest.fixture
+def scale(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return paper.Scale.read(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(all_texts("en"), 40)
+
+
+def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "paper.py",
+            "--scale",
+            str(tmp_path / "tiny.yaml"),
+            "--work",
+            str(tmp_path / "work"),
+            "--results",
+            str(tmp_path / "results"),
+        ],
+    )
+    paper.main()
+    results = tmp_path / "results" / "tiny"
+    found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    assert set(found) == {"recognition-dense-0", "recognition-k3-r2-0"}
+    for values in found.values():
+        losses = [loss for _, loss in values["losses"]]
+        assert losses[-1] < 0.6 * losses[0]
+        assert values["test"]["clips"] == 8
+    table = (results / "table.md").read_text()
+    assert "| K=3, R=2 | 1 |" in table
+    assert (results / "recognition.png").stat().st_size > 1000
+
+    # What was killed after its first checkpoint ends where the whole run ended.
+    cell = paper.make_cells(SIZES)["k3-r2"]
+    whole = tmp_path / "work" / "tiny" / "recognition-k3-r2-0"
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (whole / "checkpoint-20").rename(killed / "checkpoint-20")
+    trainer, _, _ = paper.train(scale, "recognition", cell, 0, killed)
+    before = average_checkpoints([whole / "checkpoint-40"])
+    after = average_checkpoints([killed / "checkpoint-40"])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(name.startswith("ctc_head") for name, _ in trainer.model.named_parameters())
+
+    # A run that has a file is skipped, and the table alone is written again.
+    monkeypatch.setattr(paper, "run", None)
+    paper.main()
+
+
+def test_controls_are_at_most_as_large_as_the_paper_s_cell_and_near_it():
+    sizes = replace(SIZES, encoder_layers=6, d_model=128, encoder_ffn_dim=512, attention_heads=4)
+    cells = paper.make_cells(sizes)
+    target = paper.encoder_size(sizes, cells["k3-r2"].residual)
+    for name in ("shallow", "narrow", "low-rank"):
+        size = paper.encoder_size(replace(sizes, **cells[name].sizes), cells[name].residual)
+        assert 0.8 * target < size <= target, name
+
+
+def test_cyclic_layers_share_with_the_layer_a_period_later(tokenizer):
+    model = new_model(replace(SIZES, encoder_layers=6), tokenizer, ResidualConfig.paper(3, 2))
+    paper.make_cyclic(model)
+    banks = [linear.shared for path, linear in residual_linears(model) if path.endswith("fc1")]
+    assert [bank is banks[0] for bank in banks] == [True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("residual", [None, ResidualConfig.paper(3, 2)])
+def test_four_bits_keep_the_outputs_of_a_trained_encoder_nearly(residual, tokenizer):
+    torch.manual_seed(0)
+    model = new_model(SIZES, tokenizer, residual).eval()
+    features = torch.randn(8, 16, 100)
+    small, num_bytes = paper_bits.with_four_bits(model, features)
+    with torch.no_grad():
+        expected = model.get_encoder()(features).last_hidden_state
+        found = small.get_encoder()(features).last_hidden_state
+    error = (found - expected).square().mean() / expected.var()
+    assert 0 < error < 0.1
+    assert num_bytes < (0.5 if residual is None else 0.9) * 2 * paper.count_encoder(model)
+
+
+def test_a_dense_model_as_a_residual_one_that_shares_nothing_is_the_same(tokenizer):
+    model = new_model(SIZES, tokenizer).eval()
+    features = torch.randn(2, 16, 100)
+    other = paper_bits._one_matrix_a_layer(model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            other.get_encoder()(features).last_hidden_state, model.get_encoder()(features).last_hidden_state
+        )
+
+
+def test_strings_depend_on_index_and_seed_alone_and_voices_are_in_one_split():
+    one, again = (WordStrings("en", "train", 10, 2, seed=1) for _ in range(2))
+    other = WordStrings("en", "train", 10, 2, seed=2)
+    assert (one[7]["audio"]["array"] == again[7]["audio"]["array"]).all()
+    assert any(one[i]["text"] != other[i]["text"] for i in range(10))
+    voices = [set(WordStrings(language, split, 1, 3).voices) for language in ("en", "es")
+              for split in ("train", "validation", "test")]  # fmt: skip
+    assert not any(a & b for i, a in enumerate(voices) for b in voices[:i])
+
+
+def test_translations_in_the_test_are_of_combinations_that_training_never_has():
+    strings = [WordStrings("es", split, 300, 3) for split in ("train", "test")]
+    sentences = [{split[index]["text"] for index in range(200)} for split in strings]
+    of_three = [{text for text in texts if len(text.split()) == 3} for texts in sentences]
+    assert not of_three[0] & of_three[1]
+
+
+@pytest.mark.parametrize(
+    ("clips", "sizes", "message"),
+    [
+        (
+            [("a.wav", "one été")],
+            {},
+            "text of a.wav must have only characters of the training split, got 'é'",
+        ),
+        ([("a.wav", "one two " * 9)], {}, "text of a.wav must have at most `max_tokens` = 12 tokens, got 4"),
+        ([("b.wav", "zero " * 30)], {"max_tokens": 200}, "text of b.wav must fit the 50 encoder frames"),
+        ([], {}, "every split must have clips, got an empty one"),
+    ],
+)
+def test_texts_that_cannot_be_learnt_are_named(clips, sizes, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        check_transcripts(clips, tokenizer, replace(SIZES, **sizes), with_ctc=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encoder_layers": 0}, "`encoder_layers` must be at least 1, got 0"),
+        ({"d_model": 33}, "`d_model` must be an even multiple of `attention_heads`"),
+        ({"hop_length": 321}, "`window_seconds` must be a whole number of encoder frames"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SIZES, **values)
+
+
+def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"runs": [{"task": "recognition", "seeds": [0], "cells": ["k4"]}]}))
+    with pytest.raises(ValueError, match=r"`cells` must be of dense, .* got 'k4'"):
+        list(paper.Scale.read(path).all_runs())
+    path.write_text(yaml.safe_dump(TINY | {"colour": 1}))
+    with pytest.raises(ValueError, match=r"must hold the fields of a scale: .*colour"):
+        paper.Scale.read(path)
+
+
+def test_a_vocabulary_needs_texts_and_room_for_their_characters():
+    with pytest.raises(ValueError, match="training split must have clips with text"):
+        train_tokenizer([], 100)
+    with pytest.raises(ValueError, match="`vocab_size` must be at least"):
+        train_tokenizer(all_texts("en"), 5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(scale, tmp_path, monkeypatch):
+    scale = replace(scale, recipe=scale.recipe | {"max_steps": 1})
+    monkeypatch.setattr(ScratchTrainer, "_ctc_loss", lambda self, logits, labels: logits.sum() * float("nan"))
+    with pytest.raises(
+        ValueError, match=r"loss must be finite, got nan at step 0 for the batch of the texts \["
+    ):
+        paper.train(scale, "recognition", paper.make_cells(SIZES)["dense"], 0, tmp_path / "nan")
+
+
+def test_the_ratio_to_dense_is_of_word_errors_over_the_same_seeds():
+    def run(seed, errors):
+        return {"seed": seed, "test": {"word_errors_of_clips": errors}}
+
+    ratio, interval = paper_table.ratio_to_dense([run(0, "2 2"), run(1, "9 9")], [run(0, "1 1")])
+    assert (ratio, interval) == ("2.00", "2.00 to 2.00")
