@@ -67,7 +67,9 @@ CONTAINERS = [
 HEADERS = {"WAV": 44, "WAVEX": 80, "AIFF": 54, "AU": 24, "RF64": 104}
 
 
-def changed(random: random.Random, content: bytes, limit: int | None = None) -> tuple[str, bytes]:
+def changed(  # noqa: PLR0911
+    random: random.Random, content: bytes, limit: int | None = None
+) -> tuple[str, bytes]:
     """One change, its name, and the result; `limit` is the number of first bytes that may change in place."""
     kind = random.choice(("cut", "flip", "byte", "four bytes", "delete", "insert", "double", "append"))
     if limit is not None and kind in ("delete", "insert", "double"):
