@@ -180,8 +180,9 @@ def distill(
     model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
-    if teacher.can_generate() and is_multilingual(teacher):
-        complete_token_ids(teacher, getattr(processor, "tokenizer", None))
+    loaded: Any = teacher
+    if loaded.can_generate() and is_multilingual(loaded):
+        complete_token_ids(loaded, getattr(processor, "tokenizer", None))
     longest = getattr(processor.feature_extractor, "chunk_length", WINDOW_SECONDS)
     seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
     read = partial(rows_of, processor=processor, language=language, text_column=None, options=data_options)
