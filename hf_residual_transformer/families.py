@@ -178,6 +178,13 @@ class LayerStack:
         return path in self.stack.keys or self.linear(layer_idx, path).bias is not None
 
 
+# Layers of the encoder and of the decoder have these alike.
+WHISPER_SELF_ATTENTION = Block(
+    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    writer="self_attn.out_proj",
+    keys="self_attn.k_proj",
+)
+WHISPER_FEED_FORWARD = Block(readers=("fc1",), writer="fc2", pointwise=True)
 WHISPER = Family(
     name="whisper",
     stacks=(
@@ -185,30 +192,22 @@ WHISPER = Family(
             name="encoder",
             classes=(WhisperEncoder,),
             blocks=(
-                Block(
-                    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                    writer="self_attn.out_proj",
-                    keys="self_attn.k_proj",
-                ),
-                Block(readers=("fc1",), writer="fc2", pointwise=True),
+                WHISPER_SELF_ATTENTION,
+                WHISPER_FEED_FORWARD,
             ),
         ),
         Stack(
             name="decoder",
             classes=(WhisperDecoder,),
             blocks=(
-                Block(
-                    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                    writer="self_attn.out_proj",
-                    keys="self_attn.k_proj",
-                ),
+                WHISPER_SELF_ATTENTION,
                 Block(
                     readers=("encoder_attn.q_proj",),
                     memory=("encoder_attn.k_proj", "encoder_attn.v_proj"),
                     writer="encoder_attn.out_proj",
                     keys="encoder_attn.k_proj",
                 ),
-                Block(readers=("fc1",), writer="fc2", pointwise=True),
+                WHISPER_FEED_FORWARD,
             ),
         ),
     ),

@@ -223,9 +223,7 @@ class ResidualMixin(DenseModel):
             if bias is not None:
                 weights[f"{path}.bias"] = bias.clone()
         for path, module in self.named_modules():
-            if isinstance(module, QuantizedEmbedding):
-                weights[f"{path}.weight"] = module.weight.clone()
-            if isinstance(module, TiedOutput):
+            if isinstance(module, (QuantizedEmbedding, TiedOutput)):
                 weights[f"{path}.weight"] = module.weight.clone()
         with init.no_init_weights():
             dense = self.dense_class()(self.config.to_dense_config())

@@ -82,10 +82,8 @@ def quantize(
         sweeps: with a covariance, how often all scales and then all integers are improved, after the first rounding.
     """
     weight = weight.double()
-    if covariance is None:
-        codes, scales = _round_onward(weight, None, bits, block_size)
-    else:
-        codes, scales = _round_onward(weight, covariance, bits, block_size)
+    codes, scales = _round_onward(weight, covariance, bits, block_size)
+    if covariance is not None:
         for _ in range(sweeps):
             scales = _best_scales(weight, codes, scales, covariance)
             codes = _best_codes(weight, codes, scales, covariance, bits)

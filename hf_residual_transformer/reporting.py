@@ -114,17 +114,16 @@ def size_report(model: nn.Module) -> SizeReport:
     Raises:
         ValueError: if `model` has no residual layers.
     """
-    owners = {name: module for name, module in model.named_modules() if hasattr(module, "shared")}
-    owners = {name: module for name, module in owners.items() if isinstance(module.shared, nn.ModuleDict)}
+    owners = [m for m in model.modules() if isinstance(getattr(m, "shared", None), nn.ModuleDict)]
     if not owners:
         raise ValueError(
             f"`model` must have residual layers, got {type(model).__name__}; make one with a residual "
             "class's from_dense(...)"
         )
-    saved = whole = sum(map(_saved_bytes, _saved_tensors(model)))
+    saved = sum(map(_saved_bytes, saved_tensors(model)))
     parts: dict[str, Count] = {}
     parameters, components = [], []
-    for owner in owners.values():
+    for owner in owners:
         layers, layer_bytes, of_layers = _layers_report(owner)
         parts["decoder layers" if parts else "encoder layers"] = layer_bytes
         parameters.append(layers)
@@ -136,10 +135,10 @@ def size_report(model: nn.Module) -> SizeReport:
             in_bytes = module.weight_packed.nbytes + scales * FLOAT_BITS // 8
             parts["token embedding"] = Count(in_bytes, number * FLOAT_BITS // 8)
             parameters.append(Count(number + scales, number))
-    saved += sum(count.dense - count.unique for count in parts.values())
+    dense_saved = saved + sum(count.dense - count.unique for count in parts.values())
     unique = sum(parameter.numel() for parameter in model.parameters()) + quantized_weights(model).total()
     dense = unique + sum(count.dense - count.unique for count in parameters)
-    return SizeReport(Count(whole, saved), parts, Count(unique, dense), parameters[0], components[0])
+    return SizeReport(Count(saved, dense_saved), parts, Count(unique, dense), parameters[0], components[0])
 
 
 def _layers_report(owner: Any) -> tuple[Count, Count, dict[str, Count]]:
@@ -163,7 +162,7 @@ def _layers_report(owner: Any) -> tuple[Count, Count, dict[str, Count]]:
     return layers, layer_bytes, {name: Count(unique[name], dense[name]) for name in COMPONENTS}
 
 
-def _saved_tensors(model: nn.Module) -> Iterator[Tensor]:
+def saved_tensors(model: nn.Module) -> Iterator[Tensor]:
     """The tensors of a saved model, where tied weights are one tensor."""
     yield from model.parameters()
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,11 +12,19 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperModel,
 )
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from .configuration import ResidualConfig, ResidualConfigMixin
 from .families import WHISPER
 from .layers import unpacked_weights
 from .modeling import ResidualMixin
+
+
+def language_and_task_ids(vocabulary: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """`lang_to_id` and `task_to_id` of a generation config, from the tokens that a vocabulary has."""
+    languages = {token: vocabulary[token] for code in LANGUAGES if (token := f"<|{code}|>") in vocabulary}
+    tasks = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS if f"<|{task}|>" in vocabulary}
+    return languages, tasks
 
 
 @strict

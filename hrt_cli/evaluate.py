@@ -79,9 +79,6 @@ def run(args: argparse.Namespace) -> None:
         output_dir,
         model=portable(args.model),
         data={**described_data(args, portable), "text_column": args.text_column},
-        settings={
-            name: getattr(args, name)
-            for name in ("task", "batch_size", "keep_marks", "device", "dtype", "seed")
-        },
+        settings={name: getattr(args, name) for name in SETTINGS},
     )
     print(f"{rates}; see {path}")

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families import Block, LayerStack
+from .inputs import set_frozen
 from .statistics import TINY, Group, Statistics, importance_of, parallel_sum
 
 Orders = dict[
@@ -46,17 +47,13 @@ def reorder_neurons(source: LayerStack, statistics: Statistics, orders: Orders) 
     for (layer, block), order in orders.items():
         for path in block.readers:
             reader = source.linear(layer, path)
-            _replace(reader, "weight", reader.weight[order])
+            set_frozen(reader, "weight", reader.weight[order])
             if reader.bias is not None:
-                _replace(reader, "bias", reader.bias[order])
+                set_frozen(reader, "bias", reader.bias[order])
             statistics[layer, path].reorder_outputs(order)
         writer = source.linear(layer, block.writer)
-        _replace(writer, "weight", writer.weight[:, order])
+        set_frozen(writer, "weight", writer.weight[:, order])
         statistics[layer, block.writer].reorder_inputs(order)
-
-
-def _replace(linear: Any, name: str, value: Tensor) -> None:
-    setattr(linear, name, nn.Parameter(value.detach(), requires_grad=False))
 
 
 def _order(source: LayerStack, first: int, layer: int, block: Block, statistics: Statistics) -> Tensor:

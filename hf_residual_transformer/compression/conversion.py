@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..configuration import ResidualConfig
 from ..families import LayerStack
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
-from ..reporting import ConversionReport, ModuleError
+from ..reporting import ConversionReport, ModuleError, saved_tensors
 from .alignment import match_neurons, reorder_neurons
 from .allocation import (
     EMBEDDING,
@@ -258,15 +258,13 @@ class _Part:
     Args:
         search: the dense stack, and what may be chosen for it.
         objective: makes the objective of one pass over the calibration.
-        groups: all groups that may be chosen.
-        runs: these in runs of layers whose statistics are held together.
+        runs: all groups that may be chosen, in runs of layers whose statistics are held together.
         observe: the statistics of a run.
     """
 
     search: Search
     objective: Callable[[], Objective]
-    groups: list[Group] = field(default_factory=list)
-    runs: list[list[Group]] = field(default_factory=list)
+    runs: list[list[Group]]
     observe: Callable[[int], Statistics] = lambda run_idx: {}
 
 
@@ -331,8 +329,9 @@ class _Conversion:
                 block_size=request.block_size,
             )
             search = Search(source, config, request.numbers, is_open=True)
-        part = _Part(search, functools.partial(self._objective, name), search.groups())
-        part.runs = runs_of_layers(source, part.groups) if request.batches else [part.groups]
+        groups = search.groups()
+        runs = runs_of_layers(source, groups) if request.batches else [groups]
+        part = _Part(search, functools.partial(self._objective, name), runs)
         observe = functools.partial(self._observe, part)
         # Where everything fits into memory, it is collected once.
         part.observe = functools.cache(observe) if len(part.runs) == 1 else observe
@@ -351,11 +350,14 @@ class _Conversion:
         batches = self.batches[source.stack.name]
         if not batches:
             return {}
-        is_decoder = isinstance(objective, LogitsObjective)
-        places = self.encoder_places if is_decoder else None
-        progress = self.request.progress
         statistics = collect(
-            source, self.dense, groups, batches, objective, memory_places=places, progress=progress
+            source,
+            self.dense,
+            groups,
+            batches,
+            objective,
+            memory_places=self.encoder_places,
+            progress=self.request.progress,
         )
         if isinstance(objective, LogitsObjective):
             self.memory_gradients = objective.memory_gradients
@@ -401,15 +403,21 @@ class _Conversion:
             curves += _scaled(found, roundings, estimate, divergence)
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
-        dense = of_layers if self.names == (ENCODER,) else _saved_numbers(self.dense)
+        dense = (
+            of_layers
+            if self.names == (ENCODER,)
+            else sum(tensor.numel() for tensor in saved_tensors(self.dense))
+        )
         fixed = dense - of_layers + sum(unranked_parameters(part.search) for part in self.parts.values())
         given_bits = None if request.plan is None else request.plan.embedding_bits
         if EMBEDDING in self.names:
             assert embedding is not None
             table = self.dense.get_input_embeddings().weight
             numbers = (given_bits,) if given_bits else request.numbers or ()
-            found = embedding_curves(table, embedding, numbers, self._block_size())
-            weight = quantize(table, None, CHECK_BITS, self._block_size()).weight().to(table)
+            # As `embedding_block_size` of the config will say.
+            block_size = self.parts.get(DECODER, self.parts[ENCODER]).search.config.block_size
+            found = embedding_curves(table, embedding, numbers, block_size)
+            weight = quantize(table, None, CHECK_BITS, block_size).weight().to(table)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
             roundings = [(end, weight, None) for end in ends if end is not None]
             curves += _scaled(found, roundings, embedding.error((weight - table).double()), divergence)
@@ -435,14 +443,6 @@ class _Conversion:
         batches = self.batches[DECODER]
         places = _spread([len(batch[LABELS]) for batch in batches], CHECK_WINDOWS)
         return Divergence(self.dense, [batches[place] for place in places])
-
-    def _block_size(self) -> int:
-        plan = self.request.plan
-        return (
-            self.request.block_size
-            if plan is None
-            else plan.configs.get(DECODER, plan.configs[ENCODER]).block_size
-        )
 
     def _fit(self, part: _Part, model: Any, plan: Plan) -> list[ModuleError]:
         """Fits all groups of one stack, whose parts before are fitted."""
@@ -485,17 +485,6 @@ def _spread(sizes: Sequence[int], windows: int) -> list[int]:
     """Places of evenly spread batches, of these sizes, that have about so many windows in all, or of all batches."""
     number = min(len(sizes), max(1, round(windows * len(sizes) / sum(sizes))))
     return [index * len(sizes) // number for index in range(number)]
-
-
-def _saved_numbers(model: Any) -> int:
-    """Numbers in a saved file of the dense model, where tied weights count once."""
-    buffers = [
-        buffer
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    ]
-    return sum(tensor.numel() for tensor in (*model.parameters(), *buffers))
 
 
 def _fit_run(

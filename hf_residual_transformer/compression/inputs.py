@@ -59,6 +59,11 @@ def frozen_view(model: Any) -> Any:
     return copy.deepcopy(model, memo).eval()
 
 
+def set_frozen(module: Any, name: str, value: Tensor) -> None:
+    """Gives a module of a `frozen_view` another parameter, which leaves the tensor that it had as it is."""
+    setattr(module, name, nn.Parameter(value.detach(), requires_grad=False))
+
+
 def as_batches(calibration: Any) -> list[Batch]:
     """Checked batches of model inputs; a single batch needs no list around it."""
     if calibration is None:

@@ -11,18 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families import LayerStack
 from ..quantization import quantize
-from .inputs import Batch, inputs_of, is_token
+from .inputs import Batch, inputs_of, is_token, set_frozen
 from .statistics import TINY, MatrixStatistics
 
 CHECK_BITS = 4
 CHECK_WINDOWS = 8
-Rounding = tuple[
-    Any, Tensor, Tensor | None
-]  # a linear module, its rounded weight, and its bias to go with it
+# A linear module, its rounded weight, and its bias to go with it.
+Rounding = tuple[Any, Tensor, Tensor | None]
 
 
 def round_plainly(
@@ -50,9 +49,9 @@ def replaced(roundings: Sequence[Rounding]) -> Iterator[None]:
     kept = [(linear, linear.weight, getattr(linear, "bias", None)) for linear, _, _ in roundings]
     try:
         for linear, weight, bias in roundings:
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            set_frozen(linear, "weight", weight)
             if bias is not None:
-                linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+                set_frozen(linear, "bias", bias)
         yield
     finally:
         for linear, weight, bias in kept:

@@ -7,17 +7,14 @@ beside it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from transformers.utils import logging
 
-from ..folders import prepare_output_dir, save_processor
+from ..folders import complete_folder, prepare_output_dir, save_processor
+from ..whisper import language_and_task_ids
 from .graph import FLOATS, Graph, save
 from .whisper import ACTIVATIONS, decoder_graph, encoder_graph
 
@@ -56,10 +53,8 @@ def export_model(
             f"`activation_function` must be one of {', '.join(ACTIVATIONS)}, got {config.activation_function!r}"
         )
     folder = prepare_output_dir(out, overwrite)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as name:
-        draft = Path(name) / folder.name
-        (draft / "onnx").mkdir(parents=True)
+    with complete_folder(folder) as draft:
+        (draft / "onnx").mkdir()
         for name, build in GRAPHS.items():
             graph = build(model, floats=floats, accuracy_level=accuracy_level)
             _say_widened(name, graph)
@@ -67,7 +62,6 @@ def export_model(
             _check_runs(draft / "onnx" / f"{name}.onnx")
         _save_configs(model, processor, draft)
         _save_processor(processor, draft)
-        _move(draft, folder)
     return folder
 
 
@@ -127,10 +121,7 @@ def _tokens_for_generation(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         "is_multilingual": vocab_size != ENGLISH_ONLY,
     }
     if found["is_multilingual"]:
-        languages = [f"<|{code}|>" for code in LANGUAGES]
-        found["lang_to_id"] = {token: vocabulary[token] for token in languages if token in vocabulary}
-        tasks = [task for task in TASK_IDS if f"<|{task}|>" in vocabulary]
-        found["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in tasks}
+        found["lang_to_id"], found["task_to_id"] = language_and_task_ids(vocabulary)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -146,11 +137,3 @@ def _save_processor(processor: Any, folder: Path) -> None:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _move(draft: Path, folder: Path) -> None:
-    """Puts a finished folder in its place; files of a folder that is there are replaced or stay."""
-    if not folder.exists() or next(folder.iterdir(), None) is None:
-        os.replace(draft, folder)
-        return
-    shutil.copytree(draft, folder, dirs_exist_ok=True)

@@ -180,13 +180,13 @@ def evaluate_asr(
     else:
         check_english(default and language, task)
 
-    def checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-        _check_row(model, processor, row, default and (language or row.get("language")))
-        return row
+    def check(rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            _check_row(model, processor, row, default and (language or row.get("language")))
 
-    if isinstance(dataset, Sized):
-        for row in dataset:
-            checked(row)
+    is_stream = not isinstance(dataset, Sized)
+    if not is_stream:
+        check(dataset)  # so that no transcript is lost at a row that comes late
     was_training = model.training
     model.eval()
     predictions: list[Prediction] = []
@@ -195,8 +195,8 @@ def evaluate_asr(
     try:
         with tqdm(total=_length(dataset), desc="evaluate", unit="clip", disable=not progress) as bar:
             for rows in batched(dataset, batch_size):
-                for row in rows:
-                    checked(row)
+                if is_stream:
+                    check(rows)
                 languages = [language or row.get("language") or default for row in rows]
                 start = time.perf_counter()
                 texts = _transcribe(

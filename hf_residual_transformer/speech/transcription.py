@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationMixin
-from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
+from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
+from ..whisper import language_and_task_ids
 from .collators import LABEL_PADDING, is_multilingual
 
 FRAMES_A_SECOND = 100  # the rate of Whisper's mel features
@@ -81,9 +82,7 @@ def complete_token_ids(model: Any, tokenizer: Any = None) -> None:
                 f"{model.name_or_path or 'the model'!r} has neither these nor a tokenizer to take them from; set "
                 "`model.processor`, or save the tokenizer beside the model"
             ) from error
-    vocabulary = tokenizer.get_vocab()
-    languages = {token: vocabulary[token] for code in LANGUAGES if (token := f"<|{code}|>") in vocabulary}
-    tasks = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS if f"<|{task}|>" in vocabulary}
+    languages, tasks = language_and_task_ids(tokenizer.get_vocab())
     if not languages or len(tasks) < len(TASK_IDS):
         raise ValueError(
             "the tokenizer of a multilingual Whisper must have tokens such as <|en|> and <|transcribe|>, got "

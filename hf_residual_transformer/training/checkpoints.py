@@ -82,16 +82,21 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All checkpoints of a run, complete or not, the oldest first."""
+    found = [
+        path for path in folder.glob(CHECKPOINTS) if path.name.rpartition("-")[2].isdigit() and path.is_dir()
+    ]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint in `folder`; a half one that is newer is named and skipped.
 
     Raises:
         ValueError: if there is none.
     """
-    found = [
-        path for path in folder.glob(CHECKPOINTS) if path.name.rpartition("-")[2].isdigit() and path.is_dir()
-    ]
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         problem = fault_of(path)
         if problem is None:
             return path

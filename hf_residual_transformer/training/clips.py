@@ -13,9 +13,14 @@ from torch import Tensor
 from ..speech.collators import SpeechCollator
 
 
+def ctc_frames(labels: Sequence[int]) -> int:
+    """The fewest frames that CTC needs: one for each label, and one more between two that are equal."""
+    return len(labels) + sum(one == other for one, other in pairwise(labels))
+
+
 def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Checks that transcripts fit. CTC needs a frame for each character, and one more between two that are equal;
-    otherwise its loss is infinite. Whisper's decoder has `max_target_positions`.
+    """Checks that transcripts fit the frames, without which CTC's loss is infinite, or the `max_target_positions` of
+    Whisper's decoder.
 
     Raises:
         ValueError: naming the first clip whose transcript is too long.
@@ -28,7 +33,7 @@ def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapp
         if model.config.is_encoder_decoder:
             needed, found, unit = len(labels), model.config.max_target_positions, "tokens"
         else:
-            needed = len(labels) + sum(one == other for one, other in pairwise(labels))
+            needed = ctc_frames(labels)
             found, unit = int(model._get_feat_extract_output_lengths(len(audio["array"]))), "frames"
         if needed > found:
             clip = f"{audio['path']} (row {number})" if audio.get("path") else f"the clip of row {number}"

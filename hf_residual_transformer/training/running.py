@@ -36,7 +36,7 @@ from ..folders import (
 from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
 from ..speech.windows import WindowCollator
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
-from .checkpoints import bytes_to_write, last_checkpoint
+from .checkpoints import bytes_to_write
 from .clips import checked
 from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
 from .scratch import ModelSizes, ScratchTrainer, check_transcripts, new_model, new_processor, train_tokenizer
@@ -276,10 +276,7 @@ def train_and_save(trainer: Any, finish: Callable[[], None] | None = None) -> No
     """
     output_dir = Path(trainer.args.output_dir)
     require_space(output_dir, bytes_to_write(trainer, model_bytes(trainer.model)))
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = str(last_checkpoint(output_dir))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if finish is not None:
         finish()
     new = unfinished(output_dir)

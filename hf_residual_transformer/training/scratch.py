@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from ..configuration import ResidualConfig
 from ..modeling import forward_as
 from ..speech.collators import LABEL_PADDING
 from ..whisper import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
+from .checkpoints import checkpoints_in, last_checkpoint
+from .clips import ctc_frames
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
 SPECTROGRAM_GAIN = 3.5  # Whisper's spectrograms have a standard deviation of about 0.29
-PREFIX = 2  # tokens before a text: START and NO_TIMESTAMPS
 
 
 @dataclass
@@ -223,7 +223,7 @@ def check_transcripts(
                 f"the text of {name} must have at most `max_tokens` = {sizes.max_tokens} tokens, got {len(ids)}; leave "
                 "the clip out or raise `max_tokens`"
             )
-        frames = len(spoken) + sum(a == b for a, b in pairwise(spoken))
+        frames = ctc_frames(spoken)
         if with_ctc and frames > sizes.num_frames:
             raise ValueError(
                 f"the text of {name} must fit the {sizes.num_frames} encoder frames of a window, got one that needs "
@@ -263,6 +263,12 @@ class ScratchTrainer(Seq2SeqTrainer):
             model.ctc_head = nn.Linear(model.config.d_model, model.config.vocab_size)
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer` does; `resume_from_checkpoint="last"` is the newest complete checkpoint."""
+        if kwargs.get("resume_from_checkpoint") == "last":
+            kwargs["resume_from_checkpoint"] = str(last_checkpoint(Path(self.args.output_dir)))
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -311,9 +317,7 @@ class ScratchTrainer(Seq2SeqTrainer):
 
     def finish(self, last: int) -> None:
         """Takes the mean of the last checkpoints' weights, and removes CTC's layer. All processes call it."""
-        folders = sorted(
-            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1])
-        )
+        folders = checkpoints_in(Path(self.args.output_dir))
         if last > 1 and folders:
             self.model.load_state_dict(average_checkpoints(folders[-last:]), strict=False)
             self.model.tie_weights()
