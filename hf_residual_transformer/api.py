@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .classes import RECOGNIZERS, model_classes_of
+from .families import FAMILIES, REFUSED
 from .modeling import ResidualMixin
 from .quantization import BLOCK
 
@@ -326,11 +328,6 @@ def require_extra(extra: str) -> None:
         )
 
 
-def residual_classes() -> list[type[ResidualMixin]]:
-    """Every residual class of this package."""
-    return [cls for cls in ResidualMixin.__subclasses__() if cls.__module__.startswith(f"{__package__}.")]
-
-
 def residual_class_of(dense: PreTrainedModel) -> Any:
     """The residual class whose dense class is the model's.
 
@@ -342,13 +339,11 @@ def residual_class_of(dense: PreTrainedModel) -> Any:
             f"`model` must be a dense model, got {type(dense).__name__}, a {type(dense.config).model_type}; "
             "merge() gives the dense form of a residual one"
         )
-    for cls in residual_classes():
+    model_type = dense.config.model_type
+    for cls in model_classes_of(FAMILIES[model_type]).values() if model_type in FAMILIES else ():
         if cls.dense_class() is type(dense):
             return cls
-    raise ValueError(
-        f"`model` must be a dense {' or '.join(_supported())} model, got {type(dense).__name__}, a "
-        f"{dense.config.model_type}"
-    )
+    raise _not_supported(type(dense).__name__, model_type)
 
 
 def load_dense(
@@ -398,11 +393,13 @@ def _config_of(model: str | Path) -> Any:
 
 def load_model(model: str | Path, *, dtype: str = "float32", **overrides: Any) -> Any:
     """A speech recogniser through the Auto class that its config calls for; `overrides` are of a CTC model's config."""
-    from transformers import AutoConfig, AutoModelForCTC, AutoModelForSpeechSeq2Seq
+    from transformers import AutoConfig
 
-    if AutoConfig.from_pretrained(model).is_encoder_decoder:
-        return AutoModelForSpeechSeq2Seq.from_pretrained(model, dtype=dtype)
-    return AutoModelForCTC.from_pretrained(model, dtype=dtype, **overrides)
+    config = AutoConfig.from_pretrained(model)
+    auto = next((auto for auto in RECOGNIZERS if type(config) in auto._model_mapping), None)
+    if auto is None:
+        raise ValueError(f"`model` must be a speech recogniser, got {str(model)!r}, a {config.model_type}")
+    return auto.from_pretrained(model, dtype=dtype, **({} if config.is_encoder_decoder else overrides))
 
 
 def rows_of(
@@ -492,27 +489,29 @@ def _processor_of(model: Any, processor: Any) -> Any:
 
 def _dense_class_for(config: Any, name: str) -> Any:
     """The dense class to load a checkpoint with: the one that it was saved from, or its family's recogniser."""
-    from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
-
-    known = {cls.dense_class().__name__: cls.dense_class() for cls in residual_classes()}
     # The class's, since a residual model's config calls itself dense.
     model_type = type(config).model_type
+    if model_type not in FAMILIES:
+        raise _not_supported(repr(name), model_type)
+    classes = {auto: cls.dense_class() for auto, cls in model_classes_of(FAMILIES[model_type]).items()}
+    known = {cls.__name__: cls for cls in classes.values()}
     names = list(config.architectures or ())
     if not names:
-        mappings: list[Any] = [auto._model_mapping for auto in (AutoModelForSpeechSeq2Seq, AutoModelForCTC)]
-        names = [found.__name__ for mapping in mappings if (found := mapping.get(type(config), None))]
-    for architecture in names if model_type in _supported() else ():
+        names = [classes[auto].__name__ for auto in RECOGNIZERS if auto in classes]
+    for architecture in names:
         if architecture in known:
             return known[architecture]
     raise ValueError(
-        f"`model` must be a dense {' or '.join(_supported())} model, got {name!r}, a {model_type} "
+        f"`model` must be a {' or '.join(known)}, got {name!r}, a {model_type} "
         f"({', '.join(names) or 'of no known class'})"
     )
 
 
-def _supported() -> list[str]:
-    """Model types that have a residual form."""
-    return sorted({cls.config_class.model_type.removeprefix("residual_") for cls in residual_classes()})
+def _not_supported(name: str, model_type: str) -> ValueError:
+    reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    return ValueError(
+        f"`model` must be a dense model of {', '.join(FAMILIES)}, got {name}, a {model_type}{reason}"
+    )
 
 
 def _best_device() -> str:

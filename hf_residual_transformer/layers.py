@@ -2,7 +2,8 @@
 
 `SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
 `ResidualLinear` holds the components that belong to one layer. `QuantizedEmbedding` holds the vectors of tokens in few
-bits, and `TiedOutput` computes logits with it. `modeling.py` puts them into a model.
+bits, and `TiedOutput` computes logits with it. `ChannelsFirst` gives a Conformer's point-wise convolutions the same
+forms. `modeling.py` puts them into a model.
 """
 
 from __future__ import annotations
@@ -458,3 +459,54 @@ class LowRankLinear(ResidualLinear):
         if self.diagonal is not None:
             _add_diagonal(output, rows, self.diagonal)
         return output.unflatten(0, hidden_states.shape[:-1])
+
+
+class ChannelsFirst(nn.Module):
+    """A linear map of each frame that stands where a point-wise convolution stood, (batch_size, features, seq_len)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch_size, in_features, seq_len) to (batch_size, out_features, seq_len)."""
+        output: Tensor = super().forward(hidden_states.transpose(1, 2)).transpose(1, 2)  # type: ignore[misc]
+        return output
+
+
+class PointwiseLinear(ChannelsFirst, nn.Linear):
+    """The linear map that a convolution of one frame is, on the same tensors.
+
+    Args:
+        convolution: an `nn.Conv1d` for which `is_linear` is true.
+    """
+
+    def __init__(self, convolution: nn.Conv1d) -> None:
+        super().__init__(convolution.in_channels, convolution.out_channels, bias=False, device="meta")
+        weight = convolution.weight
+        self.weight = nn.Parameter(weight.detach().squeeze(-1), requires_grad=weight.requires_grad)
+        self.register_parameter("bias", convolution.bias)  # type: ignore[arg-type]
+
+
+class PointwiseResidual(ChannelsFirst, ResidualLinear):
+    """A `ResidualLinear` in the place of a point-wise convolution."""
+
+
+class PointwiseLowRank(ChannelsFirst, LowRankLinear):
+    """A `LowRankLinear` in the place of a point-wise convolution."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain `nn.Linear`, or a convolution that looks at one frame."""
+    one = (1,)
+    return type(module) is nn.Linear or (
+        type(module) is nn.Conv1d
+        and (module.kernel_size, module.stride, module.groups) == (one, one, 1)
+        and module.padding == (0,)
+    )
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """A plain `nn.Linear` as it is, or a point-wise convolution as one, with the same tensors."""
+    return PointwiseLinear(module) if isinstance(module, nn.Conv1d) else module  # type: ignore[return-value]
+
+
+def rows_last(module: nn.Module, states: Tensor) -> Tensor:
+    """Inputs or outputs of a linear module with their features last, (..., features)."""
+    return states.transpose(1, 2) if isinstance(module, (ChannelsFirst, nn.Conv1d)) else states

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,13 +25,18 @@ from .families import Family, Stack, groups_of
 from .folders import save_processor
 from .layers import (
     SHARED,
+    ChannelsFirst,
     LowRankLinear,
+    PointwiseLowRank,
+    PointwiseResidual,
     QuantizedEmbedding,
     QuantizedSharedLinear,
     QuantizedWeight,
     ResidualLinear,
     SharedLinear,
     TiedOutput,
+    as_linear,
+    unpacked_weights,
 )
 
 if TYPE_CHECKING:
@@ -66,12 +71,14 @@ class ResidualMixin(DenseModel):
                 "with the class of its own family, or with an Auto class"
             )
         super().__init__(config, *args, **kwargs)
+        if self.family.adapt is not None:
+            self.family.adapt(self)
         for stack in self.family.stacks:
             residual = config.residual_config_of(stack.name)
             if residual is None or not stack.is_in(self):
                 continue
             owner = stack.find(self)
-            _share_layers(owner, self.family, stack, residual)
+            _share_layers(owner, self.family, stack.of_layer(owner.layers[0]), residual)
             # A group's layers may not be separated from its U by a `device_map` or an FSDP wrap policy.
             self._no_split_modules = {type(owner).__name__, *(self._no_split_modules or ())}
         if (
@@ -147,10 +154,10 @@ class ResidualMixin(DenseModel):
             ) from error
         model, info = loaded
         owners = [stack.find(model) for stack in cls.family.stacks if stack.is_in(model)]
-        names = {path.rpartition(".")[2] for path, module in model.named_modules() if module in owners}
-        of_layers_or_table = re.compile(
-            rf"\b({'|'.join(names)})\.(layers|shared|embed_tokens)\.|\bproj_out\."
-        )
+        paths = [path for path, module in model.named_modules() if module in owners]
+        # A checkpoint of the model without its head has shorter paths.
+        places = "|".join({rf"(^|\.){path.rpartition('.')[2]}\." if path else "^" for path in paths})
+        of_layers_or_table = re.compile(rf"({places})(layers|shared|embed_tokens)\.|\bproj_out\.")
         for problem, keys in (
             ("lacks", info["missing_keys"]),
             ("has the wrong shape for", {key for key, *_ in info["mismatched_keys"]}),
@@ -200,6 +207,8 @@ class ResidualMixin(DenseModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; a `processor` that the model carries is saved with it, so that `pipeline` can open it."""
+        # Names as here: those of checkpoints that came before transformers do not fit the compact parts.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
             save_processor(self.processor, Path(save_directory))
@@ -218,7 +227,8 @@ class ResidualMixin(DenseModel):
         }
         weights = {key: value.clone() for key, value in self.state_dict().items() if key not in own}
         for path, linear in residual_linears(self):
-            weights[f"{path}.weight"] = linear.weight.clone()
+            weight = linear.weight.unsqueeze(-1) if isinstance(linear, ChannelsFirst) else linear.weight
+            weights[f"{path}.weight"] = weight.clone()
             bias = linear.bias
             if bias is not None:
                 weights[f"{path}.bias"] = bias.clone()
@@ -232,6 +242,18 @@ class ResidualMixin(DenseModel):
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)
+
+
+class ResidualGenerationMixin(ResidualMixin):
+    """A `ResidualMixin` for dense classes that generate."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Each token uses the decoder's weights again, so they are unpacked once and kept
+        meanwhile, in the memory of a dense decoder.
+        """
+        decoder = self.family.decoder
+        with unpacked_weights(decoder.find(self)) if decoder and decoder.is_in(self) else nullcontext():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 def _is_of_new_head(model: Any, key: str) -> bool:
@@ -293,7 +315,8 @@ def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConf
         if group_size is not None:
             owner.shared[module_path.replace(".", "_")] = bank
         for group_idx, group in enumerate(groups_of(len(owner.layers), group_size or 1)):
-            dense = owner.layers[group[0]].get_submodule(module_path)
+            convolves = isinstance(owner.layers[group[0]].get_submodule(module_path), nn.Conv1d)
+            dense = as_linear(owner.layers[group[0]].get_submodule(module_path))
             has_bias = dense.bias is not None
             shares_bias = has_bias and config.share_biases and group_size is not None
             if group_size is not None:
@@ -310,11 +333,13 @@ def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConf
                     "diagonal": config.has_diagonal(*dense.weight.shape),
                     "bias": has_bias and not shares_bias,
                 }
-                linear = (
-                    LowRankLinear(dense.weight, layer_idx, rank, **own)
-                    if group_size is None
-                    else ResidualLinear(bank, group_idx, rank, **own)
-                )
+                linear: ResidualLinear
+                if group_size is None:
+                    low_rank = PointwiseLowRank if convolves else LowRankLinear
+                    linear = low_rank(dense.weight, layer_idx, rank, **own)
+                else:
+                    residual = PointwiseResidual if convolves else ResidualLinear
+                    linear = residual(bank, group_idx, rank, **own)
                 owner.layers[layer_idx].set_submodule(module_path, linear)
     for field, keys in used.items():
         for key in getattr(config, field):
@@ -341,7 +366,7 @@ def _shared_like(
     return QuantizedSharedLinear(*shape, bits, config.block_size)
 
 
-def _checked_rank(config: ResidualConfig, path: str, shape: tuple[int, int], least: int) -> int:
+def _checked_rank(config: ResidualConfig, path: str, shape: Sequence[int], least: int) -> int:
     rank, (out_features, in_features) = config.rank_of(path), shape
     most = min(out_features, in_features)
     if not least <= rank <= most:

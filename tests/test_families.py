@@ -7,7 +7,7 @@ from torch import nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2Model, WhisperModel
 
 from hf_residual_transformer.families import (
-    WAV2VEC2,
+    FAMILIES,
     WHISPER,
     Block,
     LayerStack,
@@ -15,6 +15,8 @@ from hf_residual_transformer.families import (
     frame_mask,
     shortest_suffixes,
 )
+
+WAV2VEC2 = FAMILIES["wav2vec2"]
 
 
 def test_a_role_is_the_shortest_ending_that_no_other_path_has():
@@ -37,7 +39,7 @@ def test_two_feed_forwards_of_one_layer_keep_their_matrices_apart():
     blocks = tuple(
         Block(readers=(f"ff{i}.linear1",), writer=f"ff{i}.linear2", scale=0.5, pointwise=True) for i in (1, 2)
     )
-    stack = Stack(name="encoder", classes=(nn.Identity,), blocks=blocks)
+    stack = Stack(name="encoder", classes=("Identity",), blocks=blocks)
     assert stack.modules == ("ff1.linear1", "ff1.linear2", "ff2.linear1", "ff2.linear2")
     assert stack.roles == {path: path for path in stack.modules}
     assert [(stage.block_idx, stage.writes) for stage in stack.stages] == [
@@ -49,8 +51,8 @@ def test_two_feed_forwards_of_one_layer_keep_their_matrices_apart():
 
 
 def test_keys_and_values_from_another_stack_belong_to_the_stage_that_reads():
-    block = Block(readers=("q",), memory=("k", "v"), writer="o", keys="k")
-    stack = Stack(name="decoder", classes=(nn.Identity,), blocks=(block,))
+    block = Block(readers=("q",), memory=("k", "v"), writer="o", keys=("k",))
+    stack = Stack(name="decoder", classes=("Identity",), blocks=(block,))
     assert stack.stages[0].paths == ("q", "k", "v") and stack.keys == {"k"}
 
 

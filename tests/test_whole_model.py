@@ -19,7 +19,7 @@ from transformers import AutoModelForSpeechSeq2Seq, WhisperModel
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.allocation import Curve, Lacking, choose
-from hf_residual_transformer.compression.inputs import final_states, frozen_view, inputs_of
+from hf_residual_transformer.compression.inputs import frozen_view, inputs_of, output_of
 from hf_residual_transformer.compression.statistics import (
     EmbeddingStatistics,
     Group,
@@ -391,7 +391,7 @@ def test_the_decoder_says_which_frames_of_the_encoder_matter():
     found = collect(stacks[0], dense, groups, batches, StatesObjective(stacks[0], gradients), progress=False)
     for weights in found[3, "fc2"].frame_weights:
         assert (weights[:10] > 0).all() and not weights[10:].any()  # the last layer mixes no frames
-    final = final_states(dense, stacks[0].owner, batches[0])
+    final = output_of(dense, stacks[0].owner, batches[0])[0]
     assert final.shape == (1, 50, 32)
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration import ResidualConfig
-from ..families import LayerStack
+from ..families import Family, LayerStack
+from ..layers import as_linear, is_linear
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
 from ..reporting import ConversionReport, ModuleError, saved_tensors
@@ -161,6 +161,7 @@ def convert(
     request = _checked(plan, parts, calibration, start, budget, shared_bits, block_size, iterations, progress)
     loaded = _load_dense(cls, dense)
     view = frozen_view(loaded)
+    _make_linear(view, cls.family)
     with torch.no_grad():
         model, errors = _Conversion(cls, view, request).run()
     model = model.to(loaded.dtype).eval()
@@ -299,7 +300,9 @@ class _Conversion:
     def _part_names(self) -> tuple[str, ...]:
         """The parts that become compact."""
         plan, request = self.request.plan, self.request
-        has = (*self.stacks, *([EMBEDDING] if DECODER in self.stacks else []))
+        output = self.dense.get_output_embeddings()
+        is_tied = output is None or output.weight is self.dense.get_input_embeddings().weight
+        has = (*self.stacks, *([EMBEDDING] if DECODER in self.stacks and is_tied else []))
         if plan is not None:
             names: tuple[str, ...] = tuple(plan.configs) + ((EMBEDDING,) if plan.embedding_bits else ())
         elif request.parts is not None:
@@ -552,6 +555,16 @@ def _fit_group(
     return errors
 
 
+def _make_linear(view: Any, family: Family) -> None:
+    """Makes all matrices of the layers of a `frozen_view` linear modules, which are called."""
+    if family.adapt is not None:
+        family.adapt(view)
+    for stack in family.stacks:
+        for layer in stack.find(view).layers if stack.is_in(view) else ():
+            for path in stack.of_layer(layer).modules:
+                layer.set_submodule(path, as_linear(layer.get_submodule(path)))
+
+
 def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
     """A model of class `cls` in eval mode with everything that a dense one has, and components still to be written.
 
@@ -577,10 +590,10 @@ def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
         replaced |= {
             f"{prefix}.layers.{layer}.{path}.{name}".lstrip(".")
             for layer in range(len(view))
-            for path in stack.modules
+            for path in view.stack.modules
             for name in ("weight", "bias")
         }
-    weights, own = dense.state_dict(), set(model.state_dict())
+    weights, own = dense.state_dict(), model.state_dict()
     if plan.embedding_bits:
         tables = [dense.get_input_embeddings(), dense.get_output_embeddings()]
         replaced |= {f"{names[table]}.weight" for table in tables if table is not None}
@@ -601,7 +614,9 @@ def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
                 f"{sorted(keys)[0]!r} ({len(keys)} such weights); if `dense` carries an adapter, merge it first, as "
                 "with merge_and_unload()"
             )
-    model.load_state_dict({key: value for key, value in weights.items() if key in own}, strict=False)
+    # A point-wise convolution that stays dense has a dimension more than the matrix that stands for it in `dense`.
+    kept = {key: value.view_as(own[key]) for key, value in weights.items() if key in own}
+    model.load_state_dict(kept, strict=False)
     if dense.can_generate():
         model.generation_config = copy.deepcopy(dense.generation_config)
     return model
@@ -628,7 +643,7 @@ def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
     for source, layer in [(stack, layer) for stack in stacks for layer in range(len(stack))]:
         for path in source.stack.modules:
             linear = source.linear(layer, path)
-            if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+            if not is_linear(linear) or not linear.weight.is_floating_point():
                 raise ValueError(
                     f"`dense` must have plain floating-point nn.Linear modules, but its {path} is "
                     f"{type(linear).__name__}; load it without quantisation or adapters (dequantize() or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..families import frame_mask
+from ..families import frame_mask, takes_mask
 from ..speech.collators import LABEL_PADDING
-from ..speech.transcription import transcribe
+from ..speech.transcription import greedy_labels, has_words, transcribe
 
 INPUT_NAMES = ("input_features", "input_values")
 TRANSCRIBED = 8  # batches at a time, since tokens are cheaper together
@@ -118,15 +118,10 @@ def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]
     with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
         for start in range(0, len(lacking), TRANSCRIBED):
             together = lacking[start : start + TRANSCRIBED]
-            sizes = [len(batches[index]["input_features"]) for index in together]
-            features = torch.cat([to_model(model, batches[index])["input_features"] for index in together])
-            labels = transcribe(model, features).to(batches[together[0]]["input_features"].device)
-            for index, own in zip(together, labels.split(sizes)):
-                longest = max(1, int((own != LABEL_PADDING).sum(1).max()))
-                found[index] = {**batches[index], LABELS: own[:, :longest]}
+            for index, labels in zip(together, _transcripts(model, [batches[index] for index in together])):
+                found[index] = {**batches[index], LABELS: labels}
             bar.update(len(together))
-    ending = model.config.eos_token_id
-    if not any(((batch[LABELS] < ending) & (batch[LABELS] >= 0)).any() for batch in found):
+    if not any(has_words(model, batch[LABELS]) for batch in found):
         raise ValueError(
             "`calibration` must have speech for a model with a decoder, but the model hears no word in it; pass other "
             'recordings, or compress the encoder alone, with parts=("encoder",)'
@@ -134,9 +129,32 @@ def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]
     return found
 
 
-def decoder_ids(batch: Mapping[str, Tensor], start: int) -> Tensor:
+def _transcripts(model: Any, batches: list[Batch]) -> list[Tensor]:
+    """Labels for each batch, (batch_size, num_tokens), on the device of its inputs."""
+    if model.config.model_type != "whisper":
+        return [greedy_labels(model, to_model(model, batch)).to(_inputs(batch).device) for batch in batches]
+    features = torch.cat([to_model(model, batch)["input_features"] for batch in batches])
+    together = transcribe(model, features).to(_inputs(batches[0]).device)
+    found = []
+    for labels in together.split([len(_inputs(batch)) for batch in batches]):
+        longest = max(1, int((labels != LABEL_PADDING).sum(1).max()))
+        found.append(labels[:, :longest])
+    return found
+
+
+def _inputs(batch: Batch) -> Tensor:
+    return next(batch[name] for name in INPUT_NAMES if name in batch)
+
+
+def decoder_ids(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The tokens that the decoder reads to predict the labels, (batch_size, num_tokens)."""
-    labels = batch[LABELS]
+    labels, known = batch[LABELS], (model.config, getattr(model, "generation_config", None))
+    starts = (getattr(config, "decoder_start_token_id", None) for config in known)
+    start = next((start for start in starts if start is not None), None)
+    if start is None:
+        raise ValueError(
+            "`decoder_start_token_id` must be set in the config of a model with a decoder, got None"
+        )
     return torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1].clamp_min(0)], 1)
 
 
@@ -149,17 +167,22 @@ def inputs_of(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of a forward pass: labels become the decoder's input, and no cache is kept."""
     inputs: dict[str, Any] = to_model(model, batch)
     if LABELS in inputs:
-        inputs["decoder_input_ids"] = decoder_ids(inputs, model.config.decoder_start_token_id)
+        inputs["decoder_input_ids"] = decoder_ids(model, inputs)
         inputs["use_cache"] = False
         del inputs[LABELS]
     return inputs
 
 
-def mask_of(model: Any, hidden_states: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(batch_size, num_frames), false for frames of padding; None where the family does not mask."""
-    if "attention_mask" not in batch or not hasattr(model, "_get_feature_vector_attention_mask"):
+def mask_of(model: Any, output: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(batch_size, num_frames), false for frames of padding in an encoder's output; None where the family does not
+    mask.
+    """
+    known = getattr(output, "attention_mask", None)
+    if known is not None:
+        return known.bool()
+    if "attention_mask" not in batch or not takes_mask(model):
         return None
-    return frame_mask(model, hidden_states.shape[1], batch["attention_mask"])
+    return frame_mask(model, output[0].shape[1], batch["attention_mask"])
 
 
 class Reached(Exception):
@@ -177,21 +200,28 @@ def run_until_reached(run: Callable[[], Any], handles: list[Any]) -> Any:
             handle.remove()
 
 
-def final_states(model: Any, owner: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The output of the stack that `owner` holds, (batch_size, num_frames, hidden_size). Nothing after it runs."""
-    states: list[Tensor] = []
+def output_of(model: Any, owner: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """The output of the stack that `owner` holds, whose first entry are its final states, of shape (batch_size,
+    num_frames, hidden_size). Nothing after it runs.
+    """
+    outputs: list[Any] = []
     inputs = inputs_of(model, batch) if LABELS in batch else batch
 
     def catch(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(output[0])
+        outputs.append(output)
         raise Reached
 
     run_until_reached(lambda: model(**inputs), [owner.register_forward_hook(catch)])
-    return states[0]
+    return outputs[0]
 
 
-def first_call(model: Any, layer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Context]:
-    """The hidden states that `layer` gets for these inputs, and its other arguments. The layer itself does not run."""
+def calls_of(
+    model: Any, layers: Sequence[nn.Module], inputs: Mapping[str, Any], *, same_arguments: bool
+) -> tuple[Tensor, list[Context]]:
+    """The hidden states that the first of `layers` gets for these inputs, and the other arguments of each.
+
+    Where all get the same arguments, no layer runs.
+    """
     seen: list[tuple[Tensor, Context]] = []
 
     def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,7 +230,10 @@ def first_call(model: Any, layer: nn.Module, inputs: Mapping[str, Any]) -> tuple
         else:
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             seen.append((kwargs["hidden_states"], ((), rest)))
-        raise Reached
+        if same_arguments or len(seen) == len(layers):
+            raise Reached
 
-    run_until_reached(lambda: model(**inputs), [layer.register_forward_pre_hook(catch, with_kwargs=True)])
-    return seen[0]
+    handles = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
+    run_until_reached(lambda: model(**inputs), handles)
+    contexts = [context for _, context in seen]
+    return seen[0][0], contexts * len(layers) if same_arguments else contexts

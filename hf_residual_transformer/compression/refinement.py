@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..families import LayerStack, Stage
-from ..layers import ResidualLinear, unpacked_weights
+from ..layers import ResidualLinear, rows_last, unpacked_weights
 from ..quantization import BLOCK
 from ..reporting import ModuleError
 from .fitting import fit_group
-from .inputs import Batch, Context, Reached, first_call, inputs_of, run_until_reached
+from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached
 from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, damp, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
@@ -79,11 +79,15 @@ class Streams:
         self, dense: LayerStack, residual: LayerStack, models: tuple[Any, Any], batches: Sequence[Batch]
     ) -> None:
         self.source, self.target = dense, residual
+        same = dense.stack.same_arguments
         first = [
-            [first_call(model, stack.layers[0], inputs_of(model, batch)) for batch in batches]
+            [
+                calls_of(model, list(stack.layers), inputs_of(model, batch), same_arguments=same)
+                for batch in batches
+            ]
             for stack, model in zip((dense, residual), models)
         ]
-        # A decoder's contexts hold the final states of its own model's encoder.
+        # By batch and layer. A decoder's contexts hold the final states of its own model's encoder.
         self.dense_contexts, self.residual_contexts = ([context for _, context in calls] for calls in first)
         self.dense_states, self.residual_states = ([states for states, _ in calls] for calls in first)
 
@@ -101,8 +105,8 @@ class Streams:
         source, target = self.source.layers[layer_idx], self.target.layers[layer_idx]
         modules = self.source.stack.modules
         given = [
-            _calls(source, states, context, modules)
-            for states, context in zip(self.dense_states, self.dense_contexts)
+            _calls(source, states, contexts[layer_idx], modules)
+            for states, contexts in zip(self.dense_states, self.dense_contexts)
         ]
         errors = []
         for stage in self.source.stack.stages:
@@ -111,7 +115,7 @@ class Streams:
                 continue
             entries = {path: statistics[layer_idx, path] for path in paths}
             with unpacked_weights(target):  # once for all batches
-                moments = self._moments(target, stage, entries, [calls for calls, _ in given])
+                moments = self._moments(layer_idx, stage, entries, [calls for calls, _ in given])
             for path, found in moments.items():
                 linear: Any = target.get_submodule(path)
                 if fit:
@@ -123,13 +127,13 @@ class Streams:
         if layer_idx + 1 < len(self.source):
             with unpacked_weights(target):
                 self.residual_states = [
-                    _calls(target, states, context, ())[1]
-                    for states, context in zip(self.residual_states, self.residual_contexts)
+                    _calls(target, states, contexts[layer_idx], ())[1]
+                    for states, contexts in zip(self.residual_states, self.residual_contexts)
                 ]
         return errors
 
     def _moments(
-        self, target: nn.Module, stage: Stage, entries: dict[str, MatrixStatistics], given: list[Calls]
+        self, layer_idx: int, stage: Stage, entries: dict[str, MatrixStatistics], given: list[Calls]
     ) -> dict[str, CrossMoments]:
         """For the matrices of a stage: the inputs that the residual layer gives them, and the outputs they should
         give.
@@ -140,13 +144,13 @@ class Streams:
             moments[path] = CrossMoments(out_features, in_features, entry.sum.device)
         modules = self.source.stack.modules
         upto = modules[: modules.index(stage.paths[-1]) + 1]
-        scale = self.source.stack.blocks[stage.block_idx].scale
-        for batch_idx, (states, context) in enumerate(zip(self.residual_states, self.residual_contexts)):
-            found, _ = _calls(target, states, context, upto, whole=False)
+        block, target = self.source.stack.blocks[stage.block_idx], self.target.layers[layer_idx]
+        for batch_idx, (states, contexts) in enumerate(zip(self.residual_states, self.residual_contexts)):
+            found, _ = _calls(target, states, contexts[layer_idx], upto, whole=False)
             lacking: Tensor | float = 0.0
             if stage.writes:
                 stream = self._stream(stage, self.dense_states[batch_idx], given[batch_idx]).float()
-                lacking = (stream - self._stream(stage, states, found).float()) / scale
+                lacking = (stream - self._stream(stage, states, found).float()) * block.keep / block.scale
             for path, entry in entries.items():
                 wanted = given[batch_idx][path][1] + lacking
                 weights = entry.frame_weights[batch_idx]
@@ -206,7 +210,7 @@ class Streams:
         if self.source.is_post_norm:
             return calls[blocks[stage.block_idx].readers[0]][0]
         for block in blocks[: stage.block_idx]:
-            hidden_states = hidden_states + block.scale * calls[block.writer][1]
+            hidden_states = block.keep * hidden_states + block.scale * calls[block.writer][1]
         return hidden_states
 
 
@@ -220,8 +224,8 @@ def _calls(
     calls: Calls = {}
 
     def watch(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            calls[path] = args[0], output
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[path] = rows_last(module, args[0]), rows_last(module, output)
             if not whole and path == paths[-1]:
                 raise Reached
 

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from ..families import LayerStack
+from ..layers import rows_last
 from ..modeling import forward_as
-from .inputs import Batch, decoder_ids, final_states, is_token, mask_of, to_model
+from .inputs import Batch, decoder_ids, is_token, mask_of, output_of, to_model
 
 DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
@@ -247,10 +248,11 @@ class StatesObjective:
 
     def __call__(self, model: Any, batch: Batch, _leaves: list[Tensor]) -> Tensor:
         """A scalar of one batch. Its gradients are samples of how much errors matter."""
-        final = final_states(model, self.source.owner, batch)
+        output = output_of(model, self.source.owner, batch)
+        final = output[0]
         # One window at a time, so that the batch size changes nothing.
         probe = torch.stack([torch.randn(final.shape[1:], generator=self.generator) for _ in final]).to(final)
-        mask = mask_of(model, final, batch)
+        mask = mask_of(model, output, batch)
         if mask is not None:
             probe = probe * mask.unsqueeze(-1)
         if self.memory_gradients is not None:
@@ -286,14 +288,17 @@ class LogitsObjective:
     def __call__(self, model: Any, batch: Batch, leaves: list[Tensor]) -> Tensor:
         """A scalar of one batch. Its gradients are samples of how much errors matter."""
         with torch.no_grad():
-            memory = final_states(model, self.encoder.owner, batch)
-        memory = memory.detach().requires_grad_()
+            encoded = output_of(model, self.encoder.owner, batch)
+        memory = encoded[0].detach().requires_grad_()
+        encoded["last_hidden_state"] = memory.clone()  # since a decoder may change it
         leaves.append(memory)
         memory.register_hook(lambda gradient: self.memory_gradients.append(gradient.detach()))
-        ids, counts = decoder_ids(batch, model.config.decoder_start_token_id), is_token(batch)
-        inputs = {"encoder_outputs": (memory,), "decoder_input_ids": ids, "use_cache": False}
-        states = final_states(model, self.source.owner, inputs)[counts]
-        logits = states @ model.get_input_embeddings().weight.T
+        ids, counts = decoder_ids(model, batch), is_token(batch)
+        inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids, "use_cache": False}
+        if "attention_mask" in batch:
+            inputs["attention_mask"] = batch["attention_mask"]
+        states = output_of(model, self.source.owner, inputs)[0][counts]
+        logits = model.get_output_embeddings()(states)
         chances = logits.detach().softmax(-1)
         # One window at a time, so that the batch size changes nothing.
         windows = chances.cpu().split(counts.sum(1).tolist())
@@ -301,8 +306,8 @@ class LogitsObjective:
         drawn = torch.cat(draws).to(chances.device)
         if self.embedding is not None:
             self.embedding.add_logits(states.detach(), chances)
-            embedding = self.embedding
-            leaves[-1].register_hook(lambda found: embedding.add_lookup(ids[counts], found[counts]))
+            embedding, scale = self.embedding, getattr(self.source.owner, "embed_scale", None) or 1.0
+            leaves[-1].register_hook(lambda found: embedding.add_lookup(ids[counts], scale * found[counts]))
         return logits.log_softmax(-1).gather(1, drawn).sum()
 
 
@@ -370,12 +375,16 @@ def _watching(
         )
 
     def watch(entry: MatrixStatistics, is_skipped: bool) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs = args[0].detach().flatten(0, -2)
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs = rows_last(module, args[0]).detach().flatten(0, -2)
             if is_skipped:
                 entry.frame_weights.append(entry.sum.new_zeros(len(inputs)))
                 return
-            output.register_hook(lambda gradient: entry.update(inputs, gradient.flatten(0, -2)))
+            if not output.requires_grad:  # nothing before relative positions has a gradient
+                start.append(output.requires_grad_())
+            output.register_hook(
+                lambda gradient: entry.update(inputs, rows_last(module, gradient).flatten(0, -2))
+            )
 
         return hook
 

@@ -232,12 +232,14 @@ def extract(arrays: list[np.ndarray], extractor: Any, length: int | None = None)
             f"a clip must be of at most {longest / rate:g} seconds, got {too_long / rate:.2f}; leave longer "
             "ones out with `max_seconds`, or cut them"
         )
-    padding = "longest" if longest is None and length is None else "max_length"
+    # Where it pads mel frames and not samples, a length in samples says nothing; the mask says what is padding.
+    pads_frames = extractor.model_input_names[0] == "input_features" and not hasattr(extractor, "hop_length")
+    padding = "longest" if pads_frames or (longest is None and length is None) else "max_length"
     features = extractor(
         arrays,
         sampling_rate=extractor.sampling_rate,
         padding=padding,
-        max_length=length,
+        max_length=None if pads_frames else length,
         return_tensors="pt",
     )
     return dict(features)

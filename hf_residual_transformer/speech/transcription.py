@@ -1,4 +1,4 @@
-"""Runs Whisper on windows shorter than 30 seconds, for encoder states and for greedy transcripts as labels."""
+"""Greedy transcripts as labels, and Whisper on windows shorter than 30 seconds, for encoder states too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers.models.whisper.tokenization_whisper import TASK_IDS
 from ..whisper import language_and_task_ids
 from .collators import LABEL_PADDING, is_multilingual
 
-FRAMES_A_SECOND = 100  # the rate of Whisper's mel features
+FRAMES_A_SECOND = 100  # the rate of mel features
+SAMPLES_A_SECOND = 16_000
 TOKENS_A_SECOND = 6  # fast speech in a language that needs many tokens
 
 
@@ -138,3 +139,39 @@ def transcribe(model: Any, input_features: Tensor) -> Tensor:
         )[:, 1:]
     ended = (tokens == config.eos_token_id).int()
     return tokens.masked_fill(ended.cumsum(1) > ended, LABEL_PADDING)
+
+
+@torch.no_grad()
+def greedy_labels(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Labels of a sequence-to-sequence model for recordings of any length, as `transcribe` gives those of Whisper.
+
+    Args:
+        model: the model.
+        inputs: one of `input_values`, samples, and `input_features`, and perhaps an `attention_mask`.
+
+    Returns:
+        (batch_size, num_tokens): the text, its end, and -100 as padding.
+    """
+    samples = inputs.get("input_values")
+    seconds = (
+        inputs["input_features"].shape[1] / FRAMES_A_SECOND
+        if samples is None
+        else samples.shape[1] / SAMPLES_A_SECOND
+    )
+    limit = math.ceil(seconds * TOKENS_A_SECOND)
+    tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=limit)[:, 1:]
+    ended = (tokens == model.generation_config.eos_token_id).int()
+    return tokens.masked_fill(ended.cumsum(1) > ended, LABEL_PADDING)
+
+
+def has_words(model: Any, labels: Tensor) -> bool:
+    """Whether there are tokens of text among labels, and not only those that begin and end it."""
+    config = model.config
+    if config.model_type == "whisper":  # whose special tokens are the last
+        return bool(((labels < config.eos_token_id) & (labels >= 0)).any())
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    special = [
+        LABEL_PADDING,
+        *(value for name in names if (value := getattr(config, name, None)) is not None),
+    ]
+    return not bool(torch.isin(labels, torch.tensor(special, device=labels.device)).all())

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..families import WHISPER, family_of
 from ..layers import quantized_weights
 from ..speech.transcription import transcribe
 from ..speech.windows import WindowCollator
@@ -33,14 +34,23 @@ WITHOUT_NOISE: dict[str, Any] = {
 
 
 def trainer_class_for(model: Any) -> type[DistillationTrainer]:
-    """The Trainer that distils `model`, a sequence-to-sequence model or one with CTC."""
-    return Seq2SeqDistillationTrainer if model.config.is_encoder_decoder else CTCDistillationTrainer
+    """The Trainer that distils `model`, a Whisper or an encoder with CTC.
+
+    Raises:
+        ValueError: for other models.
+    """
+    config = model.config
+    if config.is_encoder_decoder and config.model_type != WHISPER.name:
+        raise ValueError(
+            f"`model` must be a Whisper or an encoder with CTC to be trained here, got a {config.model_type}; Trainer "
+            "itself trains it as any model"
+        )
+    return Seq2SeqDistillationTrainer if config.is_encoder_decoder else CTCDistillationTrainer
 
 
 def default_learning_rate(student: Any, teacher: Any) -> float:
     """`learning_rate_for` the encoders of `student` and `teacher`."""
-    family = trainer_class_for(student).family
-    encoders = [family.find_encoder(model) for model in (student, teacher)]
+    encoders = [family_of(student).find_encoder(model) for model in (student, teacher)]
     return learning_rate_for(relative_size(*encoders), mean_bits(student))
 
 

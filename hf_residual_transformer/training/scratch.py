@@ -26,10 +26,10 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from ..classes import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
 from ..configuration import ResidualConfig
 from ..modeling import forward_as
 from ..speech.collators import LABEL_PADDING
-from ..whisper import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
 from .checkpoints import checkpoints_in, last_checkpoint
 from .clips import ctc_frames
 

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from ..families import WAV2VEC2, WHISPER, Family, frame_mask
+from ..families import Family, family_of, frame_mask, num_frames_of
 from ..folders import UNFINISHED, adopt
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
@@ -78,7 +78,6 @@ class DistillationTrainer(Trainer):
             these losses.
     """
 
-    family: ClassVar[Family]
     losses_on_labels: ClassVar[set[str]]
     model: Any
     outcome: DistillationOutcome
@@ -141,6 +140,11 @@ class DistillationTrainer(Trainer):
                 "the student's `layerdrop` must be 0 to compare each layer with the teacher's, got "
                 f"{layerdrop}; pass `layerdrop=0` to from_pretrained"
             )
+
+    @property
+    def family(self) -> Family:
+        """The family of student and teacher."""
+        return family_of(self.model)
 
     @property
     def encoder(self) -> nn.Module:
@@ -407,7 +411,6 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
     padding, because the decoder attends to them.
     """
 
-    family = WHISPER
     losses_on_labels: ClassVar[set[str]] = {"logits", "labels"}
 
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -443,13 +446,13 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
 
 
 class CTCDistillationTrainer(DistillationTrainer):
-    """Distils or fine-tunes a wav2vec 2.0 with a CTC head.
+    """Distils or fine-tunes an encoder with a CTC head, such as wav2vec 2.0 or Parakeet.
 
-    A batch has `input_values` and `attention_mask`, of shape (batch_size, num_samples), and `labels` for the loss on
-    labels. Padded frames do not count. If the model takes no attention mask, a batch has none, and all frames count.
+    A batch has `input_values` of shape (batch_size, num_samples) or `input_features` of shape (batch_size, num_frames,
+    num_mel_bins), an `attention_mask` for their second dimension, and `labels` for the loss on labels. Padded frames do
+    not count. If the model takes no attention mask, a batch has none, and all frames count.
     """
 
-    family = WAV2VEC2
     losses_on_labels: ClassVar[set[str]] = {"labels"}
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
@@ -467,9 +470,9 @@ class CTCDistillationTrainer(DistillationTrainer):
         return None if mask is None else frame_mask(self.model, num_positions, mask, adapter=True)
 
     def _count(self, inputs: Mapping[str, Any]) -> Tensor:
-        values, mask = inputs["input_values"], inputs.get("attention_mask")
+        values, mask = inputs[self.model.main_input_name], inputs.get("attention_mask")
         lengths = torch.full((len(values),), values.shape[1]) if mask is None else mask.sum(-1)
-        num_frames = self.model._get_feat_extract_output_lengths(lengths).sum().item()
+        num_frames = num_frames_of(self.model, lengths).sum().item()
         return torch.tensor([float(len(values)), float(num_frames)])
 
     def _share(self, name: str, shares: Tensor) -> Tensor | float:

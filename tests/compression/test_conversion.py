@@ -22,7 +22,7 @@ from hf_residual_transformer.compression import statistics as calibration_module
 from hf_residual_transformer.compression.allocation import Search, unranked_parameters
 from hf_residual_transformer.compression.conversion import ENCODER, Plan, residual_like
 from hf_residual_transformer.compression.fitting import fit_group, truncate
-from hf_residual_transformer.compression.inputs import final_states, frozen_view
+from hf_residual_transformer.compression.inputs import frozen_view, output_of
 from hf_residual_transformer.compression.statistics import (
     Group,
     MatrixStatistics,
@@ -421,7 +421,7 @@ def test_fitting_to_what_the_residual_encoder_produces_brings_final_states_neare
         model = cls.from_dense(dense, config, calibration=[inputs], progress=False)
         encoders = [cls.family.find_encoder(one) for one in (dense, model)]
         with torch.no_grad():
-            states = [final_states(*pair, inputs) for pair in zip((dense, model), encoders)]
+            states = [output_of(*pair, inputs)[0] for pair in zip((dense, model), encoders)]
         shared = [weight.clone() for weight in encoders[1].shared.parameters()]
         return (states[1] - states[0]).square().mean() / states[0].var(), shared
 
