@@ -195,6 +195,26 @@ def test_tokens_are_written_as_the_bytes_that_they_stand_for(scripts):
     assert scripts.ggml_writer.ordinary_tokens(tokenizer) == [b" the", "\u00e9".encode(), b"!"]
 
 
+def test_adjacent_clips_of_a_folder_are_joined_as_long_as_they_fit(scripts):
+    def clip(path, seconds, value):
+        return path, path, np.full(int(seconds * 16_000), value, np.float32)
+
+    clips = [
+        clip("a/1", 2, 0.1),
+        clip("a/2", 3, 0.2),
+        clip("a/3", 1, 0.3),
+        clip("b/1", 1, 0.4),
+        clip("b/2", 9, 0.5),
+    ]
+    found = list(scripts.compare_runtimes.joined(clips, 5.5))
+    assert [path for path, _, _ in found] == ["a/1", "a/3", "b/1", "b/2"]
+    assert [text for _, text, _ in found] == ["a/1 a/2", "a/3", "b/1", "b/2"]
+    assert [len(samples) / 16_000 for _, _, samples in found] == [5.5, 1, 1, 9]
+    first = found[0][2]
+    assert first[0] == np.float32(0.1) and not first[32_000:40_000].any() and first[40_000] == np.float32(0.2)
+    assert list(scripts.compare_runtimes.joined([], 5)) == []
+
+
 REFERENCES = ["one two three four", "five six", ""]
 TEXTS = {
     "torch-dense": ["One two three", "five six", ""],  # one word of six is wrong
