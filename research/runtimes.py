@@ -252,6 +252,7 @@ class OnnxRuntime(Runtime):
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.frames = 2 * config["max_source_positions"]  # of 10 ms
         self.extractor = FeatureExtractor(feature_size=config["num_mel_bins"])
         self.prompt = [generation["decoder_start_token_id"]]
         if generation.get("is_multilingual", True):
@@ -259,12 +260,13 @@ class OnnxRuntime(Runtime):
             self.prompt += ids
         self.prompt.append(generation["no_timestamps_token_id"])
         self.end = config["eos_token_id"]
-        self.suppressed = generation["suppress_tokens"] or []
-        self.suppressed_first = generation["begin_suppress_tokens"] or []
+        self.suppressed = generation.get("suppress_tokens") or []
+        self.suppressed_first = generation.get("begin_suppress_tokens") or []
 
     def transcribe(self, samples: np.ndarray) -> str:
-        features = self.extractor(np.pad(samples, (0, 30 * SAMPLING_RATE - len(samples))), padding=0)
-        (states,) = self.encoder.run(None, {"input_features": features[None, :, :3000].astype(np.float32)})
+        window = np.pad(samples, (0, self.frames * SAMPLING_RATE // 100 - len(samples)))
+        features = self.extractor(window, padding=0)[None].astype(np.float32)
+        (states,) = self.encoder.run(None, {"input_features": features})
         names = [
             value.name for value in self.decoder.get_inputs() if value.name.startswith("past_key_values.")
         ]

@@ -16,11 +16,14 @@ import soundfile
 import torch
 from conftest import (
     randomize_,
+    speech,
     tiny_whisper_config,
     whisper_generation_config,
     whisper_processor,
 )
 from transformers import WhisperForConditionalGeneration
+
+import hf_residual_transformer as hrt
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
 NAMES = ("ggml_blocks", "ggml_writer", "runtimes", "runtimes_report", "compare_runtimes")
@@ -317,6 +320,35 @@ def speech_folder(tmp_path):
         lines.append(f"{index}.wav,one two,en,test")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def test_onnx_runtime_writes_the_words_that_pytorch_writes(dense_folder, scripts, tmp_path, monkeypatch):
+    """The features come from Transformers here, since faster-whisper is not among the packages of the tests."""
+
+    class FeatureExtractor:
+        def __init__(self, feature_size):
+            self.own = whisper_processor().feature_extractor
+
+        def __call__(self, samples, padding):
+            return self.own(samples, sampling_rate=16_000)["input_features"][0]
+
+    module = SimpleNamespace(FeatureExtractor=FeatureExtractor)
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(feature_extractor=module))
+    monkeypatch.setitem(sys.modules, "faster_whisper.feature_extractor", module)
+    monkeypatch.setattr(scripts.runtimes, "MAX_NEW_TOKENS", 8)
+    hrt.export(str(dense_folder), tmp_path / "onnx", floats="float32")
+    clips = {str(index): speech(0.7, seed=index).numpy() for index in range(2)}
+    np.savez(tmp_path / "clips.npz", **clips)
+    systems = ("torch-dense", f"onnxruntime:{tmp_path}/onnx")
+    wanted, found = (
+        scripts.runtimes.measure(scripts.runtimes.create(system, dense_folder), tmp_path / "clips.npz")[
+            "texts"
+        ]
+        for system in systems
+    )
+    assert found == wanted and all(wanted)
+    with pytest.raises(ValueError, match="has no weights"):
+        scripts.runtimes.create(f"onnxruntime:{tmp_path}/onnx@_int8", dense_folder)
 
 
 @pytest.mark.slow
