@@ -4,7 +4,8 @@
 `ct2-int8`            for faster-whisper, where the package ctranslate2 is installed; `ct2-float16` too
 `onnx/onnx/…`         with `--onnx FOLDER`, a plain export: its graphs in float32, `…_int8` by ONNX Runtime's dynamic
                       quantisation, and `…_q4` in blocks of 32 weights, each rounded on its own. Both are quantised with
-                      the settings of the script with which the files for transformers.js are made
+                      the settings of the script with which the files for transformers.js are made. It needs
+                      the package onnx-ir
 
     python -m venv /tmp/optimum && /tmp/optimum/bin/pip install "optimum-onnx[onnxruntime]"
     /tmp/optimum/bin/optimum-cli export onnx --model $(python research/pretrained.py openai/whisper-base) \\
@@ -51,12 +52,11 @@ def write_ctranslate2(dense: str, out: Path) -> None:
     for precision in ("int8", "float16"):
         folder = out / f"ct2-{precision}"
         if not folder.exists():
-            # CTranslate2 writes `dtype` options of its own time, so the folder's tokenizer is copied with it.
             converter = TransformersConverter(dense, copy_files=["tokenizer.json"])
             converter.convert(str(folder), quantization=precision)
 
 
-def quantize_onnx(plain: Path, out: Path) -> None:
+def quantize_onnx(dense: str, plain: Path, out: Path) -> None:
     """Quantises the two graphs of a plain export, and copies what a runtime needs beside them."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -64,7 +64,7 @@ def quantize_onnx(plain: Path, out: Path) -> None:
 
     graphs = out / "onnx"
     graphs.mkdir(parents=True, exist_ok=True)
-    for path in plain.glob("*.json"):
+    for path in (*plain.glob("*.json"), Path(dense) / "tokenizer.json"):
         shutil.copy(path, out)
     for name in GRAPHS:
         source = plain / f"{name}.onnx"
@@ -101,7 +101,7 @@ def main() -> None:
     else:
         write_ctranslate2(dense, args.out)
     if args.onnx is not None and not (args.out / "onnx" / "onnx" / f"{GRAPHS[1]}_q4.onnx").exists():
-        quantize_onnx(args.onnx, args.out / "onnx")
+        quantize_onnx(dense, args.onnx, args.out / "onnx")
 
 
 if __name__ == "__main__":
