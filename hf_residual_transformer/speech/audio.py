@@ -184,7 +184,7 @@ def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
                 "with `ffmpeg -i FILE OUT.flac`, or remove it from the data"
             ) from error
         samples = np.concatenate(blocks)
-        if (known and len(samples) < file.frames) or _ends_early(data):
+        if (known and len(samples) < file.frames) or _ends_early(data, len(samples)):
             raise ValueError(
                 f"{name} is cut off or damaged: {len(samples) / rate:.2f} seconds can be read, less than it says it "
                 "has; get a whole copy, or save what can be read, as with `ffmpeg -i FILE OUT.flac`, or remove it "
@@ -249,11 +249,11 @@ def _with_sizes(data: bytes) -> bytes:
     return data[: start - 4] + size + data[start:]
 
 
-def _ends_early(data: bytes) -> bool:
+def _ends_early(data: bytes, num_frames: int) -> bool:
     """Whether a file lacks bytes at its end, which libsndfile does not report.
 
-    Bytes of samples are counted in WAV, RF64, AIFF and AU files. The last page of an Ogg file must be whole
-    (RFC 3533, section 6).
+    Bytes of samples are counted in WAV, RF64, AIFF and AU files. An AIFF file must not state more frames than the
+    `num_frames` that were decoded. The last page of an Ogg file must be whole (RFC 3533, section 6).
     """
     if data[:4] in (b"RIFF", b"RF64", b"FORM"):
         sizes = {name: (start, size) for name, start, size in reversed(list(_chunks(data)))}
@@ -262,7 +262,9 @@ def _ends_early(data: bytes) -> bool:
             at = sizes[b"ds64"][0] + 8
             size = int.from_bytes(data[at : at + 8], "little")
             return size > len(data) - start
-        return size < UNKNOWN_SIZE and size > len(data) - start
+        described, _ = sizes.get(b"COMM", (len(data), 0))
+        stated = int.from_bytes(data[described + 2 : described + 6], "big")
+        return stated > num_frames or (size < UNKNOWN_SIZE and size > len(data) - start)
     if data[:4] == b".snd":
         start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
         return size < UNKNOWN_SIZE and size > len(data) - start
@@ -278,19 +280,25 @@ def _lacks_end_mark(data: bytes) -> bool:
 
 
 def _bytes_after_samples(data: bytes) -> int:
-    """The number of bytes after the samples of a WAV file that are neither padding nor chunks, such as of tags."""
-    if data[:4] != b"RIFF":
+    """The number of bytes after the samples of a WAV, AIFF or AU file that are neither padding nor chunks."""
+    if data[:4] == b".snd":
+        start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
+        return 0 if size >= UNKNOWN_SIZE else len(data[start + size :].strip(b"\0"))
+    if data[:4] not in (b"RIFF", b"FORM"):
         return 0
     chunks = list(_chunks(data))
     names = [name for name, *_ in chunks]
-    if b"data" not in names:
+    of_samples = b"data" if data[:4] == b"RIFF" else b"SSND"
+    if of_samples not in names:
         return 0
-    _, start, size = chunks[names.index(b"data")]
+    _, start, size = chunks[names.index(of_samples)]
     if size == 0 or size >= UNKNOWN_SIZE:
         return 0
     rest = data[start + size :]
     known = all(name.isascii() and name.decode().isprintable() for name in names)
-    return 0 if known and (len(names) > names.index(b"data") + 1 or len(rest) < 8) else len(rest.strip(b"\0"))
+    return (
+        0 if known and (len(names) > names.index(of_samples) + 1 or len(rest) < 8) else len(rest.strip(b"\0"))
+    )
 
 
 def _last_page(data: bytes) -> tuple[int, bytes, bool]:

@@ -350,7 +350,7 @@ def _metadata(folder: Path) -> Path | None:
 def _split_of(table: Table, split: str) -> Table:
     kept = table.where("split", split)
     if not kept.rows:
-        found = ", ".join(sorted({str(value) for value in table.texts("split", null=True)})[:20])
+        found = ", ".join(sorted({str(value) for value in table.texts("split")})[:20])
         raise ValueError(f"`split` must be one of those in the data ({found}), got {split!r}")
     return kept
 
@@ -415,16 +415,16 @@ def _build(
     local = options.get("data_files", name)
     try:
         builder = load_dataset_builder(name, config_name, revision=revision, **options)
-        if type(builder).__name__ == "AudioFolder":
-            raise ValueError(
-                f"{name!r} consists of loose audio files, which `datasets` reads through torchcodec alone; pass "
-                "revision 'refs/convert/parquet', the Hub's own conversion, or download it and pass the folder"
-            )
-        if streaming:
+        loose = type(builder).__name__ == "AudioFolder"
+        if streaming and not loose:
             return builder.as_streaming_dataset(split)
-        builder.download_and_prepare()
-        return builder.as_dataset(split)
-    except (DatasetsError, pyarrow.ArrowException, OSError) as error:
+        if not loose:
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split)
+            if os.path.exists(local):
+                _check_texts(dataset)
+            return dataset
+    except (DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
         if not os.path.exists(local):
             raise
         cause = error.__cause__ or error
@@ -432,6 +432,20 @@ def _build(
             f"{local} holds no recordings that can be read ({cause}); it must have audio files, a table called "
             "metadata.csv, .tsv, .jsonl or .parquet, or the whole files of a Hub data set"
         ) from error
+    raise ValueError(
+        f"{name!r} consists of loose audio files, which `datasets` reads through torchcodec alone; pass "
+        "revision 'refs/convert/parquet', the Hub's own conversion, or download it and pass the folder"
+    )
+
+
+def _check_texts(dataset: Dataset) -> None:
+    """Checks that all texts are UTF-8, which a damaged Parquet file may not be.
+
+    Raises:
+        pyarrow.ArrowInvalid: naming the column's first wrong value.
+    """
+    texts = [name for name, feature in dataset.features.items() if feature == Value("string")]
+    dataset.data.table.select(texts).validate(full=True)
 
 
 def _filter(

@@ -9,6 +9,8 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 from datasets import Dataset, IterableDataset
@@ -214,6 +216,23 @@ class TestTables:
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=problem):
             load_speech_dataset(folder / name)
+
+    def test_a_damaged_parquet_is_named(self, folder):
+        table = folder / "t.parquet"
+        rows = pyarrow.table({"file_name": ["0.wav"], "text": ["abcdefgh"]})
+        pyarrow.parquet.write_table(
+            rows, table, compression="none", use_dictionary=False, write_statistics=False
+        )
+        content = table.read_bytes()
+        table.write_bytes(content.replace(b"abcdefgh", b"abc\xffefgh"))
+        with pytest.raises(ValueError, match=r"t\.parquet holds no recordings that can be read .*UTF8"):
+            load_speech_dataset(table)
+
+    def test_a_row_without_a_split_is_not_left_out_in_silence(self, folder):
+        rows = [{"file_name": "0.wav", "text": "a", "split": "train"}, {"file_name": "1.wav", "text": "b"}]
+        (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(ValueError, match=r"line 2 of .*'split' must be text, got nothing"):
+            load_speech_dataset(folder / "t.jsonl")
 
     def test_what_is_not_read_may_be_anything(self, folder):
         rows = [{"file_name": "0.wav", "text": "a", "n": 1, "split": "train"},
@@ -431,6 +450,14 @@ class TestContainers:
         decode_audio(WAV + b"LIST" + (4).to_bytes(4, "little") + b"INFO", RATE)
         decode_audio(WAV + bytes(512), RATE)
         assert not caplog.text
+
+    def test_aiff_and_au_that_leave_samples_out_are_refused_or_said(self, caplog):
+        aiff, au = encode(tone(), format="AIFF"), encode(tone(), format="AU")
+        offset = aiff.index(b"SSND") + 8
+        with pytest.raises(ValueError, match="is cut off or damaged"):
+            decode_audio(replaced(aiff, offset, (800).to_bytes(4, "big")), RATE)
+        decode_audio(replaced(au, 8, (800).to_bytes(4, "big")), RATE)
+        assert "bytes after its 0.03 seconds that are not read" in caplog.text
 
     @pytest.mark.parametrize("rate", [2**31 - 1, 12_000_000, 1, 999])
     def test_a_rate_that_no_recording_has_is_refused_before_it_is_resampled(self, rate):
