@@ -28,6 +28,16 @@ def save_processor(processor: Any, folder: Path) -> None:
         (folder / "normalizer.json").write_text(json.dumps(spellings, indent=2) + "\n", encoding="utf-8")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    new = path.with_name(path.name + UNFINISHED)
+    with new.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
 def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) -> Path:
     """Refuses a folder that holds files unless `overwrite` or `resume` is true. The folder need not exist.
 

@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 BLOCK = 1 << 16  # samples that are decoded at a time
 ENDLESS = 1 << 62  # frames; libsndfile says so of a FLAC file that does not know its length
+OGG_TABLE = []  # of the checksum, by the next byte
+for _register in range(256):
+    _register <<= 24
+    for _ in range(8):
+        _register = (_register << 1) ^ (0x1_04C1_1DB7 if _register & 0x8000_0000 else 0)
+    OGG_TABLE.append(_register)
 UNKNOWN_SIZE = 0x7FFF_F000  # bytes; sizes from here on are what programs write to a pipe
 
 
@@ -150,7 +156,7 @@ def open_audio(data: bytes, name: str) -> soundfile.SoundFile:
     if not data:
         raise ValueError(f"{name} is an empty file; remove it from the data")
     try:
-        return _Sequential(io.BytesIO(_with_sizes(data)))
+        return _Sequential(io.BytesIO(_with_end_mark(_with_sizes(data))))
     except soundfile.LibsndfileError as error:
         raise ValueError(
             f"{name} is not audio that libsndfile reads ({error.error_string}): it is damaged, or not WAV, FLAC, Ogg "
@@ -231,9 +237,13 @@ def _has_count(data: bytes) -> bool:
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """The name, the start and the size in bytes of each chunk of a RIFF, RF64 or AIFF file."""
     order: Any = "big" if data[:4] == b"FORM" else "little"
-    position = 12
+    position, long_size = 12, None
     while position + 8 <= len(data):
         size = int.from_bytes(data[position + 4 : position + 8], order)
+        if data[:4] == b"RF64" and data[position : position + 4] == b"ds64":
+            long_size = int.from_bytes(data[position + 16 : position + 24], "little")
+        if data[position : position + 4] == b"data" and size == 0xFFFF_FFFF and long_size is not None:
+            size = long_size
         yield data[position : position + 4], position + 8, size
         position += 8 + size + size % 2
 
@@ -249,28 +259,50 @@ def _with_sizes(data: bytes) -> bytes:
     return data[: start - 4] + size + data[start:]
 
 
+def _with_end_mark(data: bytes) -> bytes:
+    """An Ogg Opus file whose last page is marked as the last, without which libsndfile does not read the page where it
+    ends within a packet.
+    """
+    if b"OpusHead" not in data[:64] or not _lacks_end_mark(data) or _ends_early(data, 0):
+        return data
+    start, segments, _ = _last_page(data)
+    page = bytearray(data[start : start + 27 + len(segments) + sum(segments)])
+    page[5] |= 4
+    page[22:26] = _ogg_checksum(page)
+    return data[:start] + bytes(page)
+
+
+def _ogg_checksum(page: bytes | bytearray) -> bytes:
+    """The CRC-32 of RFC 3533, section 6, which is not that of `zlib`: bits are not reflected, and it starts at 0."""
+    register = 0
+    for byte in page[:22] + bytes(4) + page[26:]:
+        register = (register << 8 & 0xFFFF_FFFF) ^ OGG_TABLE[register >> 24 ^ byte]
+    return register.to_bytes(4, "little")
+
+
 def _ends_early(data: bytes, num_frames: int) -> bool:
     """Whether a file lacks bytes at its end, which libsndfile does not report.
 
     Bytes of samples are counted in WAV, RF64, AIFF and AU files. An AIFF file must not state more frames than the
-    `num_frames` that were decoded. The last page of an Ogg file must be whole (RFC 3533, section 6).
+    `num_frames` that were decoded. The last page of an Ogg file must be whole and have its checksum (RFC 3533, section
+    6).
     """
     if data[:4] in (b"RIFF", b"RF64", b"FORM"):
         sizes = {name: (start, size) for name, start, size in reversed(list(_chunks(data)))}
         start, size = sizes.get(b"SSND" if data[:4] == b"FORM" else b"data", (0, 0))
-        if data[:4] == b"RF64" and b"ds64" in sizes:
-            at = sizes[b"ds64"][0] + 8
-            size = int.from_bytes(data[at : at + 8], "little")
-            return size > len(data) - start
         described, _ = sizes.get(b"COMM", (len(data), 0))
         stated = int.from_bytes(data[described + 2 : described + 6], "big")
-        return stated > num_frames or (size < UNKNOWN_SIZE and size > len(data) - start)
+        known = size < UNKNOWN_SIZE or data[:4] == b"RF64"
+        return stated > num_frames or (known and size > len(data) - start)
     if data[:4] == b".snd":
         start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
         return size < UNKNOWN_SIZE and size > len(data) - start
     if data[:4] == b"OggS":
         page, segments, body = _last_page(data)
-        return not segments or page + 27 + len(segments) + sum(segments) > len(data) or not body
+        end = page + 27 + len(segments) + sum(segments)
+        if not segments or end > len(data) or not body:
+            return True
+        return _ogg_checksum(data[page:end]) != data[page + 22 : page + 26]
     return False
 
 
@@ -280,19 +312,19 @@ def _lacks_end_mark(data: bytes) -> bool:
 
 
 def _bytes_after_samples(data: bytes) -> int:
-    """The number of bytes after the samples of a WAV, AIFF or AU file that are neither padding nor chunks."""
+    """The number of bytes after the samples of a WAV, RF64, AIFF or AU file that are neither padding nor chunks."""
     if data[:4] == b".snd":
         start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
         return 0 if size >= UNKNOWN_SIZE else len(data[start + size :].strip(b"\0"))
-    if data[:4] not in (b"RIFF", b"FORM"):
+    if data[:4] not in (b"RIFF", b"RF64", b"FORM"):
         return 0
     chunks = list(_chunks(data))
     names = [name for name, *_ in chunks]
-    of_samples = b"data" if data[:4] == b"RIFF" else b"SSND"
+    of_samples = b"SSND" if data[:4] == b"FORM" else b"data"
     if of_samples not in names:
         return 0
     _, start, size = chunks[names.index(of_samples)]
-    if size == 0 or size >= UNKNOWN_SIZE:
+    if size == 0 or (size >= UNKNOWN_SIZE and data[:4] != b"RF64"):
         return 0
     rest = data[start + size :]
     known = all(name.isascii() and name.decode().isprintable() for name in names)

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..folders import CHECKPOINTS
 
 logger = logging.get_logger(__name__)
 RUN_FILE = "run.json"
+# How long a run is: a longer one may go on from a checkpoint.
+LENGTHS = ("options.max_steps", "options.num_train_epochs")
 # The Trainer's options that change what a run computes; others, such as how often it logs, may differ in a resumed run.
 OPTIONS = (
     "max_steps",
@@ -46,7 +49,7 @@ def run_of(trainer: Any) -> dict[str, Any]:
     run = {
         "student": digest.hexdigest(),
         "data": {"clips": len(data) if hasattr(data, "__len__") else None, **(trainer.run_data or {})},
-        "losses": vars(trainer.distillation),
+        "losses": trainer.run_settings(),
         "options": {name: getattr(trainer.args, name, None) for name in OPTIONS},
     }
     plain: dict[str, Any] = json.loads(json.dumps(run, default=str))
@@ -54,7 +57,7 @@ def run_of(trainer: Any) -> dict[str, Any]:
 
 
 def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Refuses the checkpoint of another run.
+    """Refuses the checkpoint of another run. A run that becomes longer or shorter is the same, which a warning says.
 
     Raises:
         ValueError: naming the first thing that differs.
@@ -67,12 +70,34 @@ def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
         return
     theirs, ours = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(run)
     for name in {**theirs, **ours}:
-        if theirs.get(name) != ours.get(name):
+        if theirs.get(name) == ours.get(name):
+            continue
+        if name in LENGTHS:
+            logger.warning(
+                f"{checkpoint} is of a run whose {name} was {theirs.get(name)!r}, and now is {ours.get(name)!r}: the "
+                "learning rate follows the new length from here on, so that the result is not that of one run of this "
+                "length"
+            )
+        else:
             raise ValueError(
                 f"{checkpoint} belongs to another run: its {name} is {theirs.get(name)!r}, and that of this run is "
                 f"{ours.get(name)!r}; give the same student, data and options, or start anew with --overwrite and "
                 "without --resume_from_checkpoint"
             )
+
+
+def check_steps(checkpoint: Path, max_steps: int) -> None:
+    """Refuses a checkpoint that is further than a run is to go.
+
+    Raises:
+        ValueError: naming both numbers of steps.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    if 0 < max_steps < state["global_step"]:
+        raise ValueError(
+            f"`max_steps` must be at least {state['global_step']}, the steps of {checkpoint}, got {max_steps}; name an "
+            "earlier checkpoint, or more steps"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -113,7 +138,7 @@ def fault_of(checkpoint: Path) -> str | None:
         _check_complete(checkpoint)
     except FileNotFoundError as error:
         return f"a file is missing ({error})"
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
         return f"a file is cut or broken ({error})"
     return None
 
@@ -125,7 +150,7 @@ def _check_complete(checkpoint: Path) -> None:
     for name in sorted(set(names)) or ["model.safetensors"]:
         with safe_open(checkpoint / name, framework="pt") as tensors:
             tensors.keys()
-    json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     if (checkpoint / RUN_FILE).exists():
         json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
     for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):

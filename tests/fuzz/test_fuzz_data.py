@@ -11,12 +11,9 @@ import functools
 import io
 import json
 import logging
-import os
 import random
 import re
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -25,15 +22,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
+from fuzz_counts import MANY, SEED, Counts, changed, write_results
 
-from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.audio import decode_audio
 from hf_residual_transformer.speech.datasets import load_speech_dataset
 
-SEED = int(os.environ.get("HRT_FUZZ_SEED", "19"))
 RATE = 16_000
-FEW, MANY = 25, int(os.environ.get("HRT_FUZZ_CASES", "3000"))
-SECONDS = 10  # of the CPU that a case may take; one that hangs takes longer
+FEW = 25
 TEXTS = ["one", "two, three", 'four "five"', "sechs ä", "हिन्दी", "null"]
 NAMES = ("file_name", "text", "language", "split")
 
@@ -77,58 +72,6 @@ WIDTHS = {
 }
 # Plain samples have no checksum, so that nothing tells a changed one from a recorded one.
 HEADERS = {"WAV": 44, "WAVEX": 80, "AIFF": 54, "AU": 24, "RF64": 104}
-
-
-def changed(  # noqa: PLR0911
-    random: random.Random, content: bytes, limit: int | None = None
-) -> tuple[str, bytes]:
-    """One change, its name, and the result; `limit` is the number of first bytes that may change in place."""
-    kind = random.choice(("cut", "flip", "byte", "four bytes", "delete", "insert", "double", "append"))
-    if limit is not None and kind in ("delete", "insert", "double"):
-        kind = "cut"
-    position = random.randrange(min(limit or len(content), len(content)))
-    if kind == "cut":
-        return kind, content[: random.randrange(len(content))]
-    if kind == "flip":
-        return kind, splice(content, position, bytes([content[position] ^ 1 << random.randrange(8)]))
-    if kind == "byte":
-        return kind, splice(
-            content, position, bytes([random.choice((0, 0x22, 0x2C, 0x7F, 0x80, 0xFF, 10, 9))])
-        )
-    if kind == "four bytes":
-        position = min(position, (limit or len(content)) - 4)
-        value = random.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, random.randrange(2**32)))
-        return kind, splice(content, position, value.to_bytes(4, random.choice(("little", "big"))))[
-            : len(content)
-        ]
-    length = random.randrange(1, 64)
-    part = content[position : position + length]
-    if kind == "delete":
-        return kind, content[:position] + content[position + length :]
-    if kind == "insert":
-        return kind, content[:position] + random.randbytes(length) + content[position:]
-    if kind == "double":
-        return kind, content[:position] + part + content[position:]
-    return kind, content + random.randbytes(length)
-
-
-def splice(content: bytes, position: int, new: bytes) -> bytes:
-    return content[:position] + new + content[position + len(new) :]
-
-
-class Counts:
-    """What came of the cases of one kind of input, and every case that must not be."""
-
-    def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.faults: list[str] = []
-        self.slowest = 0.0
-
-    def note(self, outcome: str, case: str, seconds: float, *, fault: bool = False) -> None:
-        self.outcomes[outcome] += 1
-        self.slowest = max(self.slowest, seconds)
-        if fault or seconds > SECONDS:
-            self.faults.append(f"{case}: {outcome}, {seconds:.1f} s")
 
 
 class Warned(logging.Handler):
@@ -186,7 +129,11 @@ def consistent(format: str, content: bytes, broken: bytes, samples: np.ndarray, 
     only its length can be compared.
     """
     if format == "MP3":
-        return abs(len(samples) - len(whole)) <= 1152  # one frame
+        first = content.find(
+            content[:3], 3
+        )  # the first frame says how many samples are left out at both ends
+        padding = 2 * 4095 if broken[first:] == content[first:] else 0
+        return abs(len(samples) - len(whole)) <= max(padding, 1152)  # one frame
     if format not in HEADERS or len(broken) < len(content):
         return False
     if broken[HEADERS[format] : len(content)] != content[HEADERS[format] :]:
@@ -314,13 +261,5 @@ def test_a_broken_input_gives_a_clear_error_or_what_the_whole_one_gives(tmp_path
 
 @pytest.mark.fuzz
 def test_thousands_of_broken_inputs_give_a_clear_error_or_what_the_whole_one_gives(tmp_path):
-    report, faults = {}, []
-    for fuzz in (fuzz_audio, fuzz_table):
-        for name, found in sorted(run(fuzz, MANY, tmp_path).items()):
-            report[name] = {**found.outcomes, "slowest_seconds": round(found.slowest, 2)}
-            faults += found.faults
-    if path := os.environ.get("HRT_FUZZ_RESULTS"):
-        result = {"seed": SEED, "cases": 2 * MANY, "faults": len(faults), "outcomes": report, **provenance()}
-        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1), file=sys.stderr)
-    assert not faults, "\n".join(faults)
+    counts = {**run(fuzz_audio, MANY, tmp_path), **run(fuzz_table, MANY, tmp_path)}
+    write_results("HRT_FUZZ_RESULTS", counts)
