@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from ..folders import CHECKPOINTS
 
 logger = logging.get_logger(__name__)
 RUN_FILE = "run.json"
+ALWAYS = ("optimizer.pt", "scheduler.pt")
 # How long a run is: a longer one may go on from a checkpoint.
 LENGTHS = ("options.max_steps", "options.num_train_epochs")
 # The Trainer's options that change what a run computes; others, such as how often it logs, may differ in a resumed run.
@@ -138,7 +140,7 @@ def fault_of(checkpoint: Path) -> str | None:
         _check_complete(checkpoint)
     except FileNotFoundError as error:
         return f"a file is missing ({error})"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage can break anything in the readers
         return f"a file is cut or broken ({error})"
     return None
 
@@ -150,13 +152,21 @@ def _check_complete(checkpoint: Path) -> None:
     for name in sorted(set(names)) or ["model.safetensors"]:
         with safe_open(checkpoint / name, framework="pt") as tensors:
             tensors.keys()
-    json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    if (checkpoint / RUN_FILE).exists():
-        json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
-    for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
-        if path.exists() or not _has_sharded_state(checkpoint):
-            with zipfile.ZipFile(path):  # in which torch saves; the directory of the archive is at its end
-                pass
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    named = checkpoint.name.rpartition("-")[2]
+    if named.isdigit() and step != int(named):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of step {step!r}")
+    run = checkpoint / RUN_FILE
+    if run.exists() and not isinstance(json.loads(run.read_text(encoding="utf-8")), dict):
+        raise ValueError(f"{RUN_FILE} is of no run")
+    needed = set() if _has_sharded_state(checkpoint) else {checkpoint / name for name in ALWAYS}
+    for path in {*needed, *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}:
+        with zipfile.ZipFile(path) as archive:  # in which torch saves, with a checksum for each tensor
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path.name} does not have its checksum at {damaged!r}")
+        with safe_globals():
+            torch.load(path, map_location="meta", weights_only=True)  # reads all but the tensors
 
 
 def _has_sharded_state(checkpoint: Path) -> bool:

@@ -81,3 +81,22 @@ def write_results(variable: str, counts: dict[str, Counts]) -> None:
         Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1), file=sys.stderr)
     assert not faults, "\n".join(faults)
+
+
+def table_of(path: Path) -> str:
+    """The counts of a file of results as a table in Markdown, as docs/fuzzing.md has it."""
+    outcomes = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+    totals: Counter[str] = Counter()
+    for found in outcomes.values():
+        totals.update({name: number for name, number in found.items() if name != "slowest_seconds"})
+    columns = [name for name, _ in totals.most_common()]
+    lines = ["| input | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [
+        f"| {kind} | " + " | ".join(str(found.get(name, 0)) for name in columns) + " |"
+        for kind, found in sorted(outcomes.items())
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table_of(Path(sys.argv[1])))
