@@ -110,6 +110,26 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index of shards lists, which are beside it.
+
+    Raises:
+        ValueError: naming the index, if it cannot be read, or lists something else.
+    """
+    try:
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards ({error!r}); save or fetch the checkpoint again"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(
+                f"{index} must list files beside it, got {name!r}; save or fetch the checkpoint again"
+            )
+    return sorted(set(names))
+
+
 def set_checkpoints_aside(folder: Path) -> None:
     """Renames the checkpoints of an earlier run, so that "last" cannot mean one of them."""
     old = [path for path in sorted(folder.glob(CHECKPOINTS)) if path.is_dir()]

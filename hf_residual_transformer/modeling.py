@@ -23,7 +23,7 @@ from transformers import initialization as init
 
 from .configuration import ResidualConfig, key_of
 from .families import Family, Stack, groups_of
-from .folders import save_processor
+from .folders import save_processor, shards_of
 from .layers import (
     SHARED,
     LowRankLinear,
@@ -146,6 +146,9 @@ class ResidualMixin(DenseModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         checkpoint = f"the checkpoint {str(pretrained_model_name_or_path)!r}"
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        for index in folder.glob("*.safetensors.index.json"):
+            shards_of(index)  # else a file elsewhere would be read, or a device without an end
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

@@ -113,6 +113,18 @@ def test_a_field_of_a_wrong_type_is_named(load, field, value, tmp_path):
         load.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../model.safetensors", "none.safetensors", ".", "", 5, None])
+def test_an_index_of_shards_lists_only_files_beside_it(name, tmp_path):
+    model_class = saved(tmp_path, "whisper")
+    model_class.from_pretrained(tmp_path).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.encoder.conv1.bias"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json must list files beside it, got"):
+        model_class.from_pretrained(tmp_path / "shards")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 5}}', "\ud800"])
 def test_a_broken_index_of_shards_is_named(content, tmp_path):
     model_class = saved(tmp_path, "whisper")

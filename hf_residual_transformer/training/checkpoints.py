@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
-from ..folders import CHECKPOINTS
+from ..folders import CHECKPOINTS, shards_of
 
 logger = logging.get_logger(__name__)
 RUN_FILE = "run.json"
@@ -148,7 +148,7 @@ def fault_of(checkpoint: Path) -> str | None:
 def _check_complete(checkpoint: Path) -> None:
     names = [path.name for path in checkpoint.glob("*.safetensors")]
     for index in checkpoint.glob("*.safetensors.index.json"):
-        names += json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names += shards_of(index)
     for name in sorted(set(names)) or ["model.safetensors"]:
         with safe_open(checkpoint / name, framework="pt") as tensors:
             tensors.keys()

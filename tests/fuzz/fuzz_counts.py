@@ -85,7 +85,11 @@ def write_results(variable: str, counts: dict[str, Counts]) -> None:
 
 def table_of(path: Path) -> str:
     """The counts of a file of results as a table in Markdown, as docs/fuzzing.md has it."""
-    outcomes = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+    outcomes: dict[str, Counter[str]] = {}
+    for kind, found in json.loads(path.read_text(encoding="utf-8"))["outcomes"].items():
+        counts = outcomes.setdefault(kind, Counter())
+        for name, number in found.items():
+            counts["fault" if ":" in name or name.startswith("silently") else name] += number
     totals: Counter[str] = Counter()
     for found in outcomes.values():
         totals.update({name: number for name, number in found.items() if name != "slowest_seconds"})

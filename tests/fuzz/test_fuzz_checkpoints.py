@@ -181,6 +181,7 @@ def change_weights(random: random.Random, folder: Path) -> Change:
         value = tensors[key]
         others = [value[:-1], value.flatten()[None], value[..., None], torch.cat([value, value])]
         tensors[key] = random.choice(others).contiguous()
+        expected = EQUAL if tensors[key].shape == value.shape else ERROR
     elif tensors[key].is_floating_point():
         tensors[key].view(-1)[random.randrange(tensors[key].numel())] = random.choice(
             (torch.nan, torch.inf, -torch.inf)

@@ -190,7 +190,8 @@ def fuzz_table(number: int, counts: dict[str, Counts], folder: Path) -> None:
             texts = [(row["audio"]["path"], row["text"]) for row in rows]
         except Exception as error:
             named = any(
-                word in str(error) for word in (table.name, str(folder), "_column`", "`split`", "column '")
+                word in str(error)
+                for word in (table.name, str(folder), ".wav", "_column`", "`split`", "column '")
             )
             clear = type(error) is ValueError and named
             outcome = "clear error" if clear else f"{type(error).__name__}: {error}"
