@@ -28,6 +28,10 @@ for _register in range(256):
     for _ in range(8):
         _register = (_register << 1) ^ (0x1_04C1_1DB7 if _register & 0x8000_0000 else 0)
     OGG_TABLE.append(_register)
+MP3_KILOBITS = {  # a second, by whether it is MPEG 1
+    True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
 UNKNOWN_SIZE = 0x7FFF_F000  # bytes; sizes from here on are what programs write to a pipe
 
 
@@ -168,7 +172,7 @@ def seconds_of(data: bytes, name: str) -> float:
     """The length of a file by its header; of a file that does not know it, by decoding it."""
     with open_audio(data, name) as file:
         check_rate(file.samplerate, f"the sampling rate of {name}")
-        if file.frames < ENDLESS:
+        if _knows_length(file, data):
             return file.frames / file.samplerate
     samples, rate = _decode_bytes(data, name)
     return len(samples) / rate
@@ -179,7 +183,7 @@ def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     with open_audio(data, name) as file:
         rate = file.samplerate
         check_rate(rate, f"the sampling rate of {name}")
-        known = file.frames < ENDLESS and (file.format != "MP3" or _has_count(data))
+        known = _knows_length(file, data)
         blocks = [np.zeros(0, np.float32)]
         try:
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
@@ -195,6 +199,12 @@ def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
                 f"{name} is cut off or damaged: {len(samples) / rate:.2f} seconds can be read, less than it says it "
                 "has; get a whole copy, or save what can be read, as with `ffmpeg -i FILE OUT.flac`, or remove it "
                 "from the data"
+            )
+        counted = _mp3_samples(data) if file.format == "MP3" and not known else 0
+        if counted > len(samples) + 2 * 1152:
+            raise ValueError(
+                f"{name} does not say how many frames it has, and libsndfile reads {len(samples) / rate:.2f} of its "
+                f"{counted / rate:.2f} seconds; write it anew, as with `ffmpeg -i FILE OUT.flac`"
             )
     if _lacks_end_mark(data):
         logger.warning(
@@ -223,15 +233,42 @@ def _check_array(samples: np.ndarray, rate: int | None, name: str) -> tuple[np.n
     return samples, rate
 
 
+def _knows_length(file: soundfile.SoundFile, data: bytes) -> bool:
+    """Whether the number of frames that libsndfile gives is not a guess."""
+    return bool(file.frames < ENDLESS and (file.format != "MP3" or _has_count(data)))
+
+
 def _has_count(data: bytes) -> bool:
     """Whether the first frame of an MP3 file, after an ID3v2 tag, holds the number of frames.
 
     If it does not, libsndfile estimates the number from the size of the file.
     """
-    start = 0
-    if data[:3] == b"ID3":
-        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
+    start = _first_frame(data)
     return any(name in data[start : start + 64] for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def _mp3_samples(data: bytes) -> int:
+    """The samples in the frames of an MP3 file (layer III of MPEG 1, 2 and 2.5), as far as they follow each other."""
+    position, samples = _first_frame(data), 0
+    while position + 4 <= len(data):
+        version, layer = data[position + 1] >> 3 & 3, data[position + 1] >> 1 & 3
+        bits, rate = data[position + 2] >> 4, data[position + 2] >> 2 & 3
+        synchronous = data[position] == 0xFF and data[position + 1] >= 0xE0
+        if not synchronous or version == 1 or layer != 1 or bits in (0, 15) or rate == 3:
+            break
+        is_first = version == 3
+        bitrate = 1000 * MP3_KILOBITS[is_first][bits - 1]
+        hertz = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+        position += (144 if is_first else 72) * bitrate // hertz + (data[position + 2] >> 1 & 1)
+        samples += 1152 if is_first else 576
+    return samples
+
+
+def _first_frame(data: bytes) -> int:
+    """Where the frames of an MP3 file start, after an ID3v2 tag."""
+    if data[:3] != b"ID3":
+        return 0
+    return 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

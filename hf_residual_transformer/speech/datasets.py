@@ -168,6 +168,24 @@ def prepare_speech_dataset(
     return dataset.with_transform(decoder)
 
 
+def refuse_long_clips(dataset: Dataset, max_seconds: float) -> None:
+    """Checks a data set of `load_speech_dataset` by the headers of its files, so that nothing is decoded.
+
+    Raises:
+        ValueError: naming the first clip that is longer than `max_seconds`.
+    """
+    decoder = dataset.format["format_kwargs"].get("transform")
+    if not isinstance(decoder, _Decoder):
+        return
+    for number, source in enumerate(dataset.with_format(None)["audio"]):
+        if not decoder.fits(max_seconds, source):
+            path = source.get("path") if isinstance(source, Mapping) else source
+            raise ValueError(
+                f"{path or 'the clip'} (row {number}) must be of at most {max_seconds:g} seconds; leave longer "
+                "ones out with `max_seconds`, or cut them"
+            )
+
+
 def _rename_columns(
     dataset: Dataset | IterableDataset,
     audio_column: str,

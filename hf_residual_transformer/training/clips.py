@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 
-from ..speech.collators import SpeechCollator, check_has_frames
+from ..speech.collators import SpeechCollator, check_has_frames, feature_extractor_of
+from ..speech.datasets import refuse_long_clips
 
 
 def ctc_frames(labels: Sequence[int]) -> int:
@@ -62,6 +63,9 @@ def checked(model: Any, collator: SpeechCollator, *datasets: Any) -> Any:
     streams = False
     for rows in datasets:
         if isinstance(rows, Dataset):
+            extractor = feature_extractor_of(collator.processor)
+            if hasattr(extractor, "n_samples"):
+                refuse_long_clips(rows, extractor.n_samples / extractor.sampling_rate)
             refuse_unfit_clips(model, collator, rows)
         streams = streams or not (rows is None or isinstance(rows, Dataset))
     return CheckingCollator(model, collator) if streams else collator

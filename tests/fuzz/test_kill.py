@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -52,9 +54,7 @@ class Command:
             status = 1
             try:
                 os.setsid()
-                file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
+                sys.stdout = sys.stderr = log.open("w", buffering=1)
                 status = hrt_cli.main([*self.words, "--out", str(out), *more])
             finally:
                 os._exit(status)
@@ -143,16 +143,20 @@ def test_a_command_that_is_killed_and_run_again_gives_what_an_uninterrupted_one_
     kill_and_run_again(name, commands[name], random.Random(f"{SEED} {name}"), tmp_path / "out")
 
 
+def kill_often(name: str, command: Command, folder: Path) -> Counts:
+    found, random_ = Counts(), random.Random(f"kills {SEED} {name}")
+    for number in range(EACH):
+        start, fault = time.process_time(), False
+        try:
+            outcome = kill_and_run_again(name, command, random_, folder / f"{name}-{number}")
+        except AssertionError as error:
+            outcome, fault = f"fault: {str(error)[-500:]}", True
+        found.note(outcome, f"kill {number} of {name}", time.process_time() - start, fault=fault)
+    return found
+
+
 @pytest.mark.fuzz
 def test_dozens_of_kills_change_no_result(commands, tmp_path):
-    counts: dict[str, Counts] = {}
-    for name, command in commands.items():
-        found, random_ = counts.setdefault(name, Counts()), random.Random(f"kills {SEED} {name}")
-        for number in range(EACH):
-            start, fault = time.process_time(), False
-            try:
-                outcome = kill_and_run_again(name, command, random_, tmp_path / f"{name}-{number}")
-            except AssertionError as error:
-                outcome, fault = str(error)[-500:], True
-            found.note(outcome, f"kill {number} of {name}", time.process_time() - start, fault=fault)
-    write_results("HRT_FUZZ_KILL_RESULTS", counts)
+    with get_context("fork").Pool(len(commands)) as pool:
+        counts = pool.starmap(kill_often, [(name, command, tmp_path) for name, command in commands.items()])
+    write_results("HRT_FUZZ_KILL_RESULTS", dict(zip(commands, counts, strict=True)))

@@ -433,6 +433,16 @@ class TestContainers:
     def test_a_wav_whose_samples_are_all_there_is_read_whatever_its_size_says(self, content):
         np.testing.assert_array_equal(decode_audio(content, RATE), decode_audio(WAV, RATE))
 
+    @pytest.mark.parametrize("rate", [8_000, 44_100])
+    def test_an_mp3_that_does_not_count_its_frames_is_not_read_in_part(self, rate):
+        noise = np.random.default_rng(0).standard_normal(2 * rate).astype(np.float32) / 5
+        content = encode(np.concatenate([0 * noise, noise]), rate, format="MP3", subtype="MPEG_LAYER_III")
+        assert seconds_of(content, "a") == 4
+        uncounted = content.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+        for read in (decode_audio, seconds_of):
+            with pytest.raises(ValueError, match=r"does not say how many frames .* of its 4\.\d\d seconds"):
+                read(uncounted, rate if read is decode_audio else "a")
+
     def test_an_empty_wav_with_tags_after_it_is_empty(self):
         empty = encode(tone()[:0]) + b"LIST" + (4).to_bytes(4, "little") + b"INFO"
         with pytest.raises(ValueError, match="holds no audio"):

@@ -204,6 +204,21 @@ def test_a_transcript_that_is_too_long_for_the_decoder_is_refused_by_name_before
     assert "row 1" in message and "tokens, and the model has 40" in message
 
 
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_a_clip_longer_than_the_window_is_refused_by_name_before_training(
+    command, dense_whisper, compressed, tmp_path, capsys
+):
+    audio = table(tmp_path / "data", ["abc", "bad"])
+    soundfile.write(audio / "1.wav", np.ones(16_001) / 2, 16_000)
+    model, more = (
+        (dense_whisper, []) if command == "finetune" else (compressed["whisper"], ["--labels-weight", "1"])
+    )
+    more += ["--teacher", str(dense_whisper)] if command == "distill" else []
+    words = [command, str(model), "--audio", str(audio), "--out", str(tmp_path / "out"), "--language", "en"]
+    assert hrt_cli.main([*words, *TRAINING, "--max_steps", "2", *more]) == 2
+    assert "1.wav (row 1) must be of at most 1 seconds" in capsys.readouterr().err
+
+
 def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(dense_wav2vec2, clips, tmp_path, capsys):
     assert (
         finetune(dense_wav2vec2, clips, tmp_path / "out", "--learning_rate", "1e30", "--max_grad_norm", "0")
