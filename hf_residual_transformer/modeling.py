@@ -163,7 +163,9 @@ class ResidualMixin(DenseModel):
                     f"{checkpoint} does not fit {cls.__name__}: some weights do not have the shapes that its "
                     "config.json (`residual_config`, sizes, labels) says; the report logged above lists them"
                 ) from error
-            if type(error) is ValueError or isinstance(error, OSError):
+            names = "`", str(pretrained_model_name_or_path)  # of a field, or of the checkpoint
+            is_clear = type(error) is ValueError and any(name in str(error) for name in names)
+            if is_clear or isinstance(error, OSError):
                 raise
             raise ValueError(
                 f"{checkpoint} cannot be loaded, its config.json, index or weights may be damaged: "
