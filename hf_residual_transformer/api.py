@@ -303,7 +303,9 @@ def export(
     """
     require_extra("export")
     from .exporting.folder import export_model
+    from .folders import prepare_output_dir
 
+    prepare_output_dir(out, overwrite)  # before a model is loaded for nothing
     loaded, processor = _load_recognizer(model, processor, device="cpu")
     return export_model(
         loaded,
@@ -369,7 +371,9 @@ def load_dense(
         residual_class_of(model)
         processor = _processor_of(model, processor)
         # The caller's model is not to change, and the weights of a view in float32 are its own.
-        return model if model.dtype == torch.float32 else frozen_view(model).float(), processor
+        loaded = frozen_view(model).float()
+        loaded.processor = processor  # it names the tokens of languages where the generation config does not
+        return loaded, processor
     config = _config_of(model)
     dense_class = _dense_class_for(config, str(model))
     if processor is None:

@@ -83,7 +83,8 @@ def _check_runs(path: Path) -> None:
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors have no common class
         raise ValueError(
-            f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}, which may be too old: {error}"
+            f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}, which may be too old for its "
+            f"operators; pip install --upgrade onnxruntime. It said: {error}"
         ) from error
 
 

@@ -26,7 +26,7 @@ def encoder_graph(model: Any, **options: Any) -> Graph:
     shape = ["batch_size", model.config.num_mel_bins, "feature_length"]
     x = graph.input("input_features", FLOAT, shape)
     for conv in (encoder.conv1, encoder.conv2):
-        x = graph.add("Gelu", _convolution(graph, conv, x), domain=CONTRIB)
+        x = graph.add("Gelu", graph.convolution(conv, x), domain=CONTRIB)
     x = graph.add("Transpose", x, perm=[0, 2, 1])
     positions = graph.tensor(graph.path(encoder.embed_positions) + ".weight", encoder.embed_positions.weight)
     length = _size(graph, x, 1)
@@ -106,15 +106,6 @@ def _cache_shape(config: Any, name: str) -> list[Any]:
     heads = config.decoder_attention_heads
     batch = "batch_size" if name != "encoder" else "batch_size_or_none"
     return [batch, heads, f"{name}_sequence_length", config.d_model // heads]
-
-
-def _convolution(graph: Graph, conv: Any, x: str) -> str:
-    path = graph.path(conv)
-    weight, bias = graph.tensor(f"{path}.weight", conv.weight), graph.tensor(f"{path}.bias", conv.bias)
-    (padding,) = conv.padding
-    return graph.add(
-        "Conv", x, weight, bias, kernel_shape=conv.kernel_size, strides=conv.stride, pads=[padding, padding]
-    )
 
 
 def _attention(graph: Graph, attention: Any, normed: str, keys: str, values: str, mask: str = "") -> str:
