@@ -288,7 +288,9 @@ def export(
     Args:
         model: a Whisper for transcription, or the id or folder of one.
         out: folder for the exported model; it must be empty or new. It is written whole or not at all.
-        format: "onnx".
+        format: "onnx"; "sherpa-onnx", the same matrices in the two graphs that sherpa-onnx reads; or "ggml" for
+            whisper.cpp. The last takes compact models whose matrices are blocks of at most four bits and nothing else,
+            no low rank and no diagonal, and stores them as q4_0 without rounding again.
         processor: the model's; by default the one that it has, or that is saved with it.
         floats: how weights that are not quantised are stored, "float16" or "float32". Products are in float32.
         accuracy_level: 4 rounds the inputs of matrices in few bits to 8 bits, in blocks, which is faster on some

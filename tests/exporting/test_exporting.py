@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from conftest import (
     whisper_generation_config,
     whisper_processor,
 )
+from ggml_reader import read_ggml
 from peft import LoraConfig
 from sessions import Runtime
 from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
@@ -25,6 +27,7 @@ from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGenerat
 import hf_residual_transformer as hrt
 import hrt_cli
 from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
+from hf_residual_transformer.exporting.ggml import openai_name
 from hf_residual_transformer.exporting.graph import operator_bits, repacked
 from hf_residual_transformer.layers import QuantizedWeight
 from hf_residual_transformer.quantization import dequantize
@@ -224,7 +227,7 @@ def test_a_runtime_that_cannot_load_the_result_is_named_and_nothing_is_written(t
 def test_what_has_no_exported_form_is_refused(dense_wav2vec2, tmp_path):
     with pytest.raises(ValueError, match="`model` must be a Whisper for transcription"):
         hrt.export(dense_wav2vec2, tmp_path / "out")
-    with pytest.raises(ValueError, match="`format` must be one of onnx, got 'tflite'"):
+    with pytest.raises(ValueError, match="`format` must be one of onnx, sherpa-onnx, ggml, got 'tflite'"):
         exported(whisper("dense"), tmp_path, format="tflite")
     model = whisper("dense")
     model.config.activation_function = "silu"
@@ -253,6 +256,56 @@ def test_modules_that_compute_something_else_are_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def blocks_alone(**options: Any) -> Any:
+    """A model whose matrices are blocks and nothing else, of several widths, with scales in 16 bits."""
+    config = {"group_size": 1, "rank": 0, "shared_bits": 4, "diagonal": "none", "block_size": 32}
+    stack = ResidualConfig(**{**config, **options})
+    sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    config = tiny_whisper_config(
+        residual_config=stack, decoder_residual_config=stack, embedding_bits=4, **sizes
+    )
+    return randomize_(ResidualWhisperForConditionalGeneration(config)).half().float()
+
+
+@pytest.mark.parametrize("options", [{}, {"bits_pattern": {"fc1": 2, "q_proj": 3}}, {"block_size": 64}])
+def test_blocks_alone_are_written_for_whisper_cpp_without_rounding_again(options, tmp_path):
+    model = blocks_alone(**options)
+    folder = exported(model, tmp_path, format="ggml")
+    assert [path.name for path in folder.iterdir()] == ["ggml-model-q4_0.bin"]
+    with (folder / "ggml-model-q4_0.bin").open("rb") as file:
+        header, _, _, tensors = read_ggml(file)
+    assert header[-1] == 2002
+    wanted = model.merge().model.state_dict()
+    assert len(tensors) == len(wanted)
+    matrices = 0
+    for name, values in wanted.items():
+        shape, kind, data = tensors[openai_name(name)]
+        if kind == 2:
+            blocks = np.frombuffer(data, np.uint8).reshape(-1, 18)
+            integers = np.hstack([blocks[:, 2:] & 15, blocks[:, 2:] >> 4]).astype(np.float32) - 8
+            found = (blocks[:, :2].copy().view(np.float16) * integers).reshape(shape[::-1])
+            matrices += 1
+        else:
+            found = np.frombuffer(data, np.float16 if kind else np.float32).reshape(shape[::-1])
+        np.testing.assert_array_equal(found.squeeze(), values.numpy().squeeze())
+    assert matrices == 4 * 6 + 2 * 10 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"rank": 3}, "has a low rank of 3"),
+        ({"shared_bits": 5}, "has 5 bits"),
+        ({"diagonal": "all"}, "has a diagonal"),
+        ({"shared_bits": None}, "is in floating point"),
+    ],
+)
+def test_what_is_more_than_blocks_is_refused_for_whisper_cpp(options, problem, tmp_path):
+    with pytest.raises(ValueError, match=f"`format` must be onnx for this model, got ggml.*{problem}"):
+        exported(blocks_alone(**options), tmp_path, format="ggml")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_export_leaves_a_folder_that_held_files_as_it_was(tmp_path, monkeypatch):
     folder = exported(whisper("everything"), tmp_path)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -277,3 +330,39 @@ def test_the_command_writes_what_a_compact_folder_computes(compressed, tmp_path,
     found = runtime.logits(ids, runtime.encode(features), 4, runtime.empty_cache(2))
     wanted = model(input_features=features, decoder_input_ids=ids).logits
     assert (found.argmax(-1) == wanted.argmax(-1).numpy()).all()
+
+
+def dense_form_of_sherpa(folder: Path) -> tuple[Any, Any, dict[str, str]]:
+    sessions = [onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder")]
+    return *sessions, sessions[0].get_modelmeta().custom_metadata_map
+
+
+@pytest.mark.parametrize("form", ["dense", "everything"])
+@torch.no_grad()
+def test_the_form_of_sherpa_onnx_computes_the_same_logits(form, tmp_path):
+    model, (features, ids) = whisper(form), inputs()
+    folder = exported(model, tmp_path, format="sherpa-onnx")
+    encoder, decoder, said = dense_form_of_sherpa(folder)
+    crossed = encoder.run(["n_layer_cross_k", "n_layer_cross_v"], {"mel": features.numpy()})
+    room = (int(said["n_text_layer"]), 2, int(said["n_text_ctx"]), int(said["n_text_state"]))
+    caches, parts = [np.full(room, 7.0, np.float32) for _ in range(2)], []
+    for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
+        names = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache", "n_layer_cross_k", "n_layer_cross_v")
+        feed = dict(zip(names, (*caches, *crossed))) | {"tokens": ids[:, start:end].numpy()}
+        logits, *caches = decoder.run(None, feed | {"offset": np.array([start])})
+        parts.append(logits)
+    wanted = model(input_features=features, decoder_input_ids=ids).logits
+    found = torch.from_numpy(np.concatenate(parts, axis=1))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_sherpa_onnx_gets_the_tokens_and_their_numbers(tmp_path):
+    folder = exported(whisper("dense"), tmp_path, format="sherpa-onnx")
+    assert {path.name for path in folder.iterdir()} == {"encoder.onnx", "decoder.onnx", "tokens.txt"}
+    _, _, said = dense_form_of_sherpa(folder)
+    assert said["is_multilingual"] == "1" and said["all_language_codes"] == "en,de"
+    start = [WHISPER_VOCAB[token] for token in ("<|startoftranscript|>", "<|en|>", "<|transcribe|>")]
+    assert said["sot_sequence"] == ",".join(map(str, start))
+    lines = [line.split() for line in (folder / "tokens.txt").read_text().splitlines()]
+    assert [int(index) for _, index in lines] == list(range(WHISPER_VOCAB["<|endoftext|>"]))
+    assert base64.b64decode(lines[WHISPER_VOCAB["a"]][0]) == b"a"
