@@ -31,6 +31,7 @@ from ..families import LayerStack
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
 from ..reporting import ConversionReport, ModuleError, saved_tensors
+from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
 from .allocation import (
     EMBEDDING,
@@ -154,12 +155,15 @@ def convert(
 
     Raises:
         ValueError: for a model that is not the dense class's, is quantised, adapted or residual already, or has
-            weights that are not finite; for a calibrated start without calibration inputs, or with empty or
-            non-finite ones; for options that contradict each other.
+            weights that are not finite; for a calibrated start without calibration inputs, or with empty,
+            non-finite or too short ones; for options that contradict each other.
     """
     plan = _given_plan(residual_config, decoder_residual_config, embedding_bits)
     request = _checked(plan, parts, calibration, start, budget, shared_bits, block_size, iterations, progress)
     loaded = _load_dense(cls, dense)
+    for index, batch in enumerate(request.batches):
+        if "input_values" in batch:
+            check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
     view = frozen_view(loaded)
     with torch.no_grad():
         model, errors = _Conversion(cls, view, request).run()

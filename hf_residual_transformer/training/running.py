@@ -221,6 +221,7 @@ def run_training(
         eval_dataset=None if data.eval_split is None else splits.get(data.eval_split),
         data_collator=Seq2SeqCollator(processor, multilingual=False),
         processing_class=processor,
+        run_data=asdict(data),
     )
     train_and_save(trainer, partial(trainer.finish, average_checkpoints))
 
