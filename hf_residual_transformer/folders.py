@@ -92,7 +92,8 @@ def adopt(new: Path, folder: Path) -> None:
         os.replace(new, folder)
         return
     # Without its config, nothing loads a folder that is half old and half new.
-    (folder / "config.json").unlink(missing_ok=True)
+    if (new / "config.json").is_file():
+        (folder / "config.json").unlink(missing_ok=True)
     for path in sorted(new.rglob("*"), key=lambda path: (path.name == "config.json", path)):
         target = folder / path.relative_to(new)
         if path.is_dir():

@@ -46,6 +46,7 @@ NEEDED = {
     "distill": ["--teacher", "nowhere/at-all", *DATA],
     "finetune": DATA,
     "evaluate": DATA,
+    "export": [],
 }
 
 
@@ -168,7 +169,7 @@ class TestErrors:
         assert "cannot be loaded from the Hub" in message
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("name", list(NEEDED))
+    @pytest.mark.parametrize("name", [name for name, needed in NEEDED.items() if needed])
     def test_an_error_in_the_work_leaves_no_folder_but_one_that_was_there(
         self, name, compressed, dense_whisper, tmp_path, monkeypatch, capsys
     ):

@@ -21,9 +21,11 @@ from conftest import (
     whisper_generation_config,
     whisper_processor,
 )
+from ggml_reader import read_ggml
 from transformers import WhisperForConditionalGeneration
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.exporting.ggml import ordinary_tokens
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
 NAMES = ("ggml_blocks", "ggml_writer", "runtimes", "runtimes_report", "compare_runtimes")
@@ -132,23 +134,6 @@ def test_a_system_is_named_without_folders_of_this_machine(scripts, tmp_path):
     assert (found.name, found.file_bytes()) == ("whisper.cpp:base-q4_0", 4)
 
 
-def read_ggml(file):
-    """The sizes, filters, tokens and tensors of a ggml file, read as whisper.cpp reads them."""
-    header = struct.unpack("<I11i", file.read(48))
-    rows, columns = struct.unpack("<2i", file.read(8))
-    filters = np.frombuffer(file.read(4 * rows * columns), "<f4").reshape(rows, columns)
-    (count,) = struct.unpack("<i", file.read(4))
-    tokens = [file.read(struct.unpack("<I", file.read(4))[0]) for _ in range(count)]
-    tensors = {}
-    while start := file.read(12):
-        dimensions, length, kind = struct.unpack("<3i", start)
-        shape = struct.unpack(f"<{dimensions}i", file.read(4 * dimensions))
-        name = file.read(length).decode()
-        bits = {0: 32, 1: 16, 2: 4.5}[kind]
-        tensors[name] = (shape, kind, file.read(int(np.prod(shape) * bits / 8)))
-    return header, filters, tokens, tensors
-
-
 @pytest.mark.parametrize("form", ["f16", "q4_0"])
 def test_a_ggml_file_holds_every_tensor_once_under_openais_names(form, scripts):
     torch.manual_seed(0)
@@ -195,7 +180,7 @@ def test_tokens_are_written_as_the_bytes_that_they_stand_for(scripts):
     tokenizer = SimpleNamespace(
         eos_token_id=3, convert_ids_to_tokens=lambda _: ["\u0120the", "\u00c3\u00a9", "!"]
     )
-    assert scripts.ggml_writer.ordinary_tokens(tokenizer) == [b" the", "\u00e9".encode(), b"!"]
+    assert ordinary_tokens(tokenizer) == [b" the", "\u00e9".encode(), b"!"]
 
 
 def test_adjacent_clips_of_a_folder_are_joined_as_long_as_they_fit(scripts):
