@@ -173,9 +173,9 @@ class ResidualMixin(DenseModel):
             ) from error
         model, info = loaded
         owners = [stack.find(model) for stack in cls.family.stacks if stack.is_in(model)]
-        names = {path.rpartition(".")[2] for path, module in model.named_modules() if module in owners}
+        telling = {path.rpartition(".")[2] for path, module in model.named_modules() if module in owners}
         of_layers_or_table = re.compile(
-            rf"\b({'|'.join(names)})\.(layers|shared|embed_tokens)\.|\bproj_out\."
+            rf"\b({'|'.join(telling)})\.(layers|shared|embed_tokens)\.|\bproj_out\."
         )
         for problem, keys in (
             ("lacks", info["missing_keys"]),
