@@ -23,7 +23,7 @@ from hf_residual_transformer.compression import refinement as sequential
 from hf_residual_transformer.compression import statistics as calibration_module
 from hf_residual_transformer.compression.allocation import Search, unranked_parameters
 from hf_residual_transformer.compression.conversion import ENCODER, Plan, residual_like
-from hf_residual_transformer.compression.fitting import fit_group, truncate
+from hf_residual_transformer.compression.fitting import fit_group, quantize_for, truncate
 from hf_residual_transformer.compression.inputs import final_states, frozen_view
 from hf_residual_transformer.compression.statistics import (
     Group,
@@ -787,3 +787,32 @@ def test_parameters_without_ranks_are_counted_as_the_report_counts_them(diagonal
     report = hrt.size_report(residual_like(hrt.ResidualWhisperForConditionalGeneration, dense, plan))
     ranked = sum(report.components[name].unique for name in ("lora", "shared"))
     assert unranked_parameters(Search(source, config)) == report.encoder.unique - ranked
+
+
+def test_a_covariance_is_damped_by_the_effective_number_of_its_vectors():
+    moments = calibration_module.WeightedMoments(40, torch.device("cpu"))
+    vectors = torch.randn(4000, 40, generator=torch.Generator().manual_seed(0))
+    moments.add(vectors, torch.ones(4000))
+    many = moments.covariance()
+    torch.testing.assert_close(moments.damped(many), damp(many))  # 4,000 vectors for 40 features
+    few = calibration_module.WeightedMoments(40, torch.device("cpu"))
+    weights = torch.cat([torch.ones(16), torch.full((3984,), 1e-9)])  # which count as 16
+    few.add(vectors, weights)
+    wanted = damp(few.covariance(), calibration_module.SHRINKAGE * 40 / 16)
+    torch.testing.assert_close(few.damped(few.covariance()), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_that_is_rounded_for_few_vectors_also_serves_others():
+    """Eight vectors say nothing of most of 64 directions, in which plain damping lets errors grow."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=generator).double()
+    mixing = torch.randn(64, 64, generator=generator)
+    heard = torch.randn(8, 64, generator=generator) @ mixing
+    others = (torch.randn(1000, 64, generator=generator) @ mixing).double()
+    moments = calibration_module.WeightedMoments(64, torch.device("cpu"))
+    moments.add(heard, torch.ones(8))
+
+    def error_on_others(metric):
+        return ((quantize_for(weight, metric, 3).weight() - weight) @ others.T).square().sum().item()
+
+    assert error_on_others(moments.damped(moments.products)) < 0.9 * error_on_others(damp(moments.products))
