@@ -27,7 +27,7 @@ SPEEDS = {
     "test": (1.0,),
 }  # by resampling, so that pitch moves too
 MOST_WORDS = 3  # of a string that is to be recognised
-EARLY = 0.4  # the part of the training strings, from the first on, that are single words: aligning is learnt later
+EARLY = 0.2  # the part of the training strings, from the first on, that are single words: aligning is learnt later
 GAP_SECONDS = (0.0, 0.12)
 NOISE_DECIBELS = (10.0, 40.0)  # of the speech over the noise
 
