@@ -162,6 +162,14 @@ def test_translations_in_the_test_are_of_combinations_that_training_never_has():
     assert not of_three[0] & of_three[1]
 
 
+def test_sentences_are_never_cut_and_strings_of_words_end_with_a_word():
+    strings = WordStrings("es", "train", 400, 3, seed=0)
+    texts = [strings[index]["text"] for index in range(0, 400, 2)]
+    assert {len(text.split()) for text in texts} == {3, 4}
+    short = WordStrings("en", "train", 400, 1, seed=0)
+    assert {len(short[index]["text"].split()) for index in range(100, 200)} <= {1, 2}
+
+
 @pytest.mark.parametrize(
     ("clips", "sizes", "message"),
     [
