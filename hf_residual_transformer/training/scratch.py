@@ -332,7 +332,7 @@ class ScratchTrainer(Seq2SeqTrainer):
                 skip_special_tokens=True,
             )
             raise ValueError(
-                f"the loss must be finite, got {float(loss)} at step {self.state.global_step} for the batch of the "
+                f"the loss must be finite, got {loss.item()} at step {self.state.global_step} for the batch of the "
                 f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
             )
         return (loss, outputs) if return_outputs else loss

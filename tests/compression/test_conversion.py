@@ -6,8 +6,10 @@ import weakref
 from functools import partial
 from itertools import pairwise
 
+import peft
 import pytest
 import torch
+import transformers
 from conftest import randomize_, tiny_wav2vec2_config, tiny_whisper_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -727,18 +729,29 @@ def test_a_matrix_without_a_bias_keeps_the_mean_of_its_outputs(monkeypatch):
     assert errors[0, "fc2"] < 1.2 * about_zero
 
 
-def test_what_an_adapter_adds_is_refused_and_never_lost(tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj"], r".*decoder.*fc1"])
+def test_what_an_adapter_adds_is_refused(targets):
     from_dense = partial(
         hrt.ResidualWhisperForConditionalGeneration.from_dense, calibration=whisper_inputs(), progress=False
     )
-    for targets in (["q_proj"], r".*decoder.*fc1"):
-        adapted = dense_whisper()
+    adapted = dense_whisper()
+    try:
         adapted.add_adapter(LoraConfig(r=2, target_modules=targets))
-        with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
-            from_dense(adapted)
-        del adapted.peft_config  # as if another library had wrapped its layers
-        with pytest.raises(ValueError, match=r"plain floating-point nn\.Linear|has no use for the weight"):
-            from_dense(adapted)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} adds no adapter of peft {peft.__version__}")
+    with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+        from_dense(adapted)
+    del adapted.peft_config  # as if another library had wrapped its layers
+    with pytest.raises(ValueError, match=r"plain floating-point nn\.Linear|has no use for the weight"):
+        from_dense(adapted)
+
+
+def test_an_adapter_around_a_model_is_refused_and_never_lost(tmp_path):
+    from_dense = partial(
+        hrt.ResidualWhisperForConditionalGeneration.from_dense, calibration=whisper_inputs(), progress=False
+    )
     wrapped = get_peft_model(dense_whisper(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"got a PeftModel with an adapter: merge the adapter first"):
         from_dense(wrapped)

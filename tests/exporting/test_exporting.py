@@ -142,7 +142,7 @@ def test_the_encoder_takes_fewer_frames(tmp_path):
     shorter = torch.nn.Embedding.from_pretrained(positions.weight[:30])
     encoder.embed_positions, encoder.config.max_source_positions = shorter, 30
     torch.testing.assert_close(
-        torch.from_numpy(states), encoder(features).last_hidden_state, rtol=1e-5, atol=1e-5
+        torch.from_numpy(states), encoder(features).last_hidden_state, rtol=1e-4, atol=1e-4
     )
 
 

@@ -16,11 +16,14 @@ import soundfile
 import torch
 from conftest import (
     randomize_,
+    speech,
     tiny_whisper_config,
     whisper_generation_config,
     whisper_processor,
 )
 from transformers import WhisperForConditionalGeneration
+
+import hf_residual_transformer as hrt
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
 NAMES = ("ggml_blocks", "ggml_writer", "runtimes", "runtimes_report", "compare_runtimes")
@@ -195,6 +198,26 @@ def test_tokens_are_written_as_the_bytes_that_they_stand_for(scripts):
     assert scripts.ggml_writer.ordinary_tokens(tokenizer) == [b" the", "\u00e9".encode(), b"!"]
 
 
+def test_adjacent_clips_of_a_folder_are_joined_as_long_as_they_fit(scripts):
+    def clip(path, seconds, value):
+        return path, path, np.full(int(seconds * 16_000), value, np.float32)
+
+    clips = [
+        clip("a/1", 2, 0.1),
+        clip("a/2", 3, 0.2),
+        clip("a/3", 1, 0.3),
+        clip("b/1", 1, 0.4),
+        clip("b/2", 9, 0.5),
+    ]
+    found = list(scripts.compare_runtimes.joined(clips, 5.5))
+    assert [path for path, _, _ in found] == ["a/1", "a/3", "b/1", "b/2"]
+    assert [text for _, text, _ in found] == ["a/1 a/2", "a/3", "b/1", "b/2"]
+    assert [len(samples) / 16_000 for _, _, samples in found] == [5.5, 1, 1, 9]
+    first = found[0][2]
+    assert first[0] == np.float32(0.1) and not first[32_000:40_000].any() and first[40_000] == np.float32(0.2)
+    assert list(scripts.compare_runtimes.joined([], 5)) == []
+
+
 REFERENCES = ["one two three four", "five six", ""]
 TEXTS = {
     "torch-dense": ["One two three", "five six", ""],  # one word of six is wrong
@@ -297,6 +320,35 @@ def speech_folder(tmp_path):
         lines.append(f"{index}.wav,one two,en,test")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def test_onnx_runtime_writes_the_words_that_pytorch_writes(dense_folder, scripts, tmp_path, monkeypatch):
+    """The features come from Transformers here, since faster-whisper is not among the packages of the tests."""
+
+    class FeatureExtractor:
+        def __init__(self, feature_size):
+            self.own = whisper_processor().feature_extractor
+
+        def __call__(self, samples, padding):
+            return self.own(samples, sampling_rate=16_000)["input_features"][0]
+
+    module = SimpleNamespace(FeatureExtractor=FeatureExtractor)
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(feature_extractor=module))
+    monkeypatch.setitem(sys.modules, "faster_whisper.feature_extractor", module)
+    monkeypatch.setattr(scripts.runtimes, "MAX_NEW_TOKENS", 8)
+    hrt.export(str(dense_folder), tmp_path / "onnx", floats="float32")
+    clips = {str(index): speech(0.7, seed=index).numpy() for index in range(2)}
+    np.savez(tmp_path / "clips.npz", **clips)
+    systems = ("torch-dense", f"onnxruntime:{tmp_path}/onnx")
+    wanted, found = (
+        scripts.runtimes.measure(scripts.runtimes.create(system, dense_folder), tmp_path / "clips.npz")[
+            "texts"
+        ]
+        for system in systems
+    )
+    assert found == wanted and all(wanted)
+    with pytest.raises(ValueError, match="has no weights"):
+        scripts.runtimes.create(f"onnxruntime:{tmp_path}/onnx@_int8", dense_folder)
 
 
 @pytest.mark.slow
