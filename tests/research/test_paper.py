@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -162,12 +163,12 @@ def test_translations_in_the_test_are_of_combinations_that_training_never_has():
     assert not of_three[0] & of_three[1]
 
 
-def test_sentences_are_never_cut_and_strings_of_words_end_with_a_word():
-    strings = WordStrings("es", "train", 400, 3, seed=0)
-    texts = [strings[index]["text"] for index in range(0, 400, 2)]
-    assert {len(text.split()) for text in texts} == {3, 4}
-    short = WordStrings("en", "train", 400, 1, seed=0)
-    assert {len(short[index]["text"].split()) for index in range(100, 200)} <= {1, 2}
+def test_sentences_that_do_not_fit_are_not_drawn():
+    strings = WordStrings("es", "train", 60, 3)
+    for clips in strings.voices.values():
+        for word in clips:
+            clips[word] = [np.ones(13_000, np.float32)] * 3
+    assert {len(strings[index]["text"].split()) for index in range(60)} == {3}, "four words take 3.25 seconds"
 
 
 @pytest.mark.parametrize(
