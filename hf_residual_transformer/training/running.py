@@ -43,6 +43,7 @@ from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, traine
 from .scratch import (
     ModelSizes,
     ScratchTrainer,
+    check_average,
     check_transcripts,
     load_average,
     new_model,
@@ -207,6 +208,7 @@ def run_ctc_training(
         ValueError: naming the clip or the option, before training starts.
     """
     residual_config = _residual_config(residual)
+    check_average(average_checkpoints, args)
     normalize = partial(respell, case=text_case, remove=remove)
     _prepare(args, overwrite)
     train_dataset, eval_dataset = _whole_splits(data, Wav2Vec2FeatureExtractor().sampling_rate)
@@ -246,6 +248,7 @@ def run_training(
         ValueError: naming the clip or the option, before training starts.
     """
     residual_config = _residual_config(residual)
+    check_average(average_checkpoints, args)
     _prepare(args, overwrite)
     train_dataset, eval_dataset = _whole_splits(data, WhisperFeatureExtractor().sampling_rate)
     tokenizer = train_tokenizer(train_dataset["text"], vocab_size)

@@ -7,6 +7,7 @@ encoder may help (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773); its o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,6 +360,22 @@ class ScratchTrainer(Seq2SeqTrainer):
         if self.ctc_weight:
             del self.model.ctc_head
             self.ctc_weight = 0.0
+
+
+def check_average(last: int, args: Any) -> None:
+    """Checks before the training that a run keeps the checkpoints whose mean it is to take.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if last < 1:
+        raise ValueError(f"`average_checkpoints` must be at least 1, got {last}")
+    kept = math.inf if args.save_total_limit is None else args.save_total_limit
+    if last > 1 and (args.save_strategy == "no" or last > kept):
+        raise ValueError(
+            f"`average_checkpoints` must be at most the number of checkpoints that are kept, got {last} with "
+            f"`save_strategy` {str(args.save_strategy.value)!r} and `save_total_limit` {args.save_total_limit}"
+        )
 
 
 def load_average(model: Any, folder: Path, last: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,23 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
     # A run that has a file is skipped, and the table alone is written again.
     monkeypatch.setattr(paper, "run", None)
     paper.main()
+
+
+def test_a_grid_reads_data_sets_too(scale, tmp_path):
+    data = {"dataset": "sample", "language": "en", "max_seconds": 1, "max_samples": 6}
+    data |= {"train_split": "train", "validation_split": "train", "test_split": "test"}
+    few = scale.recipe | {
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "eval_strategy": "no",
+        "logging_steps": 1,
+    }
+    sizes = scale.sizes | {"max_tokens": 60}
+    scale = replace(scale, data={"recognition": data}, sizes=sizes, vocab_size=60, recipe=few)
+    paper.run(scale, "recognition", "k3-r2", 0, tmp_path / "work", tmp_path / "result.json")
+    values = json.loads((tmp_path / "result.json").read_text())
+    assert values["test"]["clips"] == 6
+    assert len(values["losses"]) == 2
 
 
 def test_controls_are_as_large_as_the_paper_s_cell():
@@ -258,5 +276,25 @@ def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
     def run(seed, errors):
         return {"seed": seed, "test": {"word_errors_of_clips": errors}}
 
-    ratio, interval = paper_table.ratio_of_errors([run(0, "2 2"), run(1, "9 9")], [run(0, "1 1")])
-    assert (ratio, interval) == ("2.00", "2.00 to 2.00")
+    one = [run(0, "1 1 0 0")]
+    assert paper_table.ratio_of_errors([run(0, "2 2 0 0"), run(1, "9 9 9 9")], one) == [
+        "2.00",
+        "2.00 to 2.00",
+        "-",
+    ]
+    two = [run(0, "2 2 2 2"), run(1, "4 4 4 4")]
+    ratio, of_clips, of_both = paper_table.ratio_of_errors(two, two)
+    assert (ratio, of_clips, of_both) == ("1.00", "1.00 to 1.00", "0.50 to 2.00")
+    assert paper_table.ratio_of_errors(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
+
+
+@pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
+def test_the_page_has_the_tables_that_the_results_give(tmp_path):
+    results = RESEARCH.parent / "results" / "paper" / "cpu"
+    shutil.copytree(results, tmp_path / "cpu")
+    table = paper_table.write_table(tmp_path / "cpu")
+    assert table == (results / "table.md").read_text()
+    page = (RESEARCH.parent / "docs" / "paper.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in page] == []

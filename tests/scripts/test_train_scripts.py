@@ -80,6 +80,16 @@ def test_two_processes_have_the_gradients_of_one_and_save_the_same_file(monkeypa
             r"clip \d+ of split 'train' must have at most `max_tokens` = 4",
         ),
         ("train_asr", [*WHISPER, "--streaming"], "`streaming` must be false"),
+        (
+            "train_asr",
+            [*WHISPER, "--average_checkpoints", 0],
+            "`average_checkpoints` must be at least 1, got 0",
+        ),
+        (
+            "train_ctc",
+            [*WAV2VEC2, "--average_checkpoints", 3, "--save_total_limit", 2],
+            "`average_checkpoints` must be at most the number of checkpoints that are kept, got 3",
+        ),
         ("train_asr", [*WHISPER, "--residual", '{"rank": 99}'], "`rank` must be at most 32"),
         ("train_ctc", [*WAV2VEC2, "--remove", "."], "training split must have clips with text"),
         (
