@@ -276,8 +276,8 @@ def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
     def run(seed, errors):
         return {"seed": seed, "test": {"word_errors_of_clips": errors}}
 
-    one = [run(0, "1 1 0 0")]
-    assert paper_table.ratio_of_errors([run(0, "2 2 0 0"), run(1, "9 9 9 9")], one) == [
+    one = [run(0, "1 1 1 1")]
+    assert paper_table.ratio_of_errors([run(0, "2 2 2 2"), run(1, "9 9 9 9")], one) == [
         "2.00",
         "2.00 to 2.00",
         "-",

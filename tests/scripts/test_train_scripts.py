@@ -61,7 +61,7 @@ def test_two_processes_have_the_gradients_of_one_and_save_the_same_file(monkeypa
     accumulated = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
     run(monkeypatch, name, *options, *accumulated, "--output_dir", parts)
     words = [*options, "--per_device_train_batch_size", 2, "--ddp_backend", "gloo", "--output_dir", two]
-    run_in_two_processes(name, words)
+    run_in_two_processes(name, words, tmp_path)
     expected = load_file(one / "model.safetensors")
     for other in (two, parts):
         np.testing.assert_allclose(logged(other, "grad_norm"), logged(one, "grad_norm"), rtol=1e-3)
@@ -135,7 +135,7 @@ def test_a_transcript_that_is_too_long_for_ctc_is_named(monkeypatch, tmp_path):
         run(monkeypatch, "train_ctc", "--dataset", tmp_path / "data", *ENCODER, *options)
 
 
-def run_in_two_processes(name, options):
+def run_in_two_processes(name, options, folder):
     """What `accelerate launch` and `torchrun` do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -146,21 +146,18 @@ def run_in_two_processes(name, options):
         "WORLD_SIZE": "2",
         "PYTHONPATH": str(REPOSITORY),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, options)],
-            cwd=REPOSITORY,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, options)]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = []
     try:
-        for process in processes:
-            _, complaints = process.communicate(timeout=300)
-            assert process.returncode == 0, complaints[-3000:]
+        for rank, log in enumerate(logs):
+            own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("w") as said:
+                processes.append(
+                    subprocess.Popen(command, cwd=REPOSITORY, env=own, stdout=said, stderr=subprocess.STDOUT)
+                )
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=900) == 0, log.read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()
