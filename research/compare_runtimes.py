@@ -105,8 +105,8 @@ def digest(paths: Sequence[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def run_in_fresh_process(command: Sequence[str], threads: int) -> Result:
-    """Runs a command, and returns the JSON in the last line that it prints with the `peak_uss` of the process.
+def run_in_fresh_process(command: Sequence[str], threads: int, watch: bool = True) -> Result:
+    """Runs a command, and returns the JSON in its last line, with the `peak_uss` of the process if `watch`.
 
     Raises:
         RuntimeError: the command failed; the message has the end of what it said.
@@ -116,6 +116,8 @@ def run_in_fresh_process(command: Sequence[str], threads: int) -> Result:
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(command, stdout=said, stderr=complaints, env=environment)
         peak, watched = 0, psutil.Process(process.pid)
+        if not watch:
+            process.wait()
         while process.poll() is None:
             try:
                 peak = max(peak, watched.memory_full_info().uss)
@@ -205,6 +207,9 @@ def main() -> None:
     )
     parser.add_argument("--language", default="en", help="language of the clips")
     parser.add_argument("--threads", type=int, default=2, help="threads of each system")
+    parser.add_argument(
+        "--words_only", action="store_true", help="leaves out speed and memory, as when other jobs run beside"
+    )
     parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
     parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
@@ -236,6 +241,7 @@ def main() -> None:
         "join_seconds": args.join,
         "audio_seconds": round(sum(map(len, samples)) / SAMPLING_RATE, 2),
         "threads": args.threads,
+        "timed": not args.words_only,
         "transcripts": hashlib.sha256("\n".join(clips.references).encode()).hexdigest()[:16],
     }
     results = Results(args.output, settings)
@@ -254,10 +260,12 @@ def main() -> None:
             ]
             command += ["--system", system, "--model", model, "--clips", str(path)]
             command += ["--language", args.language, "--threads", str(args.threads)]
-            measured = run_in_fresh_process(command, args.threads)
-            about = {"system": runtime.name, "kind": runtime.kind, "rounded": runtime.rounded}
-            results.add({**about, "weights": weights, "file_bytes": runtime.file_bytes(), **measured})
+            measured = run_in_fresh_process(command, args.threads, watch=not args.words_only)
             print(f"{runtime.name}: {measured['seconds']:.0f} s", flush=True)
+            about = {"system": runtime.name, "kind": runtime.kind, "rounded": runtime.rounded}
+            if args.words_only:
+                measured = {"texts": measured["texts"]}
+            results.add({**about, "weights": weights, "file_bytes": runtime.file_bytes(), **measured})
     if not results.has(DENSE, digest(create(DENSE, model).files)):
         parser.error(f"disagreement is with {DENSE}, which {args.output} lacks; add it to --systems")
     normalize = normalizer_for(model, args.language)

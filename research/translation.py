@@ -172,7 +172,8 @@ def measure(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, 
     for metric in metrics:
         own = next(values for key, values in scores.items() if key.startswith(metric))  # such as chrF2
         for name, score in zip(names, own, strict=True):
-            found[name] |= {metric: score.score, f"{metric}_half_95": score.ci, f"{metric}_p": score.p_value}
+            values = {metric: score.score, f"{metric}_half_95": score.ci, f"{metric}_p": score.p_value}
+            found[name] |= {key: None if value is None else float(value) for key, value in values.items()}
     return found
 
 

@@ -458,4 +458,12 @@ def test_evaluate_writes_its_results_and_overwrites_nothing(tmp_path, monkeypatc
     assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
     assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
     assert saved["command"].startswith("hrt evaluate model --audio data.csv")
+    assert saved["command"].startswith("hrt evaluate model --audio data.csv")
     assert "already holds files" in refused(capsys, *words)
+    soundfile.write(tmp_path / "none.wav", speech(0.2).numpy()[:0], 16_000)
+    (tmp_path / "data.csv").write_text("file_name,text\none.wav,a bad cab\nnone.wav,bed\n")
+    words[-1] = tmp_path / "stopped"
+    message = refused(capsys, *words, "--streaming", "--batch-size", "1")
+    assert "none.wav holds no audio" in message and "1 clips were transcribed before; see" in message
+    saved = json.loads((tmp_path / "stopped" / "partial-evaluation.json").read_text())
+    assert (saved["clips"], saved["words"]) == (1, 3) and "none.wav holds no audio" in saved["stopped_by"]

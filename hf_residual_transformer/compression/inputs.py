@@ -18,6 +18,7 @@ from ..speech.transcription import transcribe
 INPUT_NAMES = ("input_features", "input_values")
 TRANSCRIBED = 8  # batches at a time, since tokens are cheaper together
 LABELS = "labels"  # of a decoder: token ids as `transcribe` gives them, with LABEL_PADDING
+MEMORY = "encoder_states"  # what the dense encoder gives for the inputs, so that it runs once
 Batch = dict[str, Tensor]
 Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer beside its hidden states
 
@@ -102,8 +103,15 @@ def to_model(model: Any, batch: Mapping[str, Tensor]) -> Batch:
     }
 
 
-def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]:
-    """The batches with the model's own greedy transcripts as labels, where they have none.
+def with_labels(model: Any, encoder: nn.Module, batches: list[Batch], progress: bool) -> list[Batch]:
+    """The batches with what the encoder gives, and with the model's own greedy transcripts as labels, where they have
+    none.
+
+    Args:
+        model: a dense model with a decoder.
+        encoder: its encoder.
+        batches: inputs of the model.
+        progress: shows a progress bar.
 
     Raises:
         ValueError: when a transcript is needed and the model cannot generate, or nothing is heard in any batch.
@@ -114,16 +122,22 @@ def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]
             f"`calibration` must have `{LABELS}`, token ids of transcripts, since a {type(model).__name__} cannot "
             'generate them; or compress the encoder alone, with parts=("encoder",)'
         )
-    found = list(batches)
+    found = [
+        {**batch, MEMORY: final_states(model, encoder, batch).to(batch["input_features"].device)}
+        for batch in tqdm(batches, desc="encoding", unit="batch", disable=not progress)
+    ]
     with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
         for start in range(0, len(lacking), TRANSCRIBED):
             together = lacking[start : start + TRANSCRIBED]
             sizes = [len(batches[index]["input_features"]) for index in together]
-            features = torch.cat([to_model(model, batches[index])["input_features"] for index in together])
-            labels = transcribe(model, features).to(batches[together[0]]["input_features"].device)
+            features, memory = (
+                torch.cat([to_model(model, found[index])[name] for index in together])
+                for name in ("input_features", MEMORY)
+            )
+            labels = transcribe(model, features, memory).to(batches[together[0]]["input_features"].device)
             for index, own in zip(together, labels.split(sizes)):
                 longest = max(1, int((own != LABEL_PADDING).sum(1).max()))
-                found[index] = {**batches[index], LABELS: own[:, :longest]}
+                found[index][LABELS] = own[:, :longest]
             bar.update(len(together))
     ending = model.config.eos_token_id
     if not any(((batch[LABELS] < ending) & (batch[LABELS] >= 0)).any() for batch in found):
@@ -145,9 +159,18 @@ def is_token(batch: Mapping[str, Tensor]) -> Tensor:
     return batch[LABELS] != LABEL_PADDING
 
 
+def without_memory(batch: Batch) -> Batch:
+    """The batch for a model whose encoder differs from the dense one."""
+    return {name: value for name, value in batch.items() if name != MEMORY}
+
+
 def inputs_of(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of a forward pass: labels become the decoder's input, and no cache is kept."""
+    """The arguments of a forward pass: labels become the decoder's input, no cache is kept, and where the encoder's
+    states are known, it does not run.
+    """
     inputs: dict[str, Any] = to_model(model, batch)
+    if MEMORY in inputs:
+        inputs["encoder_outputs"] = (inputs.pop(MEMORY),)
     if LABELS in inputs:
         inputs["decoder_input_ids"] = decoder_ids(inputs, model.config.decoder_start_token_id)
         inputs["use_cache"] = False

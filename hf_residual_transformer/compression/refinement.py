@@ -21,7 +21,7 @@ from ..layers import ResidualLinear, unpacked_weights
 from ..quantization import BLOCK
 from ..reporting import ModuleError
 from .fitting import fit_group
-from .inputs import Batch, Context, Reached, first_call, inputs_of, run_until_reached
+from .inputs import Batch, Context, Reached, first_call, inputs_of, run_until_reached, without_memory
 from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, damp, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
@@ -80,8 +80,11 @@ class Streams:
     ) -> None:
         self.source, self.target = dense, residual
         first = [
-            [first_call(model, stack.layers[0], inputs_of(model, batch)) for batch in batches]
-            for stack, model in zip((dense, residual), models)
+            [first_call(model, stack.layers[0], inputs_of(model, batch)) for batch in inputs]
+            for stack, model, inputs in (
+                (dense, models[0], batches),
+                (residual, models[1], [without_memory(batch) for batch in batches]),
+            )
         ]
         # A decoder's contexts hold the final states of its own model's encoder.
         self.dense_contexts, self.residual_contexts = ([context for _, context in calls] for calls in first)

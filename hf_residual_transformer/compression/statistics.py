@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..families import LayerStack
 from ..modeling import forward_as
-from .inputs import Batch, decoder_ids, final_states, is_token, mask_of, to_model
+from .inputs import MEMORY, Batch, decoder_ids, final_states, is_token, mask_of, to_model
 
 DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
@@ -285,8 +285,10 @@ class LogitsObjective:
 
     def __call__(self, model: Any, batch: Batch, leaves: list[Tensor]) -> Tensor:
         """A scalar of one batch. Its gradients are samples of how much errors matter."""
-        with torch.no_grad():
-            memory = final_states(model, self.encoder.owner, batch)
+        memory = batch.get(MEMORY)
+        if memory is None:
+            with torch.no_grad():
+                memory = final_states(model, self.encoder.owner, batch)
         memory = memory.detach().requires_grad_()
         leaves.append(memory)
         memory.register_hook(lambda gradient: self.memory_gradients.append(gradient.detach()))

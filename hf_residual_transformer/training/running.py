@@ -267,6 +267,7 @@ def run_training(
         eval_dataset=eval_dataset,
         data_collator=Seq2SeqCollator(processor, multilingual=False),
         processing_class=processor,
+        run_data=asdict(data),
     )
     train_and_save(trainer, partial(trainer.finish, average_checkpoints))
 

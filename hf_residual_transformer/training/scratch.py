@@ -31,8 +31,9 @@ from ..configuration import ResidualConfig
 from ..modeling import forward_as
 from ..speech.collators import LABEL_PADDING
 from ..whisper import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
-from .checkpoints import checkpoints_in, fault_of, last_checkpoint
+from .checkpoints import checkpoints_in, fault_of
 from .clips import ctc_frames
+from .guarded import GuardedTrainer
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
@@ -257,19 +258,17 @@ def _is_unknown(character: str, tokenizer: WhisperTokenizer) -> bool:
     return found.strip() != character.strip()
 
 
-class ScratchTrainer(Seq2SeqTrainer):
+class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
     """The loss of the decoder with label smoothing, and beside it CTC on the encoder.
 
     Args:
         ctc_weight: the weight of CTC, from 0 to 1; the decoder's loss has the rest. Its blank is the end of text.
-        args: as of `Seq2SeqTrainer`; `label_smoothing_factor` is the decoder's.
+        args: as of `GuardedTrainer` and `Seq2SeqTrainer`; `label_smoothing_factor` is the decoder's.
 
     Raises:
         ValueError: for a weight outside of these bounds; during training, for a loss that is not finite.
     """
 
-    args: Any
-    model: Any
     processing_class: Any
 
     def __init__(self, *args: Any, ctc_weight: float = 0.3, **kwargs: Any) -> None:
@@ -282,11 +281,8 @@ class ScratchTrainer(Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
         self.loss_is_scaled_for_ga = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does; `resume_from_checkpoint="last"` is the newest complete checkpoint."""
-        if kwargs.get("resume_from_checkpoint") == "last":
-            kwargs["resume_from_checkpoint"] = str(last_checkpoint(Path(self.args.output_dir)))
-        return super().train(*args, **kwargs)
+    def run_settings(self) -> dict[str, Any]:
+        return {"ctc_weight": self.ctc_weight}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The batches of one optimizer step, and their numbers of tokens, averaged over processes."""

@@ -299,6 +299,16 @@ def test_the_table_leaves_out_speed_and_memory_of_rounded_systems(scripts):
     assert cells["q4_0-rounded"][-3:] == ["", "", ""] and cells["q4_0-rounded"][5] == "60.0"
 
 
+def test_a_run_for_words_alone_has_no_columns_of_speed_and_memory(scripts):
+    report = scripts.runtimes_report
+    untimed = [
+        {name: r[name] for name in ("system", "texts", "rounded", "file_bytes")} for r in results_of(TEXTS)
+    ]
+    found = report.figures_of(untimed, report.Clips([""] * 3, REFERENCES), normalize, 8)
+    assert all(figure["real_time_factor"] is figure["peak_uss_mb"] is None for figure in found)
+    assert "memory" not in report.table(found) and "disagreement" in report.table(found)
+
+
 @pytest.fixture
 def dense_folder(tmp_path):
     torch.manual_seed(0)
