@@ -202,8 +202,8 @@ def write_results(clips: Sequence[Clip], models: dict[str, dict[str, Any]], path
     }
     path.write_text(json.dumps(values | provenance(), indent=1) + "\n", encoding="utf-8")
     lines = [
-        "| language | clips | model | MB | WER % | BLEU | chrF | p (BLEU) |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
+        "language | clips | model | MB | WER % | BLEU | chrF | p (BLEU)",
+        "---|---:|---|---:|---:|---:|---:|---:",
     ]
     for group, by_model in measured.items():
         for name, row in by_model.items():
