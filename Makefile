@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint floor latest wheel docs clean
+.PHONY: demo test fuzz lint floor latest wheel docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed  ## compress a real Whisper on real speech; see `resear
 
 test: $(VENV)/.installed  ## unit tests, without network
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.installed  ## thousands of generated broken inputs; docs/fuzzing.md has the counts
+	$(BIN)/python -m pytest -n 0 -m fuzz tests/fuzz $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -290,7 +290,9 @@ def export(
     Args:
         model: a Whisper for transcription, or the id or folder of one.
         out: folder for the exported model; it must be empty or new. It is written whole or not at all.
-        format: "onnx".
+        format: "onnx"; "sherpa-onnx", the same matrices in the two graphs that sherpa-onnx reads; or "ggml" for
+            whisper.cpp. The last takes compact models whose matrices are blocks of at most four bits and nothing else,
+            no low rank and no diagonal, and stores them as q4_0 without rounding again.
         processor: the model's; by default the one that it has, or that is saved with it.
         floats: how weights that are not quantised are stored, "float16" or "float32". Products are in float32.
         accuracy_level: 4 rounds the inputs of matrices in few bits to 8 bits, in blocks, which is faster on some
@@ -305,7 +307,9 @@ def export(
     """
     require_extra("export")
     from .exporting.folder import export_model
+    from .folders import prepare_output_dir
 
+    prepare_output_dir(out, overwrite)  # before a model is loaded for nothing
     loaded, processor = _load_recognizer(model, processor, device="cpu")
     return export_model(
         loaded,
@@ -364,7 +368,9 @@ def load_dense(
         residual_class_of(model)
         processor = _processor_of(model, processor)
         # The caller's model is not to change, and the weights of a view in float32 are its own.
-        return model if model.dtype == torch.float32 else frozen_view(model).float(), processor
+        loaded = frozen_view(model).float()
+        loaded.processor = processor  # it names the tokens of languages where the generation config does not
+        return loaded, processor
     config = _config_of(model)
     dense_class = _dense_class_for(config, str(model))
     if processor is None:

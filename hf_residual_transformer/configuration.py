@@ -271,6 +271,23 @@ class ResidualConfigMixin(DenseConfig):
         super().__post_init__(**kwargs)
         self.model_type = known[1]  # type: ignore[misc]
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but whatever is wrong in a config is a ValueError.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # of any class, by what the code makes of a wrong value
+            raise ValueError(
+                f"the config of a `{cls.model_type}` must have the fields of a whole one, got a wrong one: "
+                f"{' '.join(str(error).split())}; correct config.json, or fetch it again"
+            ) from error
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "residual_config" and not isinstance(value, ResidualConfig):
             value = ResidualConfig() if value is None else ResidualConfig.from_dict(value)

@@ -28,6 +28,16 @@ def save_processor(processor: Any, folder: Path) -> None:
         (folder / "normalizer.json").write_text(json.dumps(spellings, indent=2) + "\n", encoding="utf-8")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    new = path.with_name(path.name + UNFINISHED)
+    with new.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
 def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) -> Path:
     """Refuses a folder that holds files unless `overwrite` or `resume` is true. The folder need not exist.
 
@@ -82,7 +92,8 @@ def adopt(new: Path, folder: Path) -> None:
         os.replace(new, folder)
         return
     # Without its config, nothing loads a folder that is half old and half new.
-    (folder / "config.json").unlink(missing_ok=True)
+    if (new / "config.json").is_file():
+        (folder / "config.json").unlink(missing_ok=True)
     for path in sorted(new.rglob("*"), key=lambda path: (path.name == "config.json", path)):
         target = folder / path.relative_to(new)
         if path.is_dir():
@@ -98,6 +109,26 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index of shards lists, which are beside it.
+
+    Raises:
+        ValueError: naming the index, if it cannot be read, or lists something else.
+    """
+    try:
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards ({error!r}); save or fetch the checkpoint again"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(
+                f"{index} must list files beside it, got {name!r}; save or fetch the checkpoint again"
+            )
+    return sorted(set(names))
 
 
 def set_checkpoints_aside(folder: Path) -> None:

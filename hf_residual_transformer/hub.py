@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration import RESIDUAL_FIELDS, ResidualConfig, values_of
+from .folders import write_text
 from .reporting import Count, format_bytes, size_report
 
 BODY = """---
@@ -149,7 +150,7 @@ def write_model_card(
         data=data,
     )
     path = folder / "README.md"
-    ModelCard(text).save(path)
+    write_text(path, str(ModelCard(text)))
     return path
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,13 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration import ResidualConfig, key_of
 from .families import Family, Stack, groups_of
-from .folders import save_processor
+from .folders import save_processor, shards_of
 from .layers import (
     SHARED,
     ChannelsFirst,
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
     DenseModel = PreTrainedModel
 else:
     DenseModel = object
+
+
+MOST_LAYERS = 1000  # a broken config must not build layers until the memory ends
+LARGEST = 1e15  # no trained weight is near it, and float32 cannot hold the squares of much larger ones
+# The dtypes of weights, as torch and as safetensors call them.
+PACKED = {"torch.uint8": "U8"}
+FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
 
 class ResidualMixin(DenseModel):
@@ -70,6 +78,12 @@ class ResidualMixin(DenseModel):
                 f"`config` must be a {self.config_class.__name__}, got {type(config).__name__}; load the checkpoint "
                 "with the class of its own family, or with an Auto class"
             )
+        for name in ("encoder_layers", "decoder_layers", "num_hidden_layers"):
+            if not getattr(config, name, 0) <= MOST_LAYERS:
+                raise ValueError(
+                    f"`{name}` must be at most {MOST_LAYERS}, got {getattr(config, name)}; correct config.json, or "
+                    "fetch it again"
+                )
         super().__init__(config, *args, **kwargs)
         if self.family.adapt is not None:
             self.family.adapt(self)
@@ -135,22 +149,34 @@ class ResidualMixin(DenseModel):
 
         Raises:
             ValueError: when the checkpoint is dense, does not fit its `residual_config`, lacks weights, is truncated,
-                or has NaN or infinity in the weights of a compressed module.
+                or has weights that are NaN, infinite or of a magnitude that none has.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         checkpoint = f"the checkpoint {str(pretrained_model_name_or_path)!r}"
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        for index in folder.glob("*.safetensors.index.json"):
+            shards_of(index)  # else a file elsewhere would be read, or a device without an end
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise ValueError(f"{checkpoint} cannot be read, it may be truncated: {error}") from error
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
+        except (ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "ignore_mismatched_sizes" in str(error):
+                raise ValueError(
+                    f"{checkpoint} does not fit {cls.__name__}: some weights do not have the shapes that its "
+                    "config.json (`residual_config`, sizes, labels) says; the report logged above lists them"
+                ) from error
+            names = "`", str(pretrained_model_name_or_path)  # of a field, or of the checkpoint
+            is_clear = type(error) is ValueError and any(name in str(error) for name in names)
+            if is_clear or isinstance(error, OSError):
                 raise
             raise ValueError(
-                f"{checkpoint} does not fit {cls.__name__}: some weights do not have the shapes that its "
-                "config.json (`residual_config`, sizes, labels) says; the report logged above lists them"
+                f"{checkpoint} cannot be loaded, its config.json, index or weights may be damaged: "
+                f"{type(error).__name__}: {error}"
             ) from error
         model, info = loaded
         owners = [stack.find(model) for stack in cls.family.stacks if stack.is_in(model)]
@@ -176,9 +202,9 @@ class ResidualMixin(DenseModel):
                 f"{checkpoint} does not fit {cls.__name__}: it lacks {missing[0]!r} ({len(missing)} such weights), "
                 "which would be random; save or fetch the checkpoint again"
             )
-        for path, module in model.named_modules():
-            if isinstance(module, (ResidualLinear, *SHARED, QuantizedWeight)):
-                _check_finite(checkpoint, path, module)
+        for name, value in model.named_parameters():
+            _check_finite(checkpoint, name, value)
+        for module in model.modules():
             if isinstance(module, QuantizedWeight) and not module.weight_packed.is_meta:
                 # It is not cast to another dtype, so that without a copy it would keep the whole file mapped.
                 module.weight_packed = module.weight_packed.clone()
@@ -188,8 +214,8 @@ class ResidualMixin(DenseModel):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Checks the dtype of packed weights before transformers casts them to bytes."""
-        _check_packed(state_dict, checkpoint_files)
+        """Checks the dtypes of weights before transformers casts them to the model's."""
+        _check_dtypes(state_dict, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @classmethod
@@ -268,25 +294,32 @@ def _is_of_new_head(model: Any, key: str) -> bool:
     return key.partition(".")[0] not in body
 
 
-def _check_finite(checkpoint: str, path: str, module: nn.Module) -> None:
-    for name, value in module.named_parameters(recurse=False):
-        if not value.is_meta and not value.isfinite().all():
-            raise ValueError(
-                f"{checkpoint} has NaN or infinity in '{path}.{name}', so that its outputs would be wrong; train again "
-                "from a checkpoint whose weights are finite"
-            )
+def _check_finite(checkpoint: str, name: str, value: Tensor) -> None:
+    largest = 0.0 if value.is_meta or not value.numel() else value.detach().abs().max().item()
+    if not largest < LARGEST:
+        found = f"a value of magnitude {largest:.0e}" if math.isfinite(largest) else "NaN or infinity"
+        raise ValueError(
+            f"{checkpoint} has {found} in {name!r}, so that its outputs would be wrong; fetch it again, or train again "
+            "from a checkpoint whose weights are finite"
+        )
 
 
-def _check_packed(state_dict: Any, checkpoint_files: Any) -> None:
-    """Raises ValueError for packed weights that are not bytes; of files, only the headers are read."""
+def _check_dtypes(state_dict: Any, checkpoint_files: Any) -> None:
+    """Raises ValueError for packed weights that are not bytes, and others that are not floating-point numbers of at
+    least 16 bits; of files, only the headers are read.
+    """
     dtypes = {key: str(value.dtype) for key, value in (state_dict or {}).items()}
     for path in checkpoint_files or ():
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as tensors:
                 dtypes |= {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     for key, dtype in dtypes.items():
-        if key.endswith("weight_packed") and dtype not in ("U8", "torch.uint8"):
-            raise ValueError(f"{key!r} of the checkpoint must be of dtype uint8, got {dtype}; fetch it again")
+        names = PACKED if key.endswith("weight_packed") else FLOATS
+        if dtype not in {*names, *names.values()}:
+            wanted = " or ".join(name.removeprefix("torch.") for name in names)
+            raise ValueError(
+                f"{key!r} of the checkpoint must be of dtype {wanted}, got {dtype}; fetch it again"
+            )
 
 
 def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:

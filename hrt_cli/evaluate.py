@@ -3,12 +3,14 @@
     hrt evaluate compact --audio my-recordings --split test --language en --out results
 
 The folder, if there is one, gets evaluation.json with the rates, the command, versions and hardware, and
-predictions.jsonl with every transcript.
+predictions.jsonl with every transcript. If a bad clip ends the reading of a stream, partial-evaluation.json and
+partial-predictions.jsonl have the clips of the batches before it.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from .options import add_data_arguments, add_output_arguments, data_options, described_data
 
@@ -54,31 +56,37 @@ def run(args: argparse.Namespace) -> None:
 
     from hf_residual_transformer.folders import prepare_output_dir
     from hf_residual_transformer.provenance import portable
+    from hf_residual_transformer.speech.metrics import EvaluationResult, EvaluationStopped
 
     output_dir = args.output_dir and prepare_output_dir(args.output_dir, args.overwrite)
     set_seed(args.seed)
-    result = evaluate(
-        args.model,
-        args.audio,
-        split=args.split,
-        language=args.language,
-        task=args.task,
-        text_column=args.text_column,
-        data_options=data_options(args),
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        keep_marks=args.keep_marks,
-        device=args.device,
-        dtype=args.dtype,
-    )
-    rates = f"{result.rates.clips} clips: WER {100 * result.wer:.2f} %, CER {100 * result.cer:.2f} %"
-    if output_dir is None:
-        print(rates)
-        return
-    path = result.save(
-        output_dir,
+    save = partial(
+        EvaluationResult.save,
         model=portable(args.model),
         data={**described_data(args, portable), "text_column": args.text_column},
         settings={name: getattr(args, name) for name in SETTINGS},
     )
-    print(f"{rates}; see {path}")
+    try:
+        result = evaluate(
+            args.model,
+            args.audio,
+            split=args.split,
+            language=args.language,
+            task=args.task,
+            text_column=args.text_column,
+            data_options=data_options(args),
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            keep_marks=args.keep_marks,
+            device=args.device,
+            dtype=args.dtype,
+        )
+    except EvaluationStopped as error:
+        if output_dir is None:
+            raise
+        raise ValueError(f"{error}; see {save(error.result, output_dir=output_dir)}") from error
+    rates = f"{result.rates.clips} clips: WER {100 * result.wer:.2f} %, CER {100 * result.cer:.2f} %"
+    if output_dir is None:
+        print(rates)
+        return
+    print(f"{rates}; see {save(result, output_dir=output_dir)}")

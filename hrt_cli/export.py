@@ -12,7 +12,7 @@ import argparse
 
 from .options import add_output_arguments
 
-HELP = "write a model for ONNX Runtime"
+HELP = "write a model for ONNX Runtime or whisper.cpp"
 USAGE = "hrt export MODEL --out DIR [options]"
 
 
@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output_arguments(what, "folder for the exported model; it must be empty or new")
     how = parser.add_argument_group("how")
-    how.add_argument("--format", choices=("onnx",), default="onnx", help="of the graphs (default: onnx)")
+    how.add_argument(
+        "--format",
+        choices=("onnx", "sherpa-onnx", "ggml"),
+        default="onnx",
+        help="for ONNX Runtime, or for whisper.cpp (default: onnx)",
+    )
     how.add_argument(
         "--floats",
         choices=("float16", "float32"),
@@ -51,6 +56,6 @@ def run(args: argparse.Namespace) -> None:
         accuracy_level=args.accuracy_level,
         overwrite=args.overwrite,
     )
-    for path in sorted((folder / "onnx").iterdir()):
+    for path in sorted([*folder.rglob("*.onnx*"), *folder.glob("*.bin")]):
         print(f"{path.name:<30}{format_bytes(path.stat().st_size):>12}")
     print(f"the exported model is in {folder}")

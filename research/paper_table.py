@@ -22,6 +22,7 @@ def write_table(folder: Path) -> str:
         own = {cell: found for (kind, cell), found in runs.items() if kind == task}
         if own:
             parts.append(f"## {task.capitalize()}\n\n" + "\n".join(_rows(task, own)))
+            parts.append("\n".join(_comparisons(own)))
             plot(own, folder / f"{task}.png")
     text = "\n\n".join(parts) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -40,7 +41,17 @@ def read_runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
 def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
     metrics = METRICS[task]
     names = [f"{m.upper()} %" if m in PERCENT else {"bleu": "BLEU", "chrf": "chrF"}[m] for m in metrics]
-    head = ["encoder", "seeds", "parameters", "encoder %", *names, "spread of seeds", "WER / dense", "95 %"]
+    head = [
+        "encoder",
+        "seeds",
+        "parameters",
+        "encoder %",
+        *names,
+        "least to most",
+        "WER / dense",
+        "95 %, clips",
+    ]
+    head += ["95 %, clips and seeds"]
     head += ["4-bit bytes %", "4-bit WER %", "CPU s a step"]
     lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
     order = sorted(
@@ -53,7 +64,7 @@ def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         row += [f"{100 * first['encoder']['ratio']:.1f}"]
         row += [_written(metric, float(np.mean([run["test"][metric] for run in runs]))) for metric in metrics]
         row += [f"{_written(metrics[0], min(spread))} to {_written(metrics[0], max(spread))}"]
-        row += ratio_to_dense(runs, cells.get("dense", []))
+        row += ratio_of_errors(runs, cells.get("dense", []))
         bits = [run["four_bits"] for run in runs if "four_bits" in run]
         row += [f"{100 * bits[0]['ratio']:.1f}"] if bits else ["-"]
         row += [_written("wer", float(np.mean([entry["test"]["wer"] for entry in bits])))] if bits else ["-"]
@@ -66,22 +77,54 @@ def _written(metric: str, value: float) -> str:
     return f"{100 * value:.2f}" if metric in PERCENT else f"{value:.1f}"
 
 
-def ratio_to_dense(runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> list[str]:
-    """The ratio of the word errors to those of the dense runs of the same seeds, and the interval in which it lies in
-    95 % of the bootstrap's draws of test clips. It says nothing of other seeds.
+def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """K=3, R=2 beside dense, and beside the encoders of its own size that decide what sharing is worth."""
+    ours = cells.get("k3-r2", [])
+    lines = [
+        "WER of K=3, R=2 over that of | seeds | ratio | 95 %, clips | 95 %, clips and seeds | ratio of each seed",
+        "---|---:|---:|---:|---:|---",
+    ]
+    for name in ("dense", "shallow", "narrow", "low-rank"):
+        theirs = cells.get(name, [])
+        seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
+        if seeds:
+            by_seed = [
+                ratio_of_errors([run for run in ours if run["seed"] == seed], theirs)[0] for seed in seeds
+            ]
+            row = [theirs[0]["title"], str(len(seeds)), *ratio_of_errors(ours, theirs), ", ".join(by_seed)]
+            lines.append(" | ".join(row))
+    return [f"| {line} |" for line in lines]
+
+
+def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
+    """The ratio of the word errors to those of other runs of the same seeds, and two intervals with 95 % of the
+    bootstrap's draws: of test clips alone, and of test clips and of the seeds of either side. The latter is rough for
+    few seeds, and "-" for one.
     """
-    by_seed = {run["seed"]: run for run in dense}
-    shared = [run for run in runs if run["seed"] in by_seed]
-    if not shared:
-        return ["-", "-"]
-    ours = np.sum([word_errors(run) for run in shared], axis=0)
-    theirs = np.sum([word_errors(by_seed[run["seed"]]) for run in shared], axis=0)
+    seeds = sorted({run["seed"] for run in runs} & {run["seed"] for run in others})
+    if not seeds:
+        return ["-", "-", "-"]
+    ours, theirs = (
+        np.array([word_errors(run) for seed in seeds for run in group if run["seed"] == seed])
+        for group in (runs, others)
+    )
     if not theirs.sum():
-        return ["-", "-"]
-    draws = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
-    ratios = ours[draws].sum(1) / np.maximum(theirs[draws].sum(1), 1)
+        return ["-", "-", "-"]
+    rng = np.random.default_rng(0)
+    draws = rng.integers(ours.shape[1], size=(RESAMPLES, ours.shape[1]))
+    by_seed = [np.stack([errors[draws].sum(1) for errors in side], 1) for side in (ours, theirs)]
+    of_clips = by_seed[0].sum(1) / np.maximum(by_seed[1].sum(1), 1)
+    drawn = [
+        np.take_along_axis(side, rng.integers(len(seeds), size=side.shape), 1).sum(1) for side in by_seed
+    ]
+    of_both = drawn[0] / np.maximum(drawn[1], 1)
+    intervals = [_interval(of_clips), _interval(of_both) if len(seeds) > 1 else "-"]
+    return [f"{ours.sum() / theirs.sum():.2f}", *intervals]
+
+
+def _interval(ratios: np.ndarray) -> str:
     low, high = np.quantile(ratios, (0.025, 0.975))
-    return [f"{ours.sum() / theirs.sum():.2f}", f"{low:.2f} to {high:.2f}"]
+    return f"{low:.2f} to {high:.2f}"
 
 
 def word_errors(run: dict[str, Any]) -> np.ndarray:

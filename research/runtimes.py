@@ -7,11 +7,14 @@
                       `q5_0-rounded`, `q5_1-rounded` and `q8_0-rounded` likewise.
 `faster-whisper:DIR`  a CTranslate2 folder, run in the precision in which it was saved; float16 runs as float32.
 `whisper.cpp:FILE`    a ggml file, through pywhispercpp.
+`onnxruntime:DIR`     a folder of `hrt export`, or of the same layout, through ONNX Runtime without PyTorch. After an
+                      `@` comes the ending of other graphs there: `onnxruntime:DIR@_int8` runs
+                      `encoder_model_int8.onnx`.
 
 All decode greedily, without timestamps, in the given language, one clip of at most 30 seconds at a time in the full
 window, to at most 128 new tokens, without the text before and without a second try at a higher temperature. All
-suppress blanks at the start and the tokens that are no speech: PyTorch by the lists of the generation config, the other
-two by their own lists of the same signs.
+suppress blanks at the start and the tokens that are no speech: PyTorch and ONNX Runtime by the lists of the generation
+config, the other two by their own lists of the same signs.
 
 The process imports only what its system needs, so that it may run on an interpreter of another environment. It prints
 a JSON line: seconds to import and load, seconds of all clips, and the texts. The first clip is transcribed once before
@@ -216,14 +219,87 @@ class WhisperCppRuntime(Runtime):
         return " ".join(segment.text.strip() for segment in segments)
 
 
+class OnnxRuntime(Runtime):
+    """Graphs of optimum's layout. Mel spectrograms come from faster-whisper, which has them in NumPy."""
+
+    encoder: Any
+    decoder: Any
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.path).partition("@")[0])
+
+    @property
+    def files(self) -> list[Path]:
+        ending = str(self.path).partition("@")[2]
+        graphs = [
+            self.folder / "onnx" / f"{name}{ending}.onnx"
+            for name in ("encoder_model", "decoder_model_merged")
+        ]
+        return [*graphs, *(path for graph in graphs for path in graph.parent.glob(f"{graph.name}_data*"))]
+
+    def load(self) -> None:
+        import onnxruntime
+        from faster_whisper.feature_extractor import FeatureExtractor
+        from tokenizers import Tokenizer
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        self.encoder, self.decoder = (
+            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for path in self.files[:2]
+        )
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.frames = 2 * config["max_source_positions"]  # of 10 ms
+        self.extractor = FeatureExtractor(feature_size=config["num_mel_bins"])
+        self.prompt = [generation["decoder_start_token_id"]]
+        if generation.get("is_multilingual", True):
+            ids = generation["lang_to_id"][f"<|{self.language}|>"], generation["task_to_id"]["transcribe"]
+            self.prompt += ids
+        self.prompt.append(generation["no_timestamps_token_id"])
+        self.end = config["eos_token_id"]
+        self.suppressed = generation.get("suppress_tokens") or []
+        self.suppressed_first = generation.get("begin_suppress_tokens") or []
+
+    def transcribe(self, samples: np.ndarray) -> str:
+        window = np.pad(samples, (0, self.frames * SAMPLING_RATE // 100 - len(samples)))
+        features = self.extractor(window, padding=0)[None].astype(np.float32)
+        (states,) = self.encoder.run(None, {"input_features": features})
+        names = [
+            value.name for value in self.decoder.get_inputs() if value.name.startswith("past_key_values.")
+        ]
+        shape = next(value.shape for value in self.decoder.get_inputs() if value.name == names[0])
+        cache = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name in names}
+        ids, tokens = self.prompt, list[int]()
+        while len(tokens) < MAX_NEW_TOKENS:
+            inputs = {"input_ids": np.array([ids]), "encoder_hidden_states": states, **cache}
+            logits, *present = self.decoder.run(
+                None, {**inputs, "use_cache_branch": np.array([bool(tokens)])}
+            )
+            # With the cache, keys and values of the encoder's states come back empty, and stay.
+            cache = {name: new if new.size else cache[name] for name, new in zip(names, present)}
+            scores = logits[0, -1]
+            scores[self.suppressed] = -np.inf
+            if not tokens:
+                scores[self.suppressed_first] = -np.inf
+            ids = [int(scores.argmax())]
+            if ids[0] == self.end:
+                break
+            tokens += ids
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 KINDS: dict[str, type[Runtime]] = {
     "torch-dense": DenseRuntime,
     "ours": TorchRuntime,
     **{f"{name}-rounded": RoundedRuntime for name in FORMATS},
     "faster-whisper": FasterWhisperRuntime,
     "whisper.cpp": WhisperCppRuntime,
+    "onnxruntime": OnnxRuntime,
 }
-WITH_PATH = ("ours", "faster-whisper", "whisper.cpp")
+WITH_PATH = ("ours", "faster-whisper", "whisper.cpp", "onnxruntime")
 
 
 def create(system: str, model: str | Path, language: str = "en", threads: int = 2) -> Runtime:

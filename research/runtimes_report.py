@@ -94,7 +94,7 @@ def figures_of(
         own = count_errors(references, texts[result["system"]])
         changed = count_errors(texts[DENSE], texts[result["system"]])
         rates = own.rates(samples)
-        timed = None if result["rounded"] else result
+        timed = None if result["rounded"] or "seconds" not in result else result
         figures.append(
             {
                 "system": result["system"],
@@ -117,7 +117,10 @@ def figures_of(
 def table(figures: Sequence[Mapping[str, Any]]) -> str:
     """The figures as a Markdown table whose columns line up."""
     head = ["system", "file, MB", "WER, %", "95 % interval", "WER / dense", "95 % interval"]
-    head += ["disagreement, %", "95 % interval", "real-time factor", "load, s", "peak memory, MB"]
+    head += ["disagreement, %", "95 % interval"]
+    measured = any(f["real_time_factor"] is not None for f in figures)
+    timed = (("real_time_factor", 3), ("load_seconds", 1), ("peak_uss_mb", 0)) if measured else ()
+    head += ["real-time factor", "load, s", "peak memory, MB"][: len(timed)]
 
     def interval(figure: Mapping[str, float] | None, scale: float, places: int) -> list[str]:
         if figure is None:
@@ -129,7 +132,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
     for f in figures:
         cells = [f["system"], f"{f['file_mb']:.1f}", *interval(f["wer"], 100, 1)]
         cells += [*interval(f["wer_ratio"], 1, 2), *interval(f["disagreement"], 100, 1)]
-        for name, places in (("real_time_factor", 3), ("load_seconds", 1), ("peak_uss_mb", 0)):
+        for name, places in timed:
             cells.append("" if f[name] is None else f"{f[name]:.{places}f}")
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -190,9 +193,16 @@ def write_report(
         f"{SAMPLES} bootstrap samples of clips, the same for all systems. A system named `-rounded` runs in PyTorch "
         "with the matrices rounded as whisper.cpp's format of that name; its words and bytes count, its speed and "
         "memory would be PyTorch's and are left out. The dense file is in 16 bits. A whisper.cpp file holds the "
-        "vocabulary too. Peak memory is the unique set size, libraries included. Loading includes imports. The "
-        f"real-time factor is of whole transcriptions. All figures: [{path.name}]({path.name})."
+        "vocabulary too. "
     )
+    if settings["timed"]:
+        notes += (
+            "Peak memory is the unique set size, libraries included. Loading includes imports. The real-time factor is "
+            "of whole transcriptions. "
+        )
+    if settings["join_seconds"] is not None:
+        notes += f"Adjacent recordings of one folder are joined up to {settings['join_seconds']:g} seconds. "
+    notes += f"All figures: [{path.name}]({path.name})."
     text = "\n\n".join([f"# {title}", table(figures), f"![disagreement over file size]({image.name})", notes])
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     return figures

@@ -27,7 +27,7 @@ SPEEDS = {
     "test": (1.0,),
 }  # by resampling, so that pitch moves too
 MOST_WORDS = 3  # of a string that is to be recognised
-EARLY = 0.4  # the part of the training strings, from the first on, that are single words: aligning is learnt later
+EARLY = 0.2  # the part of the training strings, from the first on, that are single words: aligning is learnt later
 GAP_SECONDS = (0.0, 0.12)
 NOISE_DECIBELS = (10.0, 40.0)  # of the speech over the noise
 
@@ -63,7 +63,7 @@ class WordStrings(Dataset):
         language: "en" for words with their transcript, "es" for sentences with their translation.
         split: one of `SPLITS`.
         size: number of strings.
-        seconds: the longest string; words that do not fit are left out.
+        seconds: the longest string; words that do not fit are left out, and sentences that do not fit are not drawn.
         seed: of the strings.
         words: how many of `WORDS` are joined, from the first; the first ten are the digits.
         folder: as `research/make_words.py` writes it.
@@ -99,20 +99,26 @@ class WordStrings(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         voice = list(self.voices)[rng.integers(len(self.voices))]
-        words, text = self._words(rng, index)
         clips = self.voices[voice]
-        speed = rng.integers(len(SPEEDS[self.split]))
-        audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
-        position, said = 0, 0
-        for word in words:
-            clip = clips[word][speed]
-            position += round(rng.uniform(*GAP_SECONDS) * SAMPLING_RATE)
-            if position + len(clip) > len(audio) and said and self.language == "en":
-                break
-            kept = clip[: len(audio) - position]
-            audio[position : position + len(kept)] = kept
-            position += len(clip)
-            said += 1
+        said = -1
+        while said < 0:
+            words, text = self._words(rng, index)
+            speed = rng.integers(len(SPEEDS[self.split]))
+            audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
+            position, said = 0, 0
+            for word in words:
+                clip = clips[word][speed]
+                position += round(rng.uniform(*GAP_SECONDS) * SAMPLING_RATE)
+                fits = position + len(clip) <= len(audio)
+                if not fits and self.language == "es":
+                    said = -1  # a sentence is whole, or another one is drawn
+                    break
+                if not fits and said:
+                    break
+                kept = clip[: len(audio) - position]
+                audio[position : position + len(kept)] = kept
+                position += len(clip)
+                said += 1
         if self.language == "en":
             text = " ".join(words[:said])
         path = f"{voice}-{self.split}-{index}"

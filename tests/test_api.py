@@ -168,6 +168,27 @@ class TestCompress:
         model = hrt.compress(dense, rows(), processor=whisper_processor(), **SHORT)
         assert type(model) is hrt.ResidualWhisperForAudioClassification
 
+    def test_a_generation_config_without_languages_gets_those_of_the_processor_that_is_given(self, compact):
+        dense = whisper()
+        for name in ("lang_to_id", "task_to_id"):
+            delattr(dense.generation_config, name)
+        model = hrt.compress(dense, rows(), 0.5, processor=whisper_processor(), **SHORT)
+        wanted = whisper_generation_config()
+        assert model.generation_config.lang_to_id == wanted.lang_to_id
+        assert model.generation_config.task_to_id == wanted.task_to_id
+        assert not hasattr(dense.generation_config, "lang_to_id")
+        expected = compact.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+    def test_recordings_in_which_the_model_hears_nothing_are_refused(self):
+        deaf = whisper()
+        with torch.no_grad():  # the end of the text is the likeliest token, whatever is said
+            deaf.get_input_embeddings().weight[deaf.config.eos_token_id] = 1.0
+            deaf.model.decoder.layer_norm.weight.zero_()
+            deaf.model.decoder.layer_norm.bias.fill_(100.0)
+        with pytest.raises(ValueError, match="the model hears no word in it; pass other recordings"):
+            hrt.compress(deaf, rows(), 0.5, processor=whisper_processor(), **SHORT)
+
     def test_what_it_cannot_take_is_named(self, compact, compressed, tmp_path):
         processor = whisper_processor()
         with pytest.raises(ValueError, match=r"`processor` must be the model's where a model is given"):

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import soundfile
 from conftest import SAMPLING_RATE, speech
+from fuzz_counts import table_of
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = re.compile(
@@ -108,3 +109,8 @@ def test_links_of_a_document_lead_to_files(document):
         else:
             linked = (ROOT / document).parent / path
         assert linked.exists(), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("fuzz-*.json")), ids=str)
+def test_the_counts_of_fuzzing_are_those_of_its_results(path):
+    assert table_of(path) in (ROOT / "docs" / "fuzzing.md").read_text()

@@ -22,8 +22,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 import hf_residual_transformer as hrt
 from hf_residual_transformer import ResidualConfig, classes
 from hf_residual_transformer.compression.conversion import _make_linear
-from hf_residual_transformer.compression.inputs import frozen_view, mask_of, output_of, to_model
-from hf_residual_transformer.compression.statistics import Group, collect
+from hf_residual_transformer.compression.inputs import (
+    MEMORY,
+    frozen_view,
+    mask_of,
+    output_of,
+    to_model,
+    with_labels,
+    without_memory,
+)
+from hf_residual_transformer.compression.statistics import Group, LogitsObjective, collect
 from hf_residual_transformer.families import FAMILIES, REFUSED, LayerStack
 from hf_residual_transformer.layers import ChannelsFirst
 from hf_residual_transformer.modeling import residual_linears
@@ -356,3 +364,22 @@ def test_the_whole_model_becomes_compact_where_the_decoder_is_known(name, budget
     assert 0 < change < 0.25
     generated = [twin.generate(**of.inputs, max_new_tokens=4) for twin in (model, model.merge())]
     assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("name", ["whisper", "speech_to_text", "moonshine"])
+def test_a_decoders_statistics_are_those_with_an_encoder_that_runs_each_time(name):
+    view = frozen_view(case(name).dense)
+    _make_linear(view, FAMILIES[name])
+    encoder, decoder = (LayerStack(stack, view) for stack in FAMILIES[name].stacks)
+    batch = {**case(name).inputs, "labels": torch.tensor([[3, 4, 5, 6, 2], [7, 8, 2, -100, -100]])}
+    known = with_labels(view, encoder.owner, [batch], progress=False)
+    assert (MEMORY in known[0]) == (name == "whisper")  # other decoders read more than the states
+    groups = [Group(path, None, (0,), "decoder") for path in decoder.stack.modules]
+    found, expected = (
+        collect(decoder, view, groups, batches, LogitsObjective(decoder, encoder), progress=False)
+        for batches in (known, [without_memory(one) for one in known])
+    )
+    for key, entry in found.items():
+        assert entry.weight > 0, key
+        torch.testing.assert_close(entry.products, expected[key].products)
+        torch.testing.assert_close(entry.gradients, expected[key].gradients)

@@ -68,3 +68,16 @@ def test_a_row_without_an_error_rate_cannot_be_chosen(tmp_path):
     message = r"`chosen` must name a row .*'dense', 'converted', 'distilled'\), got 'tuned'"
     with pytest.raises(ValueError, match=message):
         write_card(tmp_path, "tuned")
+
+
+def test_a_card_is_whole_or_the_old_one_stays(tmp_path, monkeypatch):
+    write_card(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_card(tmp_path, "converted")
+    assert (tmp_path / "README.md").read_text() == before

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomize_, tiny_wav2vec2_config, tiny_whisper_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import hf_residual_transformer as hrt
 
@@ -74,18 +75,80 @@ def test_packed_weights_of_another_dtype_are_refused_and_not_cast_to_bytes(dtype
         model_class.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_other_weights_of_a_dtype_that_they_do_not_have_are_refused_and_not_cast(dtype, tmp_path):
+    model_class = saved(tmp_path, "whisper")
+    key = "model.encoder.layer_norm.weight"
+
+    def retype(tensors):
+        tensors[key] = tensors[key].to(dtype)
+
+    change(tmp_path, retype)
+    with pytest.raises(ValueError, match=f"'{key}' of the checkpoint must be of dtype float32 or float16"):
+        model_class.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
-    "name", ["layers.1.fc2.lora_A", "shared.fc1.0.weight_scale", "layers.0.self_attn.q_proj.diagonal"]
+    ("family", "field"),
+    [("whisper", "encoder_layers"), ("whisper", "decoder_layers"), ("wav2vec2", "num_hidden_layers")],
 )
-def test_weights_of_compressed_modules_that_are_not_finite_are_named(name, value, tmp_path):
+def test_a_config_of_a_billion_layers_is_refused_at_once(family, field, tmp_path):
+    model_class = saved(tmp_path, family)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 10**9}))
+    with pytest.raises(ValueError, match=f"`{field}` must be at most 1000, got 1000000000"):
+        model_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("load", [AutoConfig, hrt.ResidualWhisperConfig])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("d_model", "x"), ("encoder_layers", {"a": 1}), ("dropout", None), ("residual_config", 5)],
+)
+def test_a_field_of_a_wrong_type_is_named(load, field, value, tmp_path):
+    saved(tmp_path, "whisper")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=field):
+        load.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../model.safetensors", "none.safetensors", ".", "", 5, None])
+def test_an_index_of_shards_lists_only_files_beside_it(name, tmp_path):
+    model_class = saved(tmp_path, "whisper")
+    model_class.from_pretrained(tmp_path).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.encoder.conv1.bias"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json must list files beside it, got"):
+        model_class.from_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 5}}', "\ud800"])
+def test_a_broken_index_of_shards_is_named(content, tmp_path):
+    model_class = saved(tmp_path, "whisper")
+    model_class.from_pretrained(tmp_path).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises((ValueError, OSError), match="shards"):
+        model_class.from_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -3e37])
+@pytest.mark.parametrize(
+    "name",
+    ["layers.1.fc2.lora_A", "shared.fc1.0.weight_scale", "layers.0.self_attn.q_proj.diagonal", "conv1.bias"],
+)
+def test_weights_that_are_not_finite_or_too_large_are_named(name, value, tmp_path):
     model_class = saved(tmp_path, "whisper")
 
     def spoil(tensors):
         tensors[f"model.encoder.{name}"].view(-1)[3] = value
 
     change(tmp_path, spoil)
-    with pytest.raises(ValueError, match=f"has NaN or infinity in 'model.encoder.{name}'"):
+    what = "a value of magnitude 3e" if value == -3e37 else "NaN or infinity"
+    with pytest.raises(ValueError, match=f"has {what}.* in 'model.encoder.{name}'"):
         model_class.from_pretrained(tmp_path)
 
 

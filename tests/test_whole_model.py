@@ -299,8 +299,9 @@ def test_without_labels_the_dense_model_transcribes_the_recordings(monkeypatch):
     unlabelled = [{"input_features": batch["input_features"]} for batch in batches]
     heard = []
 
-    def transcribe(model, features):
+    def transcribe(model, features, states):
         heard.append(len(features))
+        torch.testing.assert_close(states, model.get_encoder()(features).last_hidden_state)
         return torch.cat([batch["labels"] for batch in batches])
 
     monkeypatch.setattr("hf_residual_transformer.compression.inputs.transcribe", transcribe)

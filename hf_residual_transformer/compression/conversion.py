@@ -31,6 +31,7 @@ from ..layers import as_linear, is_linear
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
 from ..reporting import ConversionReport, ModuleError, saved_tensors
+from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
 from .allocation import (
     EMBEDDING,
@@ -44,7 +45,7 @@ from .allocation import (
     unranked_parameters,
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
-from .inputs import LABELS, Batch, as_batches, frozen_view, refuse_adapter, with_labels
+from .inputs import LABELS, Batch, as_batches, frozen_view, refuse_adapter, with_labels, without_memory
 from .measurement import CHECK_BITS, CHECK_WINDOWS, Divergence, Rounding, replaced, round_plainly
 from .refinement import Streams
 from .statistics import (
@@ -154,12 +155,15 @@ def convert(
 
     Raises:
         ValueError: for a model that is not the dense class's, is quantised, adapted or residual already, or has
-            weights that are not finite; for a calibrated start without calibration inputs, or with empty or
-            non-finite ones; for options that contradict each other.
+            weights that are not finite; for a calibrated start without calibration inputs, or with empty,
+            non-finite or too short ones; for options that contradict each other.
     """
     plan = _given_plan(residual_config, decoder_residual_config, embedding_bits)
     request = _checked(plan, parts, calibration, start, budget, shared_bits, block_size, iterations, progress)
     loaded = _load_dense(cls, dense)
+    for index, batch in enumerate(request.batches):
+        if "input_values" in batch:
+            check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
     view = frozen_view(loaded)
     _make_linear(view, cls.family)
     with torch.no_grad():
@@ -286,9 +290,10 @@ class _Conversion:
         self.batches = {ENCODER: request.batches, DECODER: request.batches}
         self.encoder_places = list(range(len(request.batches)))
         if request.batches and len(names) > 1:
-            labelled = with_labels(dense, request.batches, request.progress)
+            labelled = with_labels(dense, self.stacks[ENCODER].owner, request.batches, request.progress)
             self.encoder_places = _spread([len(batch[LABELS]) for batch in labelled], ENCODER_WINDOWS)
-            self.batches = {ENCODER: [labelled[place] for place in self.encoder_places], DECODER: labelled}
+            of_encoder = [without_memory(labelled[place]) for place in self.encoder_places]
+            self.batches = {ENCODER: of_encoder, DECODER: labelled}
         self.embedding: EmbeddingStatistics | None = None
         if EMBEDDING in names and request.batches:
             table = dense.get_input_embeddings().weight
@@ -396,14 +401,14 @@ class _Conversion:
         assert budget is not None
         curves: list[Curve] = []
         divergence = self._divergence()
-        for part in self.parts.values():
+        for name, part in self.parts.items():
             found: list[Curve] = []
             roundings: list[Rounding] = []
             estimate = 0.0
             for run_idx in range(len(part.runs)):
                 of_run, rounded, error = _run_curves(part, run_idx, rounds=divergence is not None)
                 found, roundings, estimate = found + of_run, roundings + rounded, estimate + error
-            curves += _scaled(found, roundings, estimate, divergence)
+            curves += _scaled(found, roundings, estimate, divergence, name == ENCODER)
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         dense = (
@@ -423,7 +428,7 @@ class _Conversion:
             weight = quantize(table, None, CHECK_BITS, block_size).weight().to(table)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
             roundings = [(end, weight, None) for end in ends if end is not None]
-            curves += _scaled(found, roundings, embedding.error((weight - table).double()), divergence)
+            curves += _scaled(found, roundings, embedding.error((weight - table).double()), divergence, False)
             fixed -= table.numel()
         try:
             choices = choose(curves, budget * dense - fixed)
@@ -474,13 +479,17 @@ def _run_curves(part: _Part, run_idx: int, *, rounds: bool) -> tuple[list[Curve]
 
 
 def _scaled(
-    curves: list[Curve], roundings: list[Rounding], estimate: float, divergence: Divergence | None
+    curves: list[Curve],
+    roundings: list[Rounding],
+    estimate: float,
+    divergence: Divergence | None,
+    of_encoder: bool,
 ) -> list[Curve]:
     """The curves of one part, in the unit of a measured divergence."""
     if divergence is None or estimate <= 0:
         return curves
     with replaced(roundings):
-        scale = divergence() / estimate
+        scale = divergence(of_encoder) / estimate
     return [replace(curve, errors=curve.errors * max(scale, 0.0)) for curve in curves]
 
 

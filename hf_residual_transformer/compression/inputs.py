@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..families import frame_mask, takes_mask
+from ..families import WHISPER, frame_mask, takes_mask
 from ..speech.collators import LABEL_PADDING
 from ..speech.transcription import greedy_labels, has_words, transcribe
 
 INPUT_NAMES = ("input_features", "input_values")
 TRANSCRIBED = 8  # batches at a time, since tokens are cheaper together
 LABELS = "labels"  # of a decoder: token ids as `transcribe` gives them, with LABEL_PADDING
+MEMORY = "encoder_states"  # what the dense encoder gives for the inputs, so that it runs once
 Batch = dict[str, Tensor]
 Context = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer beside its hidden states
 
@@ -102,8 +103,17 @@ def to_model(model: Any, batch: Mapping[str, Tensor]) -> Batch:
     }
 
 
-def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]:
-    """The batches with the model's own greedy transcripts as labels, where they have none.
+def with_labels(model: Any, encoder: nn.Module, batches: list[Batch], progress: bool) -> list[Batch]:
+    """The batches with what a Whisper's encoder gives, and with the model's own greedy transcripts as labels, where
+    they have none.
+
+    Other decoders read more than the encoder's states, such as the mask of its frames, or change them in place.
+
+    Args:
+        model: a dense model with a decoder.
+        encoder: its encoder.
+        batches: inputs of the model.
+        progress: shows a progress bar.
 
     Raises:
         ValueError: when a transcript is needed and the model cannot generate, or nothing is heard in any batch.
@@ -115,11 +125,16 @@ def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]
             'generate them; or compress the encoder alone, with parts=("encoder",)'
         )
     found = list(batches)
+    if model.config.model_type == WHISPER.name:
+        found = [
+            {**batch, MEMORY: output_of(model, encoder, to_model(model, batch))[0].to(_inputs(batch).device)}
+            for batch in tqdm(batches, desc="encoding", unit="batch", disable=not progress)
+        ]
     with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
         for start in range(0, len(lacking), TRANSCRIBED):
             together = lacking[start : start + TRANSCRIBED]
-            for index, labels in zip(together, _transcripts(model, [batches[index] for index in together])):
-                found[index] = {**batches[index], LABELS: labels}
+            for index, labels in zip(together, _transcripts(model, [found[index] for index in together])):
+                found[index] = {**found[index], LABELS: labels}
             bar.update(len(together))
     if not any(has_words(model, batch[LABELS]) for batch in found):
         raise ValueError(
@@ -131,10 +146,12 @@ def with_labels(model: Any, batches: list[Batch], progress: bool) -> list[Batch]
 
 def _transcripts(model: Any, batches: list[Batch]) -> list[Tensor]:
     """Labels for each batch, (batch_size, num_tokens), on the device of its inputs."""
-    if model.config.model_type != "whisper":
+    if model.config.model_type != WHISPER.name:
         return [greedy_labels(model, to_model(model, batch)).to(_inputs(batch).device) for batch in batches]
-    features = torch.cat([to_model(model, batch)["input_features"] for batch in batches])
-    together = transcribe(model, features).to(_inputs(batches[0]).device)
+    features, memory = (
+        torch.cat([to_model(model, batch)[name] for batch in batches]) for name in ("input_features", MEMORY)
+    )
+    together = transcribe(model, features, memory).to(_inputs(batches[0]).device)
     found = []
     for labels in together.split([len(_inputs(batch)) for batch in batches]):
         longest = max(1, int((labels != LABEL_PADDING).sum(1).max()))
@@ -163,9 +180,18 @@ def is_token(batch: Mapping[str, Tensor]) -> Tensor:
     return batch[LABELS] != LABEL_PADDING
 
 
+def without_memory(batch: Batch) -> Batch:
+    """The batch for a model whose encoder differs from the dense one."""
+    return {name: value for name, value in batch.items() if name != MEMORY}
+
+
 def inputs_of(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of a forward pass: labels become the decoder's input, and no cache is kept."""
+    """The arguments of a forward pass: labels become the decoder's input, no cache is kept, and where the encoder's
+    states are known, it does not run.
+    """
     inputs: dict[str, Any] = to_model(model, batch)
+    if MEMORY in inputs:
+        inputs["encoder_outputs"] = (inputs.pop(MEMORY),)
     if LABELS in inputs:
         inputs["decoder_input_ids"] = decoder_ids(model, inputs)
         inputs["use_cache"] = False

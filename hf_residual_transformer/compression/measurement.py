@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..families import LayerStack
 from ..quantization import quantize
-from .inputs import Batch, inputs_of, is_token, set_frozen
+from .inputs import Batch, inputs_of, is_token, set_frozen, without_memory
 from .statistics import TINY, MatrixStatistics
 
 CHECK_BITS = 4
@@ -76,10 +76,11 @@ class Divergence:
         logits = self.model(**inputs_of(self.model, batch)).logits
         return logits[is_token(batch).to(logits.device)].log_softmax(-1)
 
-    def __call__(self) -> float:
-        """The mean over all tokens of the labels."""
+    def __call__(self, of_encoder: bool) -> float:
+        """The mean over all tokens of the labels; the encoder runs again only if the change is one `of_encoder`."""
+        batches = [without_memory(batch) for batch in self.batches] if of_encoder else self.batches
         total = sum(
             (reference.exp() * (reference - self._log_chances(batch))).sum().item()
-            for reference, batch in zip(self.reference, self.batches)
+            for reference, batch in zip(self.reference, batches)
         )
         return total / sum(map(len, self.reference))

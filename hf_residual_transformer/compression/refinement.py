@@ -21,8 +21,8 @@ from ..layers import ResidualLinear, rows_last, unpacked_weights
 from ..quantization import BLOCK
 from ..reporting import ModuleError
 from .fitting import fit_group
-from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached
-from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, damp, importance_of
+from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
+from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
 Calls = dict[str, tuple[Tensor, Tensor]]  # inputs and outputs of each module of a layer, by path
@@ -83,9 +83,12 @@ class Streams:
         first = [
             [
                 calls_of(model, list(stack.layers), inputs_of(model, batch), same_arguments=same)
-                for batch in batches
+                for batch in inputs
             ]
-            for stack, model in zip((dense, residual), models)
+            for stack, model, inputs in (
+                (dense, models[0], batches),
+                (residual, models[1], [without_memory(batch) for batch in batches]),
+            )
         ]
         # By batch and layer. A decoder's contexts hold the final states of its own model's encoder.
         self.dense_contexts, self.residual_contexts = ([context for _, context in calls] for calls in first)
@@ -177,7 +180,7 @@ class Streams:
         cross, products = found.about(offset)
         weight = self.source.linear(layer_idx, path).weight.double()
         missing = cross - weight @ products
-        weight = weight + torch.linalg.solve(damp(products, RIDGE), missing.T).T
+        weight = weight + torch.linalg.solve(found.damped(products, RIDGE), missing.T).T
         shared, members = linear.shared, [layer_idx]
         others = [self.target.linear(index, path).shared for index in range(len(self.target))]
         begins = shared is not None and others.index(shared) == layer_idx
@@ -188,7 +191,7 @@ class Streams:
         following = members[1:]
         fits = fit_group(
             [weight, *(self.source.linear(index, path).weight.double() for index in following)],
-            [damp(products), *(statistics[index, path].metric() for index in following)],
+            [found.damped(products), *(statistics[index, path].metric() for index in following)],
             [self.target.linear(index, path).rank for index in members],
             importance=importance_of([statistics[index, path] for index in members]),
             diagonal=linear.diagonal is not None,

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..families import LayerStack
 from ..layers import rows_last
 from ..modeling import forward_as
-from .inputs import Batch, decoder_ids, is_token, mask_of, output_of, to_model
+from .inputs import MEMORY, Batch, decoder_ids, is_token, mask_of, output_of, to_model
 
 DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
+# Where few vectors stand for many features, a covariance is damped by so much of the features for each vector.
+SHRINKAGE = 0.2
 IMPORTANCE_DAMPING = 1e-2  # of the mean importance of the outputs
 HELD_BYTES = (
     1e9  # most bytes of statistics at a time; layers beyond it take another pass over the calibration
@@ -36,14 +39,25 @@ class WeightedMoments:
     def __init__(self, features: int, device: torch.device) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.weight, self.sum, self.products = zeros(()), zeros(features), zeros(features, features)
+        self.squared_weight = zeros(())
 
     def add(self, vectors: Tensor, weights: Tensor) -> None:
         """Adds vectors, (number, features), each with its weight, (number,)."""
         roots = weights.double().sqrt()[:, None]
         vectors = vectors.double() * roots
         self.weight += weights.double().sum()
+        self.squared_weight += weights.double().square().sum()
         self.sum += (vectors * roots).sum(0)
         add_gram(self.products, vectors)
+
+    def damped(self, covariance: Tensor, least: float = DAMPING) -> Tensor:
+        """A covariance of these vectors, damped by `least`, or more where their effective number is small.
+
+        Some tokens of a decoder matter so much more than others that thousands weigh as a hundred. Without this, errors
+        are pushed into directions that only other recordings have.
+        """
+        number = self.weight.square() / self.squared_weight.clamp_min(TINY)
+        return damp(covariance, max(least, SHRINKAGE * len(covariance) / max(number.item(), 1.0)))
 
     @property
     def mean(self) -> Tensor:
@@ -94,7 +108,7 @@ class MatrixStatistics(WeightedMoments):
 
     def metric(self) -> Tensor:
         """`C` times the sum of the weights, damped to be positive definite, (in_features, in_features)."""
-        return damp(self.covariance() if self.centred else self.products)
+        return self.damped(self.covariance() if self.centred else self.products)
 
     def reorder_inputs(self, order: Tensor) -> None:
         """Gives the statistics that the inputs would have in this order, (in_features,)."""
@@ -287,8 +301,11 @@ class LogitsObjective:
 
     def __call__(self, model: Any, batch: Batch, leaves: list[Tensor]) -> Tensor:
         """A scalar of one batch. Its gradients are samples of how much errors matter."""
-        with torch.no_grad():
-            encoded = output_of(model, self.encoder.owner, batch)
+        if MEMORY in batch:
+            encoded = BaseModelOutput(batch[MEMORY])
+        else:
+            with torch.no_grad():
+                encoded = output_of(model, self.encoder.owner, batch)
         memory = encoded[0].detach().requires_grad_()
         encoded["last_hidden_state"] = memory.clone()  # since a decoder may change it
         leaves.append(memory)

@@ -15,13 +15,17 @@ from transformers.utils import logging
 
 from ..folders import complete_folder, prepare_output_dir, save_processor
 from ..whisper import language_and_task_ids
+from . import sherpa
+from .ggml import save_q4_0
 from .graph import FLOATS, Graph, save
 from .whisper import ACTIVATIONS, decoder_graph, encoder_graph
 
 logger = logging.get_logger(__name__)
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "sherpa-onnx", "ggml")
+GGML_FILE = "ggml-model-q4_0.bin"
 ENGLISH_ONLY = 51_864  # tokens of the Whisper models that know English alone
 GRAPHS = {"encoder_model": encoder_graph, "decoder_model_merged": decoder_graph}
+SHERPA_GRAPHS = {"encoder": sherpa.encoder_graph, "decoder": sherpa.decoder_graph}
 
 
 def export_model(
@@ -54,12 +58,21 @@ def export_model(
         )
     folder = prepare_output_dir(out, overwrite)
     with complete_folder(folder) as draft:
-        (draft / "onnx").mkdir()
-        for name, build in GRAPHS.items():
+        if format == "ggml":
+            save_q4_0(model, processor, draft / GGML_FILE)
+            return folder
+        is_sherpa = format == "sherpa-onnx"
+        graphs = draft if is_sherpa else draft / "onnx"
+        graphs.mkdir(exist_ok=True)
+        for name, build in (SHERPA_GRAPHS if is_sherpa else GRAPHS).items():
             graph = build(model, floats=floats, accuracy_level=accuracy_level)
             _say_widened(name, graph)
-            save(graph.model(name), draft / "onnx" / f"{name}.onnx")
-            _check_runs(draft / "onnx" / f"{name}.onnx")
+            values = sherpa.metadata(config, processor.tokenizer) if name == "encoder" else {}
+            save(sherpa.with_metadata(graph, name, values), graphs / f"{name}.onnx")
+            _check_runs(graphs / f"{name}.onnx")
+        if is_sherpa:
+            sherpa.save_tokens(processor.tokenizer, draft / "tokens.txt")
+            return folder
         _save_configs(model, processor, draft)
         _save_processor(processor, draft)
     return folder
@@ -83,7 +96,8 @@ def _check_runs(path: Path) -> None:
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors have no common class
         raise ValueError(
-            f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}, which may be too old: {error}"
+            f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}, which may be too old for its "
+            f"operators; pip install --upgrade onnxruntime. It said: {error}"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Builds an ONNX graph from PyTorch modules, in which matrices in few bits stay in few bits.
 
-`MatMulNBits` of ONNX Runtime multiplies with a matrix in blocks, and `GatherBlockQuantized` looks its rows up. Both
-read the same tensor, so that an embedding that is tied to the output is stored once, and so is a `U` that several
-layers share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file.
+`MatMulNBits` of ONNX Runtime multiplies with a matrix in blocks. Rows of an embedding are looked up in the same tensor
+and unpacked by standard operators, so that an embedding that is tied to the output is stored once, and so is a `U` that
+several layers share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from ..layers import QuantizedWeight, ResidualLinear
+from ..layers import LowRankLinear, QuantizedWeight, ResidualLinear
 from ..quantization import lowest
 
 OPSET = 17
@@ -102,6 +102,8 @@ class Graph:
     def stored(self, name: str, tensor: Tensor) -> str:
         """A floating-point tensor in the dtype of the file."""
         if name not in self.initializers:
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise _no_operator(name, tensor)
             values = tensor.detach().cpu().to(self.floats)
             if not values.isfinite().all():  # numbers that float16 cannot hold
                 values = tensor.detach().cpu().float()
@@ -119,7 +121,8 @@ class Graph:
 
     def linear(self, module: Any, x: str) -> str:
         """The output of a linear module, dense or residual, for the value `x`, (..., in_features)."""
-        path, bias = self.path(module), module.bias
+        path = self._known(module, nn.Linear, ResidualLinear, LowRankLinear)
+        bias = module.bias
         shared: Any = module.shared if isinstance(module, ResidualLinear) else module
         if bias is not None:
             owner = path if module._parameters.get("bias") is not None else self.path(shared)
@@ -169,21 +172,32 @@ class Graph:
         )
 
     def rows(self, weight: QuantizedWeight, ids: str) -> str:
-        """Rows of a matrix in few bits: (batch_size, seq_len) to (batch_size, seq_len, in_features)."""
+        """Rows of a matrix in few bits: (batch_size, seq_len) to (batch_size, seq_len, in_features).
+
+        `GatherBlockQuantized` would do the same, but ONNX Runtime Web lacks it on a CPU. The rows of a few tokens cost
+        nothing.
+        """
         packed, bits = self._packed(weight)
         scale = self.tensor(f"{self.path(weight)}.weight_scale", weight.weight_scale)
-        found = self.add(
-            "GatherBlockQuantized",
-            packed,
-            ids,
-            self.add("Unsqueeze", scale, self.integers(-1)),
-            domain=CONTRIB,
-            bits=bits,
-            block_size=weight.block_size,
-            gather_axis=0,
-            quantize_axis=2,
-        )
-        return self.add("Reshape", found, self.integers(0, 0, weight.in_features))
+        found = self.add("Gather", packed, ids)  # (batch_size, seq_len, blocks, bytes of a block)
+        parts = []
+        for place in range(0, 8, bits):
+            part = self._shifted(self._shifted(found, 8 - bits - place, "LEFT"), 8 - bits, "RIGHT")
+            parts.append(self.add("Unsqueeze", part, self.integers(-1)))
+        codes = self.add("Cast", self.add("Concat", *parts, axis=-1), to=TensorProto.FLOAT)
+        codes = self.add("Reshape", codes, self.integers(0, 0, 0, weight.block_size))
+        integers = self.add("Add", codes, self.number(float(lowest(bits))))
+        scales = self.add("Unsqueeze", self.add("Gather", scale, ids), self.integers(-1))
+        scaled = self.add("Mul", integers, scales)
+        return self.add("Reshape", scaled, self.integers(0, 0, weight.in_features))
+
+    def _shifted(self, value: str, places: int, direction: str) -> str:
+        """Bytes shifted by so many bits; what is shifted out is lost."""
+        if not places:
+            return value
+        name = f"bits_{places}"
+        self.initializers[name] = numpy_helper.from_array(np.array(places, dtype=np.uint8), name)
+        return self.add("BitShift", value, name, direction=direction)
 
     def _packed(self, weight: QuantizedWeight) -> tuple[str, int]:
         """The packed integers, (out_features, blocks, bytes of a block), and their bits in the file."""
@@ -199,10 +213,26 @@ class Graph:
 
     def layer_norm(self, module: nn.LayerNorm, x: str) -> str:
         """Layer normalisation over the last dimension."""
-        path = self.path(module)
+        path = self._known(module, nn.LayerNorm)
         weight = self.tensor(f"{path}.weight", module.weight)
         bias = self.tensor(f"{path}.bias", module.bias)
         return self.add("LayerNormalization", x, weight, bias, axis=-1, epsilon=module.eps)
+
+    def convolution(self, module: nn.Conv1d, x: str) -> str:
+        """A convolution over (batch_size, in_channels, seq_len)."""
+        path = self._known(module, nn.Conv1d)
+        assert module.bias is not None and not isinstance(module.padding, str)
+        weight, bias = self.tensor(f"{path}.weight", module.weight), self.tensor(f"{path}.bias", module.bias)
+        (padding,) = module.padding
+        return self.add(
+            "Conv",
+            x,
+            weight,
+            bias,
+            kernel_shape=module.kernel_size,
+            strides=module.stride,
+            pads=[padding, padding],
+        )
 
     def model(self, name: str) -> Any:
         """The finished ONNX model."""
@@ -214,9 +244,23 @@ class Graph:
         model.ir_version = 8  # the first with this opset; make_model writes the newest
         return model
 
+    def _known(self, module: nn.Module, *classes: type[nn.Module]) -> str:
+        """The path of a module that must be of one of these classes; a subclass may compute something else."""
+        if type(module) not in classes:
+            raise _no_operator(self.path(module), module)
+        return self.path(module)
+
     def _unused(self, name: str) -> str:
         self._counts[name] += 1
         return f"{name}_{self._counts[name] - 1}"
+
+
+def _no_operator(path: str, found: Any) -> ValueError:
+    kind = f"{type(found).__module__}.{type(found).__name__}"
+    return ValueError(
+        f"`model` must have plain or residual modules, got a {kind} at {path}, which no operator computes; "
+        "merge an adapter (merge_and_unload() of PEFT), or export the model before another library changes it"
+    )
 
 
 def operator_bits(bits: int) -> int:

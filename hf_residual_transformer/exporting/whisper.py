@@ -22,25 +22,30 @@ ACTIVATIONS = {"gelu": ("Gelu", CONTRIB), "relu": ("Relu", "")}
 
 def encoder_graph(model: Any, **options: Any) -> Graph:
     """(batch_size, num_mel_bins, frames) to (batch_size, frames / 2, d_model)."""
-    graph, encoder = Graph(model, **options), model.get_encoder()
-    shape = ["batch_size", model.config.num_mel_bins, "feature_length"]
-    x = graph.input("input_features", FLOAT, shape)
-    for conv in (encoder.conv1, encoder.conv2):
-        x = graph.add("Gelu", _convolution(graph, conv, x), domain=CONTRIB)
-    x = graph.add("Transpose", x, perm=[0, 2, 1])
-    positions = graph.tensor(graph.path(encoder.embed_positions) + ".weight", encoder.embed_positions.weight)
-    length = _size(graph, x, 1)
-    x = graph.add("Add", x, graph.add("Slice", positions, graph.integers(0), length, graph.integers(0)))
-    for layer in encoder.layers:
-        attention = layer.self_attn
-        normed = graph.layer_norm(layer.self_attn_layer_norm, x)
-        keys, values = graph.linear(attention.k_proj, normed), graph.linear(attention.v_proj, normed)
-        context = _attention(graph, attention, normed, keys, values)
-        x = graph.add("Add", x, graph.linear(attention.out_proj, context))
-        x = _feed_forward(graph, layer, x, model.config.activation_function)
-    x = graph.layer_norm(encoder.layer_norm, x)
+    graph = Graph(model, **options)
+    x = encoder_states(graph, model, "input_features")
     graph.output(x, "last_hidden_state", ["batch_size", "encoder_sequence_length", model.config.d_model])
     return graph
+
+
+def encoder_states(graph: Graph, model: Any, name: str) -> str:
+    """The encoder's states, from the input of mel features that gets this name."""
+    encoder = model.get_encoder()
+    x = graph.input(name, FLOAT, ["batch_size", model.config.num_mel_bins, "feature_length"])
+    for conv in (encoder.conv1, encoder.conv2):
+        x = graph.add("Gelu", graph.convolution(conv, x), domain=CONTRIB)
+    x = graph.add("Transpose", x, perm=[0, 2, 1])
+    positions = graph.tensor(graph.path(encoder.embed_positions) + ".weight", encoder.embed_positions.weight)
+    length = size_of(graph, x, 1)
+    x = graph.add("Add", x, graph.add("Slice", positions, graph.integers(0), length, graph.integers(0)))
+    for layer in encoder.layers:
+        module = layer.self_attn
+        normed = graph.layer_norm(layer.self_attn_layer_norm, x)
+        keys, values = graph.linear(module.k_proj, normed), graph.linear(module.v_proj, normed)
+        context = attend(graph, module, normed, keys, values)
+        x = graph.add("Add", x, graph.linear(module.out_proj, context))
+        x = feed_forward(graph, layer, x, model.config.activation_function)
+    return graph.layer_norm(encoder.layer_norm, x)
 
 
 def decoder_graph(model: Any, **options: Any) -> Graph:
@@ -65,12 +70,12 @@ def decoder_graph(model: Any, **options: Any) -> Graph:
         for index in range(config.decoder_layers)
     ]
     uses_cache = graph.input("use_cache_branch", BOOL, [1])
-    new = _size(graph, ids, 1)
-    past = graph.add("Where", uses_cache, _size(graph, cache[0]["decoder.key"], 2), graph.integers(0))
+    new = size_of(graph, ids, 1)
+    past = graph.add("Where", uses_cache, size_of(graph, cache[0]["decoder.key"], 2), graph.integers(0))
     total = graph.add("Add", past, new)
-    at, mask = _causal(graph, past, total)
+    at, mask = causal(graph, past, total)
     table = graph.tensor(graph.path(decoder.embed_positions) + ".weight", decoder.embed_positions.weight)
-    x = graph.add("Add", _look_up(graph, decoder.embed_tokens, ids), graph.add("Gather", table, at))
+    x = graph.add("Add", look_up(graph, decoder.embed_tokens, ids), graph.add("Gather", table, at))
     present: list[list[str]] = []
     for layer, old in zip(decoder.layers, cache):
         attention = layer.self_attn
@@ -86,14 +91,14 @@ def decoder_graph(model: Any, **options: Any) -> Graph:
             ],
             lambda heads_of=heads_of: [graph.add("Identity", value) for value in heads_of],
         )
-        context = _attention(graph, attention, normed, joined[0], joined[1], mask)
+        context = attend(graph, attention, normed, joined[0], joined[1], mask)
         x = graph.add("Add", x, graph.linear(attention.out_proj, context))
         normed = graph.layer_norm(layer.encoder_attn_layer_norm, x)
         context, *kept = _cross_attention(graph, layer.encoder_attn, normed, states, old, uses_cache)
         x = graph.add("Add", x, graph.linear(layer.encoder_attn.out_proj, context))
-        x = _feed_forward(graph, layer, x, config.activation_function)
+        x = feed_forward(graph, layer, x, config.activation_function)
         present.append([*joined, *kept])
-    logits = _logits(graph, model, graph.layer_norm(decoder.layer_norm, x))
+    logits = logits_of(graph, model, graph.layer_norm(decoder.layer_norm, x))
     graph.output(logits, "logits", ["batch_size", "decoder_sequence_length", config.vocab_size])
     for index, values in enumerate(present):
         for part, value in zip(cache[index], values):
@@ -108,16 +113,7 @@ def _cache_shape(config: Any, name: str) -> list[Any]:
     return [batch, heads, f"{name}_sequence_length", config.d_model // heads]
 
 
-def _convolution(graph: Graph, conv: Any, x: str) -> str:
-    path = graph.path(conv)
-    weight, bias = graph.tensor(f"{path}.weight", conv.weight), graph.tensor(f"{path}.bias", conv.bias)
-    (padding,) = conv.padding
-    return graph.add(
-        "Conv", x, weight, bias, kernel_shape=conv.kernel_size, strides=conv.stride, pads=[padding, padding]
-    )
-
-
-def _attention(graph: Graph, attention: Any, normed: str, keys: str, values: str, mask: str = "") -> str:
+def attend(graph: Graph, attention: Any, normed: str, keys: str, values: str, mask: str = "") -> str:
     """Attention of the queries from `normed` over keys and values, before the output projection."""
     inputs = [graph.linear(attention.q_proj, normed), keys, values, *(("", "", mask) if mask else ())]
     return graph.add("MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=attention.num_heads)
@@ -129,38 +125,38 @@ def _cross_attention(
     """Attention over the encoder's states, and the keys and values to keep: none where they come from the cache."""
     queries = graph.linear(attention.q_proj, normed)
 
-    def attend(keys: str, values: str) -> str:
+    def over(keys: str, values: str) -> str:
         heads = attention.num_heads
         return graph.add("MultiHeadAttention", queries, keys, values, domain=CONTRIB, num_heads=heads)
 
     def from_cache() -> list[str]:
         keys, values = old["encoder.key"], old["encoder.value"]
         nothing = graph.add("Slice", keys, graph.integers(0), graph.integers(0), graph.integers(0))
-        return [attend(keys, values), nothing, graph.add("Identity", nothing)]
+        return [over(keys, values), nothing, graph.add("Identity", nothing)]
 
     def from_states() -> list[str]:
         heads = attention.num_heads
         keys = _split(graph, graph.linear(attention.k_proj, states), heads)
         values = _split(graph, graph.linear(attention.v_proj, states), heads)
-        return [attend(keys, values), keys, values]
+        return [over(keys, values), keys, values]
 
     return graph.branch(uses_cache, from_cache, from_states)
 
 
-def _feed_forward(graph: Graph, layer: Any, x: str, activation: str) -> str:
+def feed_forward(graph: Graph, layer: Any, x: str, activation: str) -> str:
     operator, domain = ACTIVATIONS[activation]
     hidden = graph.linear(layer.fc1, graph.layer_norm(layer.final_layer_norm, x))
     return graph.add("Add", x, graph.linear(layer.fc2, graph.add(operator, hidden, domain=domain)))
 
 
-def _look_up(graph: Graph, embedding: nn.Module, ids: str) -> str:
+def look_up(graph: Graph, embedding: nn.Module, ids: str) -> str:
     if isinstance(embedding, QuantizedEmbedding):
         return graph.rows(embedding, ids)
     stored = graph.stored(f"{graph.path(embedding)}.weight", embedding.weight)  # type: ignore[arg-type]
     return graph.add("Cast", graph.add("Gather", stored, ids), to=FLOAT)
 
 
-def _logits(graph: Graph, model: Any, x: str) -> str:
+def logits_of(graph: Graph, model: Any, x: str) -> str:
     """Logits from the embedding itself where the output is tied to it, so that it is stored once."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(output, TiedOutput):
@@ -176,12 +172,12 @@ def _split(graph: Graph, x: str, heads: int) -> str:
     return graph.add("Transpose", graph.add("Reshape", x, graph.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3])
 
 
-def _size(graph: Graph, x: str, axis: int) -> str:
+def size_of(graph: Graph, x: str, axis: int) -> str:
     """The length of `x` along `axis`, as a vector of one integer."""
     return graph.add("Shape", x, start=axis, end=axis + 1)
 
 
-def _causal(graph: Graph, past: str, total: str) -> tuple[str, str]:
+def causal(graph: Graph, past: str, total: str) -> tuple[str, str]:
     """Positions of the new tokens, (seq_len,), and what is added to their scores, (1, 1, seq_len, total)."""
     axis = graph.integers(0)
     start, end = graph.add("Squeeze", past, axis), graph.add("Squeeze", total, axis)

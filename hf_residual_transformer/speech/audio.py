@@ -22,6 +22,16 @@ logger = logging.getLogger(__name__)
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 BLOCK = 1 << 16  # samples that are decoded at a time
 ENDLESS = 1 << 62  # frames; libsndfile says so of a FLAC file that does not know its length
+OGG_TABLE = []  # of the checksum, by the next byte
+for _register in range(256):
+    _register <<= 24
+    for _ in range(8):
+        _register = (_register << 1) ^ (0x1_04C1_1DB7 if _register & 0x8000_0000 else 0)
+    OGG_TABLE.append(_register)
+MP3_KILOBITS = {  # a second, by whether it is MPEG 1
+    True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
 UNKNOWN_SIZE = 0x7FFF_F000  # bytes; sizes from here on are what programs write to a pipe
 
 
@@ -150,7 +160,7 @@ def open_audio(data: bytes, name: str) -> soundfile.SoundFile:
     if not data:
         raise ValueError(f"{name} is an empty file; remove it from the data")
     try:
-        return _Sequential(io.BytesIO(_with_sizes(data)))
+        return _Sequential(io.BytesIO(_with_end_mark(_with_sizes(data))))
     except soundfile.LibsndfileError as error:
         raise ValueError(
             f"{name} is not audio that libsndfile reads ({error.error_string}): it is damaged, or not WAV, FLAC, Ogg "
@@ -162,7 +172,7 @@ def seconds_of(data: bytes, name: str) -> float:
     """The length of a file by its header; of a file that does not know it, by decoding it."""
     with open_audio(data, name) as file:
         check_rate(file.samplerate, f"the sampling rate of {name}")
-        if file.frames < ENDLESS:
+        if _knows_length(file, data):
             return file.frames / file.samplerate
     samples, rate = _decode_bytes(data, name)
     return len(samples) / rate
@@ -173,7 +183,7 @@ def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     with open_audio(data, name) as file:
         rate = file.samplerate
         check_rate(rate, f"the sampling rate of {name}")
-        known = file.frames < ENDLESS and (file.format != "MP3" or _has_count(data))
+        known = _knows_length(file, data)
         blocks = [np.zeros(0, np.float32)]
         try:
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
@@ -184,11 +194,17 @@ def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
                 "with `ffmpeg -i FILE OUT.flac`, or remove it from the data"
             ) from error
         samples = np.concatenate(blocks)
-        if (known and len(samples) < file.frames) or _ends_early(data):
+        if (known and len(samples) < file.frames) or _ends_early(data, len(samples)):
             raise ValueError(
                 f"{name} is cut off or damaged: {len(samples) / rate:.2f} seconds can be read, less than it says it "
                 "has; get a whole copy, or save what can be read, as with `ffmpeg -i FILE OUT.flac`, or remove it "
                 "from the data"
+            )
+        counted = _mp3_samples(data) if file.format == "MP3" and not known else 0
+        if counted > len(samples) + 2 * 1152:
+            raise ValueError(
+                f"{name} does not say how many frames it has, and libsndfile reads {len(samples) / rate:.2f} of its "
+                f"{counted / rate:.2f} seconds; write it anew, as with `ffmpeg -i FILE OUT.flac`"
             )
     if _lacks_end_mark(data):
         logger.warning(
@@ -217,23 +233,54 @@ def _check_array(samples: np.ndarray, rate: int | None, name: str) -> tuple[np.n
     return samples, rate
 
 
+def _knows_length(file: soundfile.SoundFile, data: bytes) -> bool:
+    """Whether the number of frames that libsndfile gives is not a guess."""
+    return bool(file.frames < ENDLESS and (file.format != "MP3" or _has_count(data)))
+
+
 def _has_count(data: bytes) -> bool:
     """Whether the first frame of an MP3 file, after an ID3v2 tag, holds the number of frames.
 
     If it does not, libsndfile estimates the number from the size of the file.
     """
-    start = 0
-    if data[:3] == b"ID3":
-        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
+    start = _first_frame(data)
     return any(name in data[start : start + 64] for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def _mp3_samples(data: bytes) -> int:
+    """The samples in the frames of an MP3 file (layer III of MPEG 1, 2 and 2.5), as far as they follow each other."""
+    position, samples = _first_frame(data), 0
+    while position + 4 <= len(data):
+        version, layer = data[position + 1] >> 3 & 3, data[position + 1] >> 1 & 3
+        bits, rate = data[position + 2] >> 4, data[position + 2] >> 2 & 3
+        synchronous = data[position] == 0xFF and data[position + 1] >= 0xE0
+        if not synchronous or version == 1 or layer != 1 or bits in (0, 15) or rate == 3:
+            break
+        is_first = version == 3
+        bitrate = 1000 * MP3_KILOBITS[is_first][bits - 1]
+        hertz = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+        position += (144 if is_first else 72) * bitrate // hertz + (data[position + 2] >> 1 & 1)
+        samples += 1152 if is_first else 576
+    return samples
+
+
+def _first_frame(data: bytes) -> int:
+    """Where the frames of an MP3 file start, after an ID3v2 tag."""
+    if data[:3] != b"ID3":
+        return 0
+    return 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """The name, the start and the size in bytes of each chunk of a RIFF, RF64 or AIFF file."""
     order: Any = "big" if data[:4] == b"FORM" else "little"
-    position = 12
+    position, long_size = 12, None
     while position + 8 <= len(data):
         size = int.from_bytes(data[position + 4 : position + 8], order)
+        if data[:4] == b"RF64" and data[position : position + 4] == b"ds64":
+            long_size = int.from_bytes(data[position + 16 : position + 24], "little")
+        if data[position : position + 4] == b"data" and size == 0xFFFF_FFFF and long_size is not None:
+            size = long_size
         yield data[position : position + 4], position + 8, size
         position += 8 + size + size % 2
 
@@ -249,26 +296,50 @@ def _with_sizes(data: bytes) -> bytes:
     return data[: start - 4] + size + data[start:]
 
 
-def _ends_early(data: bytes) -> bool:
+def _with_end_mark(data: bytes) -> bytes:
+    """An Ogg Opus file whose last page is marked as the last, without which libsndfile does not read the page where it
+    ends within a packet.
+    """
+    if b"OpusHead" not in data[:64] or not _lacks_end_mark(data) or _ends_early(data, 0):
+        return data
+    start, segments, _ = _last_page(data)
+    page = bytearray(data[start : start + 27 + len(segments) + sum(segments)])
+    page[5] |= 4
+    page[22:26] = _ogg_checksum(page)
+    return data[:start] + bytes(page)
+
+
+def _ogg_checksum(page: bytes | bytearray) -> bytes:
+    """The CRC-32 of RFC 3533, section 6, which is not that of `zlib`: bits are not reflected, and it starts at 0."""
+    register = 0
+    for byte in page[:22] + bytes(4) + page[26:]:
+        register = (register << 8 & 0xFFFF_FFFF) ^ OGG_TABLE[register >> 24 ^ byte]
+    return register.to_bytes(4, "little")
+
+
+def _ends_early(data: bytes, num_frames: int) -> bool:
     """Whether a file lacks bytes at its end, which libsndfile does not report.
 
-    Bytes of samples are counted in WAV, RF64, AIFF and AU files. The last page of an Ogg file must be whole
-    (RFC 3533, section 6).
+    Bytes of samples are counted in WAV, RF64, AIFF and AU files. An AIFF file must not state more frames than the
+    `num_frames` that were decoded. The last page of an Ogg file must be whole and have its checksum (RFC 3533, section
+    6).
     """
     if data[:4] in (b"RIFF", b"RF64", b"FORM"):
         sizes = {name: (start, size) for name, start, size in reversed(list(_chunks(data)))}
         start, size = sizes.get(b"SSND" if data[:4] == b"FORM" else b"data", (0, 0))
-        if data[:4] == b"RF64" and b"ds64" in sizes:
-            at = sizes[b"ds64"][0] + 8
-            size = int.from_bytes(data[at : at + 8], "little")
-            return size > len(data) - start
-        return size < UNKNOWN_SIZE and size > len(data) - start
+        described, _ = sizes.get(b"COMM", (len(data), 0))
+        stated = int.from_bytes(data[described + 2 : described + 6], "big")
+        known = size < UNKNOWN_SIZE or data[:4] == b"RF64"
+        return stated > num_frames or (known and size > len(data) - start)
     if data[:4] == b".snd":
         start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
         return size < UNKNOWN_SIZE and size > len(data) - start
     if data[:4] == b"OggS":
         page, segments, body = _last_page(data)
-        return not segments or page + 27 + len(segments) + sum(segments) > len(data) or not body
+        end = page + 27 + len(segments) + sum(segments)
+        if not segments or end > len(data) or not body:
+            return True
+        return _ogg_checksum(data[page:end]) != data[page + 22 : page + 26]
     return False
 
 
@@ -278,19 +349,25 @@ def _lacks_end_mark(data: bytes) -> bool:
 
 
 def _bytes_after_samples(data: bytes) -> int:
-    """The number of bytes after the samples of a WAV file that are neither padding nor chunks, such as of tags."""
-    if data[:4] != b"RIFF":
+    """The number of bytes after the samples of a WAV, RF64, AIFF or AU file that are neither padding nor chunks."""
+    if data[:4] == b".snd":
+        start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
+        return 0 if size >= UNKNOWN_SIZE else len(data[start + size :].strip(b"\0"))
+    if data[:4] not in (b"RIFF", b"RF64", b"FORM"):
         return 0
     chunks = list(_chunks(data))
     names = [name for name, *_ in chunks]
-    if b"data" not in names:
+    of_samples = b"SSND" if data[:4] == b"FORM" else b"data"
+    if of_samples not in names:
         return 0
-    _, start, size = chunks[names.index(b"data")]
-    if size == 0 or size >= UNKNOWN_SIZE:
+    _, start, size = chunks[names.index(of_samples)]
+    if size == 0 or (size >= UNKNOWN_SIZE and data[:4] != b"RF64"):
         return 0
     rest = data[start + size :]
     known = all(name.isascii() and name.decode().isprintable() for name in names)
-    return 0 if known and (len(names) > names.index(b"data") + 1 or len(rest) < 8) else len(rest.strip(b"\0"))
+    return (
+        0 if known and (len(names) > names.index(of_samples) + 1 or len(rest) < 8) else len(rest.strip(b"\0"))
+    )
 
 
 def _last_page(data: bytes) -> tuple[int, bytes, bool]:

@@ -191,6 +191,20 @@ def check_lengths(rows: Sequence[Mapping[str, Any]], extractor: Any) -> None:
             )
 
 
+def check_has_frames(model: Any, num_samples: int, clip: str) -> None:
+    """Checks that a CTC model hears anything in a clip.
+
+    Raises:
+        ValueError: for a clip that is shorter than the receptive field of the model's convolutions.
+    """
+    compute = getattr(model, "_get_feat_extract_output_lengths", None)  # of models that read samples
+    if compute is not None and compute(torch.tensor(num_samples)) < 1:
+        raise ValueError(
+            f"{clip} must be longer than the model's receptive field, got {num_samples} samples, which make no frame; "
+            "remove it from the data"
+        )
+
+
 def feature_extractor_of(processor: Any) -> Any:
     """The feature extractor of a processor; a feature extractor is returned as it is."""
     return getattr(processor, "feature_extractor", processor)

@@ -7,18 +7,20 @@ or the file of an `Audio` feature, and this module reads the folders.
 
 from __future__ import annotations
 
+import csv
 import logging
 import math
-import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Audio, ClassLabel, Dataset, IterableDataset, Value, load_dataset_builder
+import pyarrow.parquet
+from datasets import Audio, ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from .audio import check_rate, decode_audio, is_url, read_audio, seconds_of
@@ -164,6 +166,24 @@ def prepare_speech_dataset(
     if len(dataset) == 0:
         raise ValueError(NO_CLIP)
     return dataset.with_transform(decoder)
+
+
+def refuse_long_clips(dataset: Dataset, max_seconds: float) -> None:
+    """Checks a data set of `load_speech_dataset` by the headers of its files, so that nothing is decoded.
+
+    Raises:
+        ValueError: naming the first clip that is longer than `max_seconds`.
+    """
+    decoder = dataset.format["format_kwargs"].get("transform")
+    if not isinstance(decoder, _Decoder):
+        return
+    for number, source in enumerate(dataset.with_format(None)["audio"]):
+        if not decoder.fits(max_seconds, source):
+            path = source.get("path") if isinstance(source, Mapping) else source
+            raise ValueError(
+                f"{path or 'the clip'} (row {number}) must be of at most {max_seconds:g} seconds; leave longer "
+                "ones out with `max_seconds`, or cut them"
+            )
 
 
 def _rename_columns(
@@ -319,6 +339,7 @@ def _load_local(
             return _build(str(path), split, streaming), folder
         dataset = Dataset.from_dict({"audio": files})
     elif table.suffix == ".parquet":
+        _check_columns(table)
         dataset = _build("parquet", "train", streaming, data_files=str(table))
     else:
         rows = read_table(table)
@@ -350,7 +371,7 @@ def _metadata(folder: Path) -> Path | None:
 def _split_of(table: Table, split: str) -> Table:
     kept = table.where("split", split)
     if not kept.rows:
-        found = ", ".join(sorted({str(value) for value in table.texts("split", null=True)})[:20])
+        found = ", ".join(sorted({str(value) for value in table.texts("split")})[:20])
         raise ValueError(f"`split` must be one of those in the data ({found}), got {split!r}")
     return kept
 
@@ -413,18 +434,40 @@ def _build(
 ) -> Dataset | IterableDataset:
     """Loads a split with a builder of `datasets`, from the Hub or from a clone of a Hub data set."""
     local = options.get("data_files", name)
-    try:
-        builder = load_dataset_builder(name, config_name, revision=revision, **options)
-        if type(builder).__name__ == "AudioFolder":
-            raise ValueError(
-                f"{name!r} consists of loose audio files, which `datasets` reads through torchcodec alone; pass "
-                "revision 'refs/convert/parquet', the Hub's own conversion, or download it and pass the folder"
-            )
+    is_local = os.path.exists(local)
+    load = partial(load_dataset_builder, name, config_name, revision=revision, **options)
+    with _naming(local):
+        builder = load()
+    kinds = {kind.__name__ for kind in type(builder).__mro__}
+    if "AudioFolder" in kinds:
+        raise ValueError(
+            f"{name!r} consists of loose audio files, which `datasets` reads through torchcodec alone; pass "
+            "revision 'refs/convert/parquet', the Hub's own conversion, or download it and pass the folder"
+        )
+    if "Csv" in kinds and is_local:
+        tables = [str(file) for files in builder.config.data_files.values() for file in files]
+        raise ValueError(
+            f"{local} has no table called metadata; name the one to read, such as {tables[0]}, or rename it"
+        )
+    if "Csv" in kinds and builder.config.sep == "\t":
+        builder = load(quoting=csv.QUOTE_NONE)
+    with _naming(local):
         if streaming:
-            return builder.as_streaming_dataset(split)
+            stream = builder.as_streaming_dataset(split)
+            return _naming_errors(stream, local) if is_local else stream
         builder.download_and_prepare()
-        return builder.as_dataset(split)
-    except (DatasetsError, pyarrow.ArrowException, OSError) as error:
+        dataset = builder.as_dataset(split)
+        if is_local:
+            _check_texts(dataset)
+        return dataset
+
+
+@contextmanager
+def _naming(local: str | Path) -> Iterator[None]:
+    """Errors of `datasets` become one that names the file or folder; those of a data set on the Hub stay."""
+    try:
+        yield
+    except (DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
         if not os.path.exists(local):
             raise
         cause = error.__cause__ or error
@@ -432,6 +475,46 @@ def _build(
             f"{local} holds no recordings that can be read ({cause}); it must have audio files, a table called "
             "metadata.csv, .tsv, .jsonl or .parquet, or the whole files of a Hub data set"
         ) from error
+
+
+def _naming_errors(stream: IterableDataset, local: str) -> IterableDataset:
+    """The same stream, but an error that comes while it is read, as of a damaged file, names `local`."""
+    features = None
+    if stream.features is not None:
+        features = Features(
+            {name: UNDECODED if isinstance(kind, Audio) else kind for name, kind in stream.features.items()}
+        )
+        stream = stream.cast(features)
+    number = stream.num_shards
+    shards = [stream.shard(number, index) for index in range(number)]
+    return IterableDataset.from_generator(
+        _read_shards, features=features, gen_kwargs={"shards": shards, "local": local}
+    )
+
+
+def _read_shards(shards: list[IterableDataset], local: str) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with _naming(local):
+            yield from shard
+
+
+def _check_columns(table: Path) -> None:
+    """Checks that no two columns of a Parquet file have one name."""
+    with _naming(table):
+        names = pyarrow.parquet.read_schema(table).names
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise ValueError(f"{table} has two columns called {double!r}; rename or remove one of them")
+
+
+def _check_texts(dataset: Dataset) -> None:
+    """Checks that all texts are UTF-8, which a damaged Parquet file may not be.
+
+    Raises:
+        pyarrow.ArrowInvalid: naming the column's first wrong value.
+    """
+    texts = [name for name, feature in dataset.features.items() if feature == Value("string")]
+    dataset.data.table.select(texts).validate(full=True)
 
 
 def _filter(
@@ -444,16 +527,32 @@ def _filter(
 
 def _keep(dataset: Dataset | IterableDataset, column: str, value: str) -> Dataset | IterableDataset:
     """Keeps the rows whose `column` has the given value."""
-    kept = _filter(dataset, column, partial(operator.eq, value))
+    kept = _filter(dataset, column, partial(_is, column, value))
     if isinstance(kept, Dataset) and isinstance(dataset, Dataset) and not len(kept):
         found = ", ".join(sorted({str(other) for other in dataset[column]})[:20])
         raise ValueError(f"`{column}` must be one of those in the data ({found}), got {value!r}")
     return kept
 
 
+def _is(column: str, value: str, found: Any) -> bool:
+    """Whether a row is wanted; that it does not say which split it is in is an error."""
+    if found is None and column == "split":
+        raise ValueError(
+            f"each row of a table with a column `split` must have a value in it, got a row without; the wanted is "
+            f"{value!r}, and 'all' selects all rows"
+        )
+    return bool(found == value)
+
+
 def _check_files(dataset: Dataset, decoder: _Decoder) -> None:
     """Checks before hours of training that all files exist and are allowed."""
-    paths = [path for source in dataset["audio"] if (path := _path_of(source)) is not None]
+    sources = list(dataset["audio"])
+    for row, source in enumerate(sources, 1):
+        if source is None or (
+            isinstance(source, Mapping) and not any(value is not None for value in source.values())
+        ):
+            raise ValueError(f"row {row} of the data has no audio; add it, or remove the row")
+    paths = [path for source in sources if (path := _path_of(source)) is not None]
     located = {path: decoder.locate(path) for path in paths}
     if decoder.base_dir is None:
         return

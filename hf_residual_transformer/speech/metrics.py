@@ -22,8 +22,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from ..folders import write_text
 from ..provenance import portable, provenance
-from .collators import SpeechCollator, arrays_of, batched, check_english, check_lengths, is_multilingual
+from .collators import (
+    SpeechCollator,
+    arrays_of,
+    batched,
+    check_english,
+    check_has_frames,
+    check_lengths,
+    is_multilingual,
+)
 from .transcription import complete_token_ids
 
 logger = logging.getLogger(__name__)
@@ -88,6 +97,7 @@ class EvaluationResult:
         predictions: one entry for each clip, in the order of the data.
         removed_marks: the number of combining marks, such as vowel signs, that the normaliser took from the references.
             If it is not 0, words are split there, and error rates tell little; `keep_marks` keeps them.
+        stopped_by: the error that ended the evaluation before the end of the data; None if all clips are in it.
     """
 
     rates: ErrorRates
@@ -97,6 +107,7 @@ class EvaluationResult:
     seconds: float
     predictions: list[Prediction]
     removed_marks: int = 0
+    stopped_by: str | None = None
 
     @property
     def wer(self) -> float:
@@ -115,7 +126,8 @@ class EvaluationResult:
         return {**values.pop("rates"), **values}
 
     def save(self, output_dir: str | Path, **details: Any) -> Path:
-        """Writes `evaluation.json` and `predictions.jsonl`, and returns the path of the former.
+        """Writes `evaluation.json` and `predictions.jsonl`, and returns the path of the former. The names begin with
+        `partial-` where an error ended the evaluation.
 
         Args:
             output_dir: the folder of the two files, which is made if it does not exist.
@@ -124,13 +136,21 @@ class EvaluationResult:
         """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for prediction in self.predictions:
-                file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        path = folder / "evaluation.json"
+        kind = "" if self.stopped_by is None else "partial-"
+        lines = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in self.predictions]
+        write_text(folder / f"{kind}predictions.jsonl", "".join(lines))
+        path = folder / f"{kind}evaluation.json"
         contents = {**self.to_dict(), **details, **provenance()}
-        path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
         return path
+
+
+class EvaluationStopped(ValueError):
+    """A clip or the reading of the data ended an evaluation; `result` has the clips that were transcribed before."""
+
+    def __init__(self, message: str, result: EvaluationResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def evaluate_asr(
@@ -166,7 +186,8 @@ def evaluate_asr(
 
     Raises:
         ValueError: if there are no rows, rows have no text, the references have no word, a clip does not fit the
-            model, or an English-only or CTC model is asked for another language or task.
+            model, or an English-only or CTC model is asked for another language or task. If a stream ends so after
+            the first clips are transcribed, it is an `EvaluationStopped`, which has their result.
     """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
@@ -190,6 +211,7 @@ def evaluate_asr(
     was_training = model.training
     model.eval()
     predictions: list[Prediction] = []
+    names: dict[str, str] = {}  # of the normalisers, by language
     seconds = audio_seconds = 0.0
     removed_marks = 0
     try:
@@ -207,27 +229,53 @@ def evaluate_asr(
                     name = portable(row["audio"].get("path") or str(len(predictions)))
                     written = normalize[_is_english(spoken, task)]
                     predictions.append(_compare(name, spoken, row["text"], text, written))
+                    names[str(spoken)] = type(written).__name__
                     if isinstance(written, BasicTextNormalizer) and not keep_marks:
                         removed_marks += _count_marks(row["text"])
                     audio_seconds += len(row["audio"]["array"]) / row["audio"]["sampling_rate"]
                 bar.update(len(rows))
+    except (ValueError, OSError) as error:
+        if not any(prediction.normalized_reference for prediction in predictions):
+            raise
+        result = _result(predictions, names, audio_seconds, seconds, removed_marks, str(error))
+        raise EvaluationStopped(
+            f"{error}; {len(predictions)} clips were transcribed before", result
+        ) from error
     finally:
         model.train(was_training)
     if not predictions:
         raise ValueError("the data set to evaluate on has no rows; it must have at least one")
-    found = sorted({prediction.language for prediction in predictions if prediction.language is not None})
-    groups = {name: [p for p in predictions if p.language == name] for name in found}
-    by_language = {
-        name: _rates(group) for name, group in groups.items() if any(p.normalized_reference for p in group)
-    }
-    names = {str(p.language): type(normalize[_is_english(p.language, task)]).__name__ for p in predictions}
     if removed_marks:
         logger.warning(
             f"the basic normaliser took {removed_marks} combining marks, such as vowel signs, from the references, and "
             "split words there, so that error rates tell little; `keep_marks=True` (--keep-marks) keeps them"
         )
+    return _result(predictions, names, audio_seconds, seconds, removed_marks)
+
+
+def _result(
+    predictions: list[Prediction],
+    normalizers: dict[str, str],
+    audio_seconds: float,
+    seconds: float,
+    removed_marks: int,
+    stopped_by: str | None = None,
+) -> EvaluationResult:
+    """Counts the errors of all clips, and of those of each language."""
+    found = sorted({prediction.language for prediction in predictions if prediction.language is not None})
+    groups = {name: [p for p in predictions if p.language == name] for name in found}
+    by_language = {
+        name: _rates(group) for name, group in groups.items() if any(p.normalized_reference for p in group)
+    }
     return EvaluationResult(
-        _rates(predictions), by_language, names, audio_seconds, seconds, predictions, removed_marks
+        _rates(predictions),
+        by_language,
+        normalizers,
+        audio_seconds,
+        seconds,
+        predictions,
+        removed_marks,
+        stopped_by,
     )
 
 
@@ -254,11 +302,8 @@ def _check_row(model: Any, processor: Any, row: Mapping[str, Any], english: str 
         check_english(english, "transcribe", clip)
     (samples,) = arrays_of([row], processor.feature_extractor)
     check_lengths([row], processor.feature_extractor)
-    if not model.can_generate() and model._get_feat_extract_output_lengths(torch.tensor(len(samples))) < 1:
-        raise ValueError(
-            f"{clip} must be longer than the model's receptive field, got {len(samples)} samples, which make no frame; "
-            "remove it from the data"
-        )
+    if not model.can_generate():
+        check_has_frames(model, len(samples), clip)
 
 
 @torch.inference_mode()

@@ -61,7 +61,7 @@ class Table:
 
     def where(self, column: str, value: str) -> Table:
         """The table with only the rows whose column has the value; no rows if none has."""
-        kept = [number for number, found in enumerate(self.texts(column, null=True)) if found == value]
+        kept = [number for number, found in enumerate(self.texts(column)) if found == value]
         return Table(self.path, self.columns, [self.rows[n] for n in kept], [self.lines[n] for n in kept])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from ..whisper import language_and_task_ids
@@ -97,7 +98,7 @@ def complete_token_ids(model: Any, tokenizer: Any = None) -> None:
 
 
 @torch.no_grad()
-def transcribe(model: Any, input_features: Tensor) -> Tensor:
+def transcribe(model: Any, input_features: Tensor, encoder_states: Tensor | None = None) -> Tensor:
     """Transcribes mel features, which may be shorter than Whisper's window, into labels.
 
     Decoding is greedy, in the language that the model detects and without timestamps. A transcript has at most
@@ -106,6 +107,7 @@ def transcribe(model: Any, input_features: Tensor) -> Tensor:
     Args:
         model: a Whisper for generation.
         input_features: mel features of shape (batch_size, num_mel_bins, num_frames).
+        encoder_states: the encoder's states for them, (batch_size, num_positions, hidden_size), if they are known.
 
     Returns:
         Labels of shape (batch_size, num_tokens), as from `Seq2SeqCollator`: language and task if the model is
@@ -119,7 +121,7 @@ def transcribe(model: Any, input_features: Tensor) -> Tensor:
     tail = [] if untimed is None else [untimed]
     spoken: list[list[int]] = [[] for _ in input_features]
     with encoder_window(encoder, num_frames):
-        encoded = encoder(input_features)
+        encoded = BaseModelOutput(encoder_states) if encoder_states is not None else encoder(input_features)
         if is_multilingual(model):
             languages = model.detect_language(encoder_outputs=encoded, generation_config=config).tolist()
             task = config.task_to_id["transcribe"]

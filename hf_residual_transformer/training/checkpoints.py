@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
-from ..folders import CHECKPOINTS
+from ..folders import CHECKPOINTS, shards_of
 
 logger = logging.get_logger(__name__)
 RUN_FILE = "run.json"
+ALWAYS = ("optimizer.pt", "scheduler.pt")
+# How long a run is: a longer one may go on from a checkpoint.
+LENGTHS = ("options.max_steps", "options.num_train_epochs")
 # The Trainer's options that change what a run computes; others, such as how often it logs, may differ in a resumed run.
 OPTIONS = (
     "max_steps",
@@ -46,7 +51,7 @@ def run_of(trainer: Any) -> dict[str, Any]:
     run = {
         "student": digest.hexdigest(),
         "data": {"clips": len(data) if hasattr(data, "__len__") else None, **(trainer.run_data or {})},
-        "losses": vars(trainer.distillation),
+        "losses": trainer.run_settings(),
         "options": {name: getattr(trainer.args, name, None) for name in OPTIONS},
     }
     plain: dict[str, Any] = json.loads(json.dumps(run, default=str))
@@ -54,7 +59,7 @@ def run_of(trainer: Any) -> dict[str, Any]:
 
 
 def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Refuses the checkpoint of another run.
+    """Refuses the checkpoint of another run. A run that becomes longer or shorter is the same, which a warning says.
 
     Raises:
         ValueError: naming the first thing that differs.
@@ -67,12 +72,34 @@ def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
         return
     theirs, ours = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(run)
     for name in {**theirs, **ours}:
-        if theirs.get(name) != ours.get(name):
+        if theirs.get(name) == ours.get(name):
+            continue
+        if name in LENGTHS:
+            logger.warning(
+                f"{checkpoint} is of a run whose {name} was {theirs.get(name)!r}, and now is {ours.get(name)!r}: the "
+                "learning rate follows the new length from here on, so that the result is not that of one run of this "
+                "length"
+            )
+        else:
             raise ValueError(
                 f"{checkpoint} belongs to another run: its {name} is {theirs.get(name)!r}, and that of this run is "
                 f"{ours.get(name)!r}; give the same student, data and options, or start anew with --overwrite and "
                 "without --resume_from_checkpoint"
             )
+
+
+def check_steps(checkpoint: Path, max_steps: int) -> None:
+    """Refuses a checkpoint that is further than a run is to go.
+
+    Raises:
+        ValueError: naming both numbers of steps.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    if 0 < max_steps < state["global_step"]:
+        raise ValueError(
+            f"`max_steps` must be at least {state['global_step']}, the steps of {checkpoint}, got {max_steps}; name an "
+            "earlier checkpoint, or more steps"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -113,7 +140,7 @@ def fault_of(checkpoint: Path) -> str | None:
         _check_complete(checkpoint)
     except FileNotFoundError as error:
         return f"a file is missing ({error})"
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage can break anything in the readers
         return f"a file is cut or broken ({error})"
     return None
 
@@ -121,17 +148,25 @@ def fault_of(checkpoint: Path) -> str | None:
 def _check_complete(checkpoint: Path) -> None:
     names = [path.name for path in checkpoint.glob("*.safetensors")]
     for index in checkpoint.glob("*.safetensors.index.json"):
-        names += json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names += shards_of(index)
     for name in sorted(set(names)) or ["model.safetensors"]:
         with safe_open(checkpoint / name, framework="pt") as tensors:
             tensors.keys()
-    json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    if (checkpoint / RUN_FILE).exists():
-        json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
-    for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
-        if path.exists() or not _has_sharded_state(checkpoint):
-            with zipfile.ZipFile(path):  # in which torch saves; the directory of the archive is at its end
-                pass
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    named = checkpoint.name.rpartition("-")[2]
+    if named.isdigit() and step != int(named):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of step {step!r}")
+    run = checkpoint / RUN_FILE
+    if run.exists() and not isinstance(json.loads(run.read_text(encoding="utf-8")), dict):
+        raise ValueError(f"{RUN_FILE} is of no run")
+    needed = set() if _has_sharded_state(checkpoint) else {checkpoint / name for name in ALWAYS}
+    for path in {*needed, *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}:
+        with zipfile.ZipFile(path) as archive:  # in which torch saves, with a checksum for each tensor
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path.name} does not have its checksum at {damaged!r}")
+        with safe_globals():
+            torch.load(path, map_location="meta", weights_only=True)  # reads all but the tensors
 
 
 def _has_sharded_state(checkpoint: Path) -> bool:

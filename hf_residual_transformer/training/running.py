@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
+    Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
     set_seed,
 )
@@ -39,7 +40,17 @@ from .arguments import DistillationArguments, TrainingDataArguments, read_json
 from .checkpoints import bytes_to_write
 from .clips import checked
 from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
-from .scratch import ModelSizes, ScratchTrainer, check_transcripts, new_model, new_processor, train_tokenizer
+from .scratch import (
+    ModelSizes,
+    ScratchTrainer,
+    check_average,
+    check_transcripts,
+    load_average,
+    new_model,
+    new_processor,
+    train_tokenizer,
+)
+from .scratch_ctc import CTCSizes, new_ctc_model, new_ctc_processor
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
@@ -172,6 +183,44 @@ def run_ctc_finetuning(
     _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates)
 
 
+def run_ctc_training(
+    sizes: CTCSizes,
+    data: TrainingDataArguments,
+    args: Any,
+    *,
+    residual: str | None = None,
+    text_case: str = "keep",
+    remove: str = "",
+    average_checkpoints: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Trains a wav2vec2 with CTC from scratch, and saves it in `args.output_dir`.
+
+    Args:
+        sizes: of the model.
+        data: clips with transcripts; streamed data is not read here.
+        args: `TrainingArguments`.
+        residual, average_checkpoints, overwrite: as in `run_training`.
+        text_case, remove: as in `run_ctc_finetuning`; the vocabulary is the characters that are left in the training
+            split.
+
+    Raises:
+        ValueError: naming the clip or the option, before training starts.
+    """
+    residual_config = _residual_config(residual)
+    check_average(average_checkpoints, args)
+    normalize = partial(respell, case=text_case, remove=remove)
+    _prepare(args, overwrite)
+    train_dataset, eval_dataset = _whole_splits(data, Wav2Vec2FeatureExtractor().sampling_rate)
+    processor = new_ctc_processor(normalize(text) for text in train_dataset["text"])
+    model = new_ctc_model(sizes, processor.tokenizer, residual_config)
+    collator = CTCCollator(processor, normalize)
+    trainer = _labels_trainer(
+        CTCDistillationTrainer, model, processor, collator, (train_dataset, eval_dataset), data, args, None
+    )
+    train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
+
+
 def run_training(
     sizes: ModelSizes,
     data: TrainingDataArguments,
@@ -198,31 +247,42 @@ def run_training(
     Raises:
         ValueError: naming the clip or the option, before training starts.
     """
-    values = None if residual is None else read_json("residual", residual)
-    if data.streaming:
-        raise ValueError(
-            "`streaming` must be false, since the vocabulary is trained on all texts first, got true"
-        )
+    residual_config = _residual_config(residual)
+    check_average(average_checkpoints, args)
     _prepare(args, overwrite)
-    rate = WhisperFeatureExtractor().sampling_rate
-    splits = {name: data.load(name, rate) for name in (data.train_split, data.eval_split) if name}
-    tokenizer = train_tokenizer(splits[data.train_split]["text"], vocab_size)
-    for name, split in splits.items():
-        clips = ((f"clip {index} of split {name!r}", text) for index, text in enumerate(split["text"]))
-        check_transcripts(clips, tokenizer, sizes, with_ctc=ctc_weight > 0)
-    model = new_model(sizes, tokenizer, None if values is None else ResidualConfig.from_dict(values))
+    train_dataset, eval_dataset = _whole_splits(data, WhisperFeatureExtractor().sampling_rate)
+    tokenizer = train_tokenizer(train_dataset["text"], vocab_size)
+    for name, split in ((data.train_split, train_dataset), (data.eval_split, eval_dataset)):
+        if split is not None:
+            clips = ((f"clip {index} of split {name!r}", text) for index, text in enumerate(split["text"]))
+            check_transcripts(clips, tokenizer, sizes, with_ctc=ctc_weight > 0)
+    model = new_model(sizes, tokenizer, residual_config)
     processor = new_processor(tokenizer, sizes)
     args.remove_unused_columns = False  # the collator reads columns that no model does
     trainer = ScratchTrainer(
         model=model,
         args=args,
         ctc_weight=ctc_weight,
-        train_dataset=splits[data.train_split],
-        eval_dataset=None if data.eval_split is None else splits.get(data.eval_split),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=Seq2SeqCollator(processor, multilingual=False),
         processing_class=processor,
+        run_data=asdict(data),
     )
     train_and_save(trainer, partial(trainer.finish, average_checkpoints))
+
+
+def _residual_config(residual: str | None) -> ResidualConfig | None:
+    return None if residual is None else ResidualConfig.from_dict(read_json("residual", residual))
+
+
+def _whole_splits(data: TrainingDataArguments, sampling_rate: int) -> tuple[Any, Any]:
+    """The data to train on and to evaluate on, whose texts can be read before training starts."""
+    if data.streaming:
+        raise ValueError(
+            "`streaming` must be false, since the vocabulary is trained on all texts first, got true"
+        )
+    return data.load(data.train_split, sampling_rate), data.load_eval_split(sampling_rate, with_text=True)
 
 
 def respell(text: str, case: str, remove: str) -> str:
@@ -247,11 +307,27 @@ def _finetune(
     args: Any,
     learning_rates: str | None,
 ) -> None:
-    """Trains on labels alone, without a teacher."""
-    train_dataset, eval_dataset = data.load_splits(processor, args.seed)
+    """Trains on labels alone, without a teacher, and saves."""
+    splits = data.load_splits(processor, args.seed)
+    train_and_save(
+        _labels_trainer(trainer_class, model, processor, collator, splits, data, args, learning_rates)
+    )
+
+
+def _labels_trainer(
+    trainer_class: type[DistillationTrainer],
+    model: Any,
+    processor: Any,
+    collator: Any,
+    splits: tuple[Any, Any],
+    data: TrainingDataArguments,
+    args: Any,
+    learning_rates: str | None,
+) -> DistillationTrainer:
+    train_dataset, eval_dataset = splits
     collator = checked(model, collator, train_dataset, eval_dataset)
     args.remove_unused_columns = False  # the collator reads columns that no model does
-    trainer = trainer_class(
+    return trainer_class(
         model=model,
         args=args,
         distillation=DistillationArguments(
@@ -263,7 +339,6 @@ def _finetune(
         processing_class=processor,
         run_data=asdict(data),
     )
-    train_and_save(trainer)
 
 
 def train_and_save(trainer: Any, finish: Callable[[], None] | None = None) -> None:

@@ -7,6 +7,7 @@ encoder may help (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773); its o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,9 @@ from ..classes import ResidualWhisperConfig, ResidualWhisperForConditionalGenera
 from ..configuration import ResidualConfig
 from ..modeling import forward_as
 from ..speech.collators import LABEL_PADDING
-from .checkpoints import checkpoints_in, last_checkpoint
+from .checkpoints import checkpoints_in, fault_of
 from .clips import ctc_frames
+from .guarded import GuardedTrainer
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
@@ -39,19 +41,51 @@ SPECTROGRAM_GAIN = 3.5  # Whisper's spectrograms have a standard deviation of ab
 
 
 @dataclass
-class ModelSizes:
-    """The sizes of a new model; the defaults are the encoder of the paper.
+class EncoderSizes:
+    """The sizes of a new encoder; the defaults are the paper's.
 
     Raises:
         ValueError: naming the field, for sizes that cannot be.
     """
 
     encoder_layers: int = field(default=18, metadata={"help": "Number of encoder layers."})
-    d_model: int = field(default=512, metadata={"help": "Width of both stacks."})
+    d_model: int = field(default=512, metadata={"help": "Width of the model."})
     encoder_ffn_dim: int = field(
         default=2048, metadata={"help": "Inner width of the encoder's feed-forwards."}
     )
-    attention_heads: int = field(default=8, metadata={"help": "Attention heads of both stacks."})
+    attention_heads: int = field(default=8, metadata={"help": "Attention heads."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout."})
+    mask_time: float = field(
+        default=0.05, metadata={"help": "SpecAugment: part of the frames that masks cover."}
+    )
+    mask_time_length: int = field(default=10, metadata={"help": "SpecAugment: frames of a mask."})
+    mask_bands: float = field(
+        default=0.05, metadata={"help": "SpecAugment: part of the bands that masks cover."}
+    )
+    mask_bands_length: int = field(default=10, metadata={"help": "SpecAugment: bands of a mask."})
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name in ("dropout", "mask_time", "mask_bands") else 1
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        for name in ("dropout", "mask_time", "mask_bands"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"`{name}` must be below 1, got {getattr(self, name)}")
+        if self.d_model % self.attention_heads or self.d_model % 2:
+            raise ValueError(
+                f"`d_model` must be an even multiple of `attention_heads` ({self.attention_heads}), got {self.d_model}"
+            )
+
+
+@dataclass
+class ModelSizes(EncoderSizes):
+    """The sizes of a new Whisper. Its decoder has the width and the attention heads of its encoder.
+
+    Raises:
+        ValueError: naming the field, for sizes that cannot be.
+    """
+
     decoder_layers: int = field(default=4, metadata={"help": "Number of decoder layers."})
     decoder_ffn_dim: int = field(
         default=2048, metadata={"help": "Inner width of the decoder's feed-forwards."}
@@ -69,26 +103,11 @@ class ModelSizes:
     max_tokens: int = field(
         default=256, metadata={"help": "The most tokens of a text, with its special ones."}
     )
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of both stacks."})
-    mask_time: float = field(
-        default=0.05, metadata={"help": "SpecAugment: part of the frames where a mask starts."}
-    )
-    mask_time_length: int = field(default=10, metadata={"help": "SpecAugment: frames of a mask."})
-    mask_bands: float = field(
-        default=0.05, metadata={"help": "SpecAugment: part of the bands where a mask starts."}
-    )
-    mask_bands_length: int = field(default=10, metadata={"help": "SpecAugment: bands of a mask."})
 
     def __post_init__(self) -> None:
-        for name in ("encoder_layers", "d_model", "encoder_ffn_dim", "attention_heads", "decoder_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.attention_heads or self.d_model % 2:
-            raise ValueError(
-                f"`d_model` must be an even multiple of `attention_heads` ({self.attention_heads}), got {self.d_model}"
-            )
+        super().__post_init__()
         samples = self.window_seconds * WhisperFeatureExtractor().sampling_rate
-        if self.window_seconds < 1 or samples % (2 * self.hop_length):
+        if samples % (2 * self.hop_length):
             raise ValueError(
                 f"`window_seconds` must be a whole number of encoder frames of {2 * self.hop_length} samples, got "
                 f"{self.window_seconds}"
@@ -239,19 +258,17 @@ def _is_unknown(character: str, tokenizer: WhisperTokenizer) -> bool:
     return found.strip() != character.strip()
 
 
-class ScratchTrainer(Seq2SeqTrainer):
+class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
     """The loss of the decoder with label smoothing, and beside it CTC on the encoder.
 
     Args:
         ctc_weight: the weight of CTC, from 0 to 1; the decoder's loss has the rest. Its blank is the end of text.
-        args: as of `Seq2SeqTrainer`; `label_smoothing_factor` is the decoder's.
+        args: as of `GuardedTrainer` and `Seq2SeqTrainer`; `label_smoothing_factor` is the decoder's.
 
     Raises:
         ValueError: for a weight outside of these bounds; during training, for a loss that is not finite.
     """
 
-    args: Any
-    model: Any
     processing_class: Any
 
     def __init__(self, *args: Any, ctc_weight: float = 0.3, **kwargs: Any) -> None:
@@ -262,13 +279,22 @@ class ScratchTrainer(Seq2SeqTrainer):
         if ctc_weight:
             model.ctc_head = nn.Linear(model.config.d_model, model.config.vocab_size)
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does; `resume_from_checkpoint="last"` is the newest complete checkpoint."""
-        if kwargs.get("resume_from_checkpoint") == "last":
-            kwargs["resume_from_checkpoint"] = str(last_checkpoint(Path(self.args.output_dir)))
-        return super().train(*args, **kwargs)
+    def run_settings(self) -> dict[str, Any]:
+        return {"ctc_weight": self.ctc_weight}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
+        """The batches of one optimizer step, and their numbers of tokens, averaged over processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = sum((self._count(batch["labels"]) for batch in batches), torch.zeros(2))
+        return batches, self.accelerator.reduce(counts.to(self.args.device), "mean")
+
+    def _count(self, labels: Tensor) -> Tensor:
+        """The tokens that the decoder learns, and those that CTC does: without the special ones."""
+        tokens = labels != LABEL_PADDING
+        spoken = tokens[:, 1:] & (labels[:, 1:] != self.model.config.eos_token_id)
+        return torch.tensor([float(tokens.sum()), float(spoken.sum())])
 
     def compute_loss(
         self,
@@ -277,8 +303,12 @@ class ScratchTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted sum; a loss that is not finite stops the run."""
+        """The weighted sum, each a mean over the tokens of an optimizer step, so that it is the same for accumulated
+        steps and for many processes. A loss that is not finite stops the run.
+        """
         labels = inputs["labels"]
+        is_alone = num_items_in_batch is None or not model.training
+        num_tokens, num_spoken = (self._count(labels) if is_alone else num_items_in_batch).clamp(min=1)
         with forward_as(self.model, self._forward):
             outputs, ctc_logits = model(input_features=inputs["input_features"], labels=labels)
         loss = F.cross_entropy(
@@ -286,16 +316,20 @@ class ScratchTrainer(Seq2SeqTrainer):
             labels.flatten(),
             ignore_index=LABEL_PADDING,
             label_smoothing=self.args.label_smoothing_factor,
+            reduction="sum",
         )
+        loss = loss / num_tokens
         if ctc_logits is not None:
-            loss = (1 - self.ctc_weight) * loss + self.ctc_weight * self._ctc_loss(ctc_logits, labels)
+            loss = (1 - self.ctc_weight) * loss + self.ctc_weight * self._ctc_loss(
+                ctc_logits, labels
+            ) / num_spoken
         if not torch.isfinite(loss):
             texts = self.processing_class.tokenizer.batch_decode(
                 labels.masked_fill(labels == LABEL_PADDING, self.model.config.eos_token_id),
                 skip_special_tokens=True,
             )
             raise ValueError(
-                f"the loss must be finite, got {float(loss)} at step {self.state.global_step} for the batch of the "
+                f"the loss must be finite, got {loss.item()} at step {self.state.global_step} for the batch of the "
                 f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
             )
         return (loss, outputs) if return_outputs else loss
@@ -307,23 +341,45 @@ class ScratchTrainer(Seq2SeqTrainer):
         return outputs, model.ctc_head(outputs.encoder_last_hidden_state) if self.ctc_weight else None
 
     def _ctc_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the clips."""
         end = self.model.config.eos_token_id
         spoken = labels[:, 1:]  # without NO_TIMESTAMPS
         lengths = ((spoken != LABEL_PADDING) & (spoken != end)).sum(1)
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)
         frames = torch.full((len(logits),), logits.shape[1], dtype=torch.long)
         targets = spoken.masked_fill(spoken == LABEL_PADDING, end)
-        return F.ctc_loss(log_probs, targets, frames, lengths, blank=end, reduction="sum") / lengths.sum()
+        return F.ctc_loss(log_probs, targets, frames, lengths, blank=end, reduction="sum")
 
     def finish(self, last: int) -> None:
         """Takes the mean of the last checkpoints' weights, and removes CTC's layer. All processes call it."""
-        folders = checkpoints_in(Path(self.args.output_dir))
-        if last > 1 and folders:
-            self.model.load_state_dict(average_checkpoints(folders[-last:]), strict=False)
-            self.model.tie_weights()
+        load_average(self.model, Path(str(self.args.output_dir)), last)
         if self.ctc_weight:
             del self.model.ctc_head
             self.ctc_weight = 0.0
+
+
+def check_average(last: int, args: Any) -> None:
+    """Checks before the training that a run keeps the checkpoints whose mean it is to take.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if last < 1:
+        raise ValueError(f"`average_checkpoints` must be at least 1, got {last}")
+    kept = math.inf if args.save_total_limit is None else args.save_total_limit
+    if last > 1 and (args.save_strategy == "no" or last > kept):
+        raise ValueError(
+            f"`average_checkpoints` must be at most the number of checkpoints that are kept, got {last} with "
+            f"`save_strategy` {str(args.save_strategy.value)!r} and `save_total_limit` {args.save_total_limit}"
+        )
+
+
+def load_average(model: Any, folder: Path, last: int) -> None:
+    """Gives a model the mean of the last complete checkpoints in a run's folder; one is the model itself."""
+    folders = [path for path in checkpoints_in(folder) if fault_of(path) is None]
+    if last > 1 and folders:
+        model.load_state_dict(average_checkpoints(folders[-last:]), strict=False)
+        model.tie_weights()
 
 
 def average_checkpoints(folders: Sequence[Path]) -> dict[str, Tensor]:

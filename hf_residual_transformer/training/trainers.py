@@ -8,29 +8,23 @@ fine-tune on labels.
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.utils import logging
 
 from ..families import Family, family_of, frame_mask, num_frames_of
-from ..folders import UNFINISHED, adopt
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
 from ..speech.transcription import encoder_window, transcribe
 from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
-from .checkpoints import RUN_FILE, check_run, fault_of, last_checkpoint, run_of
+from .guarded import GuardedTrainer
 from .losses import HiddenStateLoss, LogitsLoss
 from .states import record_states
 
@@ -57,7 +51,7 @@ class DistillationOutcome:
         return self.loss_before is None or self.loss_after is None or self.loss_after < self.loss_before
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(GuardedTrainer):
     """The common base of the two Trainers below.
 
     Each loss is a mean over all clips, tokens or frames of an optimizer step. Accumulated gradients therefore equal
@@ -69,9 +63,8 @@ class DistillationTrainer(Trainer):
             compared. It is frozen, put into eval mode and moved to the training device, and it is never saved. It may
             be None if only the loss on labels has a weight.
         distillation: the weights and settings of the losses.
-        run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
-            does not resume from these.
-        kwargs: the arguments of `Trainer`: `model`, `args`, `train_dataset`, `data_collator` and so on.
+        kwargs: the arguments of `GuardedTrainer` and `Trainer`: `run_data`, `model`, `args`, `train_dataset`,
+            `data_collator` and so on.
 
     Raises:
         ValueError: if the teacher is missing or does not fit the student, or if an argument of `Trainer` would replace
@@ -87,13 +80,9 @@ class DistillationTrainer(Trainer):
         *,
         teacher: PreTrainedModel | None = None,
         distillation: DistillationArguments | None = None,
-        run_data: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.run_data = run_data
-        self._remembered: dict[str, Any] = {}
-        self._staging: Path | None = None
         self.distillation = DistillationArguments() if distillation is None else distillation
         self.weights = self.distillation.weights
         self.label_free = "labels" not in self.weights
@@ -141,6 +130,9 @@ class DistillationTrainer(Trainer):
                 f"{layerdrop}; pass `layerdrop=0` to from_pretrained"
             )
 
+    def run_settings(self) -> dict[str, Any]:
+        return vars(self.distillation)
+
     @property
     def family(self) -> Family:
         """The family of student and teacher."""
@@ -157,10 +149,6 @@ class DistillationTrainer(Trainer):
         With `RecipeArguments(keep="better")` and an `eval_dataset`, the student gets its weights back if the loss on
         this data does not fall.
         """
-        kwargs["resume_from_checkpoint"] = self._checked_checkpoint(
-            kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        )
-        args = args[1:]
         config: Any = self.model.config
         compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
         with _frozen_but(self.encoder, self.model) if self.label_free and not compact else nullcontext():
@@ -190,82 +178,6 @@ class DistillationTrainer(Trainer):
         }
         result.metrics.update(kept)
         return result
-
-    def _checked_checkpoint(self, checkpoint: Any) -> str | None:
-        """The checkpoint to go on from, True or "last" being the newest complete one; another run's is refused."""
-        self._remembered = run_of(self)
-        if not checkpoint:
-            return None
-        folder = Path(str(self.args.output_dir))
-        path = last_checkpoint(folder) if checkpoint in (True, "last") else Path(checkpoint)
-        problem = fault_of(path)
-        if problem is not None:
-            raise ValueError(f"`resume_from_checkpoint` must be a complete checkpoint, got {path}: {problem}")
-        check_run(path, self._remembered)
-        return str(path)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete."""
-        folder = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == name or (folder / best).is_dir()):
-            self.state.best_model_checkpoint = str(folder / best)
-        known_best = self.state.best_model_checkpoint
-        self._staging = folder / f"saving{UNFINISHED}"
-        if self.args.should_save and self._staging.is_dir():
-            shutil.rmtree(self._staging)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                new = self._staging / name
-                self.state.best_model_checkpoint = known_best
-                self.state.save_to_json(str(new / TRAINER_STATE_NAME))
-                (new / RUN_FILE).write_text(json.dumps(self._remembered, indent=2) + "\n", encoding="utf-8")
-                if (folder / name).is_dir():
-                    shutil.rmtree(folder / name)
-                adopt(new, folder / name)
-                self._staging.rmdir()
-                rotate_checkpoints(
-                    output_dir=str(folder),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=known_best,
-                )
-        finally:
-            self._staging = None
-            self.state.best_model_checkpoint = known_best
-        self.accelerator.wait_for_everyone()
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Makes a step as `Trainer` does; a loss that is not finite is an error that names the batch.
-
-        Raises:
-            ValueError: naming the step.
-        """
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not loss.isfinite().all():
-            self._stop("loss", loss.item())
-        return loss
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        # With float16, the scaler leaves out a step whose gradients overflow, and lowers its scale.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
-            self._stop("gradient", float(norm))
-        return norm
-
-    def _stop(self, name: str, value: float) -> NoReturn:
-        size = self.args.train_batch_size
-        raise ValueError(
-            f"the {name} must be finite, got {value} in the batch of step {self.state.global_step + 1} ({size} clips); "
-            "the weights of this step are not saved. Lower the learning rate, look at these clips, and go on from the "
-            "last checkpoint"
-        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer as `Trainer` does, and splits its groups by component if `learning_rates` is a dict.

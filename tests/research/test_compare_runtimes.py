@@ -16,11 +16,16 @@ import soundfile
 import torch
 from conftest import (
     randomize_,
+    speech,
     tiny_whisper_config,
     whisper_generation_config,
     whisper_processor,
 )
+from ggml_reader import read_ggml
 from transformers import WhisperForConditionalGeneration
+
+import hf_residual_transformer as hrt
+from hf_residual_transformer.exporting.ggml import ordinary_tokens
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
 NAMES = ("ggml_blocks", "ggml_writer", "runtimes", "runtimes_report", "compare_runtimes")
@@ -129,23 +134,6 @@ def test_a_system_is_named_without_folders_of_this_machine(scripts, tmp_path):
     assert (found.name, found.file_bytes()) == ("whisper.cpp:base-q4_0", 4)
 
 
-def read_ggml(file):
-    """The sizes, filters, tokens and tensors of a ggml file, read as whisper.cpp reads them."""
-    header = struct.unpack("<I11i", file.read(48))
-    rows, columns = struct.unpack("<2i", file.read(8))
-    filters = np.frombuffer(file.read(4 * rows * columns), "<f4").reshape(rows, columns)
-    (count,) = struct.unpack("<i", file.read(4))
-    tokens = [file.read(struct.unpack("<I", file.read(4))[0]) for _ in range(count)]
-    tensors = {}
-    while start := file.read(12):
-        dimensions, length, kind = struct.unpack("<3i", start)
-        shape = struct.unpack(f"<{dimensions}i", file.read(4 * dimensions))
-        name = file.read(length).decode()
-        bits = {0: 32, 1: 16, 2: 4.5}[kind]
-        tensors[name] = (shape, kind, file.read(int(np.prod(shape) * bits / 8)))
-    return header, filters, tokens, tensors
-
-
 @pytest.mark.parametrize("form", ["f16", "q4_0"])
 def test_a_ggml_file_holds_every_tensor_once_under_openais_names(form, scripts):
     torch.manual_seed(0)
@@ -192,7 +180,27 @@ def test_tokens_are_written_as_the_bytes_that_they_stand_for(scripts):
     tokenizer = SimpleNamespace(
         eos_token_id=3, convert_ids_to_tokens=lambda _: ["\u0120the", "\u00c3\u00a9", "!"]
     )
-    assert scripts.ggml_writer.ordinary_tokens(tokenizer) == [b" the", "\u00e9".encode(), b"!"]
+    assert ordinary_tokens(tokenizer) == [b" the", "\u00e9".encode(), b"!"]
+
+
+def test_adjacent_clips_of_a_folder_are_joined_as_long_as_they_fit(scripts):
+    def clip(path, seconds, value):
+        return path, path, np.full(int(seconds * 16_000), value, np.float32)
+
+    clips = [
+        clip("a/1", 2, 0.1),
+        clip("a/2", 3, 0.2),
+        clip("a/3", 1, 0.3),
+        clip("b/1", 1, 0.4),
+        clip("b/2", 9, 0.5),
+    ]
+    found = list(scripts.compare_runtimes.joined(clips, 5.5))
+    assert [path for path, _, _ in found] == ["a/1", "a/3", "b/1", "b/2"]
+    assert [text for _, text, _ in found] == ["a/1 a/2", "a/3", "b/1", "b/2"]
+    assert [len(samples) / 16_000 for _, _, samples in found] == [5.5, 1, 1, 9]
+    first = found[0][2]
+    assert first[0] == np.float32(0.1) and not first[32_000:40_000].any() and first[40_000] == np.float32(0.2)
+    assert list(scripts.compare_runtimes.joined([], 5)) == []
 
 
 REFERENCES = ["one two three four", "five six", ""]
@@ -276,6 +284,16 @@ def test_the_table_leaves_out_speed_and_memory_of_rounded_systems(scripts):
     assert cells["q4_0-rounded"][-3:] == ["", "", ""] and cells["q4_0-rounded"][5] == "60.0"
 
 
+def test_a_run_for_words_alone_has_no_columns_of_speed_and_memory(scripts):
+    report = scripts.runtimes_report
+    untimed = [
+        {name: r[name] for name in ("system", "texts", "rounded", "file_bytes")} for r in results_of(TEXTS)
+    ]
+    found = report.figures_of(untimed, report.Clips([""] * 3, REFERENCES), normalize, 8)
+    assert all(figure["real_time_factor"] is figure["peak_uss_mb"] is None for figure in found)
+    assert "memory" not in report.table(found) and "disagreement" in report.table(found)
+
+
 @pytest.fixture
 def dense_folder(tmp_path):
     torch.manual_seed(0)
@@ -297,6 +315,35 @@ def speech_folder(tmp_path):
         lines.append(f"{index}.wav,one two,en,test")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def test_onnx_runtime_writes_the_words_that_pytorch_writes(dense_folder, scripts, tmp_path, monkeypatch):
+    """The features come from Transformers here, since faster-whisper is not among the packages of the tests."""
+
+    class FeatureExtractor:
+        def __init__(self, feature_size):
+            self.own = whisper_processor().feature_extractor
+
+        def __call__(self, samples, padding):
+            return self.own(samples, sampling_rate=16_000)["input_features"][0]
+
+    module = SimpleNamespace(FeatureExtractor=FeatureExtractor)
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(feature_extractor=module))
+    monkeypatch.setitem(sys.modules, "faster_whisper.feature_extractor", module)
+    monkeypatch.setattr(scripts.runtimes, "MAX_NEW_TOKENS", 8)
+    hrt.export(str(dense_folder), tmp_path / "onnx", floats="float32")
+    clips = {str(index): speech(0.7, seed=index).numpy() for index in range(2)}
+    np.savez(tmp_path / "clips.npz", **clips)
+    systems = ("torch-dense", f"onnxruntime:{tmp_path}/onnx")
+    wanted, found = (
+        scripts.runtimes.measure(scripts.runtimes.create(system, dense_folder), tmp_path / "clips.npz")[
+            "texts"
+        ]
+        for system in systems
+    )
+    assert found == wanted and all(wanted)
+    with pytest.raises(ValueError, match="has no weights"):
+        scripts.runtimes.create(f"onnxruntime:{tmp_path}/onnx@_int8", dense_folder)
 
 
 @pytest.mark.slow

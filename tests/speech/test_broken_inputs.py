@@ -9,6 +9,8 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 from datasets import Dataset, IterableDataset
@@ -215,6 +217,64 @@ class TestTables:
         with pytest.raises(ValueError, match=problem):
             load_speech_dataset(folder / name)
 
+    def test_a_damaged_parquet_is_named(self, folder):
+        table = folder / "t.parquet"
+        rows = pyarrow.table({"file_name": ["0.wav"], "text": ["abcdefgh"]})
+        pyarrow.parquet.write_table(
+            rows, table, compression="none", use_dictionary=False, write_statistics=False
+        )
+        content = table.read_bytes()
+        table.write_bytes(content.replace(b"abcdefgh", b"abc\xffefgh"))
+        with pytest.raises(ValueError, match=r"t\.parquet holds no recordings that can be read .*UTF8"):
+            load_speech_dataset(table)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_parquet_that_is_damaged_in_its_middle_is_named(self, folder, streaming):
+        table = folder / "t.parquet"
+        names, texts = [f"{n % 8}.wav" for n in range(1000)], [f"text {n:04d}" for n in range(1000)]
+        pyarrow.parquet.write_table(
+            pyarrow.table({"file_name": names, "text": texts}), table, row_group_size=50, compression="none"
+        )
+        assert [row["text"] for row in load_speech_dataset(table, streaming=streaming)] == texts
+        content = table.read_bytes()
+        table.write_bytes(replaced(content, content.index(b"text 0600") - 40, b"\xff" * 200))
+        with pytest.raises(ValueError, match=r"t\.parquet holds no recordings that can be read"):
+            list(load_speech_dataset(table, streaming=streaming))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(
+        ("columns", "problem"),
+        [
+            ((("text", "a"), ("text", "b")), r"t\.parquet has two columns called 'text'"),
+            ((("text", "a"), ("split", None)), "a column `split` must have a value in it"),
+        ],
+    )
+    def test_a_parquet_leaves_nothing_out_in_silence(self, folder, columns, problem, streaming):
+        names = ["file_name", *(name for name, _ in columns)]
+        values = [pyarrow.array([value], pyarrow.string()) for value in ("0.wav", *(x for _, x in columns))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(values, names), folder / "t.parquet")
+        with pytest.raises(ValueError, match=problem):
+            load_speech_dataset(folder / "t.parquet", streaming=streaming)
+
+    def test_a_row_of_a_parquet_without_audio_is_named(self, folder):
+        rows = pyarrow.table({"file_name": ["0.wav", None], "text": ["a", "b"]})
+        pyarrow.parquet.write_table(rows, folder / "t.parquet")
+        with pytest.raises(ValueError, match="row 2 of the data has no audio"):
+            load_speech_dataset(folder / "t.parquet")
+
+    @pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+    def test_a_table_of_another_name_in_a_folder_is_not_read_by_other_rules(self, tmp_path, suffix):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / f"train{suffix}").write_text('file_name\ttext\n0.wav\t"a\n1.wav\tb"\n')
+        with pytest.raises(ValueError, match=rf"no table called metadata; name the one .*train\{suffix}"):
+            load_speech_dataset(tmp_path / "a")
+
+    def test_a_row_without_a_split_is_not_left_out_in_silence(self, folder):
+        rows = [{"file_name": "0.wav", "text": "a", "split": "train"}, {"file_name": "1.wav", "text": "b"}]
+        (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(ValueError, match=r"line 2 of .*'split' must be text, got nothing"):
+            load_speech_dataset(folder / "t.jsonl")
+
     def test_what_is_not_read_may_be_anything(self, folder):
         rows = [{"file_name": "0.wav", "text": "a", "n": 1, "split": "train"},
                 {"file_name": "1.wav", "text": None, "n": "x", "split": "test"}]  # fmt: skip
@@ -373,6 +433,16 @@ class TestContainers:
     def test_a_wav_whose_samples_are_all_there_is_read_whatever_its_size_says(self, content):
         np.testing.assert_array_equal(decode_audio(content, RATE), decode_audio(WAV, RATE))
 
+    @pytest.mark.parametrize("rate", [8_000, 44_100])
+    def test_an_mp3_that_does_not_count_its_frames_is_not_read_in_part(self, rate):
+        noise = np.random.default_rng(0).standard_normal(2 * rate).astype(np.float32) / 5
+        content = encode(np.concatenate([0 * noise, noise]), rate, format="MP3", subtype="MPEG_LAYER_III")
+        assert seconds_of(content, "a") == 4
+        uncounted = content.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+        for read in (decode_audio, seconds_of):
+            with pytest.raises(ValueError, match=r"does not say how many frames .* of its 4\.\d\d seconds"):
+                read(uncounted, rate if read is decode_audio else "a")
+
     def test_an_empty_wav_with_tags_after_it_is_empty(self):
         empty = encode(tone()[:0]) + b"LIST" + (4).to_bytes(4, "little") + b"INFO"
         with pytest.raises(ValueError, match="holds no audio"):
@@ -393,19 +463,22 @@ class TestContainers:
             with pytest.raises(ValueError, match="damaged or cut off"):
                 decode_audio(piped[:length], RATE)
 
-    def test_an_ogg_vorbis_without_the_mark_of_its_end_is_read_and_said(self, caplog):
-        content = encode(tone(2.0), format="OGG", subtype="VORBIS")
+    @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+    def test_an_ogg_without_the_mark_of_its_end_is_read_and_said(self, subtype, caplog):
+        content = encode(tone(2.0), format="OGG", subtype=subtype)
         np.testing.assert_array_equal(
             decode_audio(without_end_mark(content), RATE), decode_audio(content, RATE)
         )
         assert "has no mark of its end" in caplog.text
 
-    def test_an_ogg_with_a_damaged_page_is_refused(self):
+    @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+    def test_an_ogg_with_a_damaged_page_is_refused(self, subtype):
         noise = np.random.default_rng(0).standard_normal(10 * RATE).astype(np.float32) / 5
-        content = encode(noise, format="OGG", subtype="VORBIS")
-        middle = len(content) // 2
-        with pytest.raises(ValueError, match="is cut off or damaged"):
-            decode_audio(replaced(content, middle, bytes([content[middle] ^ 1])), RATE)
+        content = encode(noise, format="OGG", subtype=subtype)
+        unmarked, last = without_end_mark(content), content.rfind(b"OggS") + 40
+        for whole, place in ((content, len(content) // 2), (content, last), (unmarked, last)):
+            with pytest.raises(ValueError, match=r"is cut off or damaged|is damaged or cut off"):
+                decode_audio(replaced(whole, place, bytes([whole[place] ^ 1])), RATE)
 
     @pytest.mark.parametrize("subtype", ["GSM610", "IMA_ADPCM", "MS_ADPCM", "ULAW"])
     def test_wav_with_other_codecs_is_read_whole_and_refused_cut(self, subtype):
@@ -431,6 +504,24 @@ class TestContainers:
         decode_audio(WAV + b"LIST" + (4).to_bytes(4, "little") + b"INFO", RATE)
         decode_audio(WAV + bytes(512), RATE)
         assert not caplog.text
+
+    def test_aiff_and_au_that_leave_samples_out_are_refused_or_said(self, caplog):
+        aiff, au = encode(tone(), format="AIFF"), encode(tone(), format="AU")
+        offset = aiff.index(b"SSND") + 8
+        with pytest.raises(ValueError, match="is cut off or damaged"):
+            decode_audio(replaced(aiff, offset, (800).to_bytes(4, "big")), RATE)
+        decode_audio(replaced(au, 8, (800).to_bytes(4, "big")), RATE)
+        assert "bytes after its 0.03 seconds that are not read" in caplog.text
+
+    def test_an_rf64_whose_long_size_is_too_small_says_so_and_one_too_large_is_refused(self, caplog):
+        content = encode(tone(), format="RF64")
+        np.testing.assert_array_equal(decode_audio(content, RATE), decode_audio(WAV, RATE))
+        assert not caplog.text
+        size = content.index(b"ds64") + 16
+        decode_audio(replaced(content, size, (800).to_bytes(8, "little")), RATE)
+        assert "bytes after its 0.03 seconds that are not read" in caplog.text
+        with pytest.raises(ValueError, match="is cut off or damaged"):
+            decode_audio(replaced(content, size, (8000).to_bytes(8, "little")), RATE)
 
     @pytest.mark.parametrize("rate", [2**31 - 1, 12_000_000, 1, 999])
     def test_a_rate_that_no_recording_has_is_refused_before_it_is_resampled(self, rate):

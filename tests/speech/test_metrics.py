@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -25,7 +26,7 @@ from transformers import Wav2Vec2ForCTC
 from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
 from hf_residual_transformer.folders import prepare_output_dir
 from hf_residual_transformer.provenance import portable, provenance
-from hf_residual_transformer.speech.metrics import error_rates, evaluate_asr
+from hf_residual_transformer.speech.metrics import EvaluationStopped, error_rates, evaluate_asr
 from hf_residual_transformer.training.arguments import DataArguments, parse_args
 
 RATE = 16_000
@@ -161,6 +162,28 @@ class TestCTC:
             assert len(model.texts) == 9
             with pytest.raises(ValueError, match=problem):
                 evaluate_asr(model, processor, iter([bad]), batch_size=1, progress=False)
+
+    def test_what_was_transcribed_of_a_stream_before_a_bad_row_is_kept(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        model = Scripted(processor, ["a", "bad"]).train()
+
+        def unreadable():
+            yield from (row("a"), row("abe"))
+            raise OSError("the disk is gone")
+
+        for rows, problem in (
+            (iter([row("a"), row("abe"), row(None, "mute.wav")]), r"got none for mute\.wav"),
+            (unreadable(), "the disk is gone"),
+        ):
+            model.texts = ["a", "bad"]
+            with pytest.raises(EvaluationStopped, match=f"{problem}.*; 2 clips were transcribed") as stopped:
+                evaluate_asr(model, processor, rows, batch_size=1, progress=False)
+            assert (stopped.value.result.wer, stopped.value.result.rates.clips) == (0.5, 2)
+            assert re.search(problem, stopped.value.result.stopped_by) and model.training
+            path = stopped.value.result.save(tmp_path / "out")
+            assert path.name == "partial-evaluation.json" and json.loads(path.read_text())["wer"] == 0.5
+            assert len((tmp_path / "out" / "partial-predictions.jsonl").read_text().splitlines()) == 2
+            assert not (tmp_path / "out" / "evaluation.json").exists()
 
     def test_a_ctc_model_does_not_translate(self, tmp_path):
         processor = wav2vec2_processor(tmp_path)

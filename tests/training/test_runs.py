@@ -8,10 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
-from conftest import moved
+from conftest import logged, moved
+from transformers import Seq2SeqTrainingArguments
 
 import hrt_cli
+from hf_residual_transformer.training.arguments import TrainingDataArguments
 from hf_residual_transformer.training.checkpoints import fault_of, last_checkpoint
+from hf_residual_transformer.training.running import run_training
+from hf_residual_transformer.training.scratch import ModelSizes
 
 TRAINING = [
     "--use_cpu",
@@ -118,6 +122,44 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(
         assert "belongs to another run" in message and named in message
 
 
+def test_a_run_may_become_longer_and_says_so_but_not_shorter_than_it_is(
+    whole, dense_wav2vec2, clips, tmp_path, capsys, caplog
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    resume = ("--resume_from_checkpoint", "last", "--max_steps")
+    assert finetune(dense_wav2vec2, clips, out, *resume, "1") == 2
+    assert "`max_steps` must be at least 2, the steps of" in capsys.readouterr().err
+    assert finetune(dense_wav2vec2, clips, out, *resume, "3") == 0
+    assert "options.max_steps was 2, and now is 3: the learning rate follows the new length" in caplog.text
+    assert len(logged(out, "loss")) == 3 and moved(whole, out)
+    assert last_checkpoint(out) == out / "checkpoint-3"
+
+
+def test_a_half_checkpoint_of_training_from_scratch_is_skipped_too(clips, tmp_path, caplog):
+    sizes = ModelSizes(
+        encoder_layers=1, d_model=16, encoder_ffn_dim=16, attention_heads=2, decoder_layers=1, decoder_ffn_dim=16,
+        num_mel_bins=16, window_seconds=1, max_tokens=12,
+    )  # fmt: skip
+
+    def train(out, **options):
+        args = Seq2SeqTrainingArguments(
+            str(out), max_steps=2, save_steps=1, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True,
+            report_to="none", disable_tqdm=True, logging_steps=1, **options,
+        )  # fmt: skip
+        run_training(sizes, TrainingDataArguments(str(clips)), args, vocab_size=40, average_checkpoints=2)
+
+    train(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (tmp_path / "out/checkpoint-2/optimizer.pt").write_bytes(b"")
+    train(tmp_path / "out", resume_from_checkpoint="last")
+    assert "checkpoint-2 is not complete, and is skipped" in caplog.text
+    assert not moved(tmp_path / "whole", tmp_path / "out")
+    assert fault_of(tmp_path / "out/checkpoint-2") is None
+    with pytest.raises(ValueError, match=r"belongs to another run: its student is"):
+        train(tmp_path / "out", resume_from_checkpoint="last", seed=1)
+
+
 def test_overwriting_sets_old_checkpoints_aside_so_that_last_cannot_mean_them(
     whole, dense_wav2vec2, clips, tmp_path, capsys
 ):
@@ -141,6 +183,18 @@ def test_a_transcript_that_is_too_long_for_its_frames_is_refused_by_name_before_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_clip_that_makes_no_frame_is_refused_by_name_before_training(
+    text, dense_wav2vec2, tmp_path, capsys
+):
+    audio = table(tmp_path / "data", ["abc", text])
+    soundfile.write(audio / "1.wav", np.ones(8) / 2, 16_000)
+    for more, place in ((), "row 1"), (("--streaming",), "a row of the stream"):
+        assert finetune(dense_wav2vec2, audio, tmp_path / "out", *more) == 2
+        message = capsys.readouterr().err
+        assert f"1.wav ({place}) must be longer than the model's receptive field, got 8 samples" in message
+
+
 def test_a_transcript_that_is_too_long_for_the_decoder_is_refused_by_name_before_training(
     dense_whisper, tmp_path, capsys
 ):
@@ -148,6 +202,21 @@ def test_a_transcript_that_is_too_long_for_the_decoder_is_refused_by_name_before
     assert finetune(dense_whisper, audio, tmp_path / "out", "--language", "en") == 2
     message = capsys.readouterr().err
     assert "row 1" in message and "tokens, and the model has 40" in message
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_a_clip_longer_than_the_window_is_refused_by_name_before_training(
+    command, dense_whisper, compressed, tmp_path, capsys
+):
+    audio = table(tmp_path / "data", ["abc", "bad"])
+    soundfile.write(audio / "1.wav", np.ones(16_001) / 2, 16_000)
+    model, more = (
+        (dense_whisper, []) if command == "finetune" else (compressed["whisper"], ["--labels-weight", "1"])
+    )
+    more += ["--teacher", str(dense_whisper)] if command == "distill" else []
+    words = [command, str(model), "--audio", str(audio), "--out", str(tmp_path / "out"), "--language", "en"]
+    assert hrt_cli.main([*words, *TRAINING, "--max_steps", "2", *more]) == 2
+    assert "1.wav (row 1) must be of at most 1 seconds" in capsys.readouterr().err
 
 
 def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(dense_wav2vec2, clips, tmp_path, capsys):

@@ -1,0 +1,140 @@
+"""The Trainer that all others here extend: its checkpoints are whole and know their run, and it stops at values that
+are not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..folders import UNFINISHED, adopt
+from .checkpoints import RUN_FILE, check_run, check_steps, fault_of, last_checkpoint, run_of
+
+
+class GuardedTrainer(Trainer):
+    """A `Trainer` whose runs can be interrupted at any moment.
+
+    Args:
+        run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
+            does not resume from these.
+        kwargs: the arguments of `Trainer`.
+    """
+
+    args: Any
+    model: Any
+
+    def __init__(self, *args: Any, run_data: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_data = run_data
+        self._remembered: dict[str, Any] = {}
+        self._staging: Path | None = None
+
+    def run_settings(self) -> dict[str, Any]:
+        """What changes the result of a run beside its student, its data and the options of `Trainer`."""
+        return {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer` does. `resume_from_checkpoint` may be "last", the newest complete checkpoint.
+
+        Raises:
+            ValueError: for a checkpoint that is not complete or is another run's, and for a loss or gradient that is
+                not finite, naming the step.
+        """
+        kwargs["resume_from_checkpoint"] = self._checked_checkpoint(
+            kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        )
+        return super().train(*args[1:], **kwargs)
+
+    def _checked_checkpoint(self, checkpoint: Any) -> str | None:
+        """The checkpoint to go on from, True or "last" being the newest complete one; another run's is refused."""
+        self._remembered = run_of(self)
+        if not checkpoint:
+            return None
+        folder = Path(str(self.args.output_dir))
+        path = last_checkpoint(folder) if checkpoint in (True, "last") else Path(checkpoint)
+        problem = fault_of(path)
+        if problem is not None:
+            raise ValueError(f"`resume_from_checkpoint` must be a complete checkpoint, got {path}: {problem}")
+        check_run(path, self._remembered)
+        check_steps(path, self.args.max_steps)
+        return str(path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = self.lr_scheduler
+        if checkpoint is not None and hasattr(scheduler, "lr_lambdas"):
+            # The rate in the checkpoint is of its own length, and 0 at its end.
+            rates = (
+                base * rate(scheduler.last_epoch)
+                for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+            )
+            optimizer: Any = self.optimizer
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete."""
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == name or (folder / best).is_dir()):
+            self.state.best_model_checkpoint = str(folder / best)
+        known_best = self.state.best_model_checkpoint
+        self._staging = folder / f"saving{UNFINISHED}"
+        if self.args.should_save and self._staging.is_dir():
+            shutil.rmtree(self._staging)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                new = self._staging / name
+                self.state.best_model_checkpoint = known_best
+                self.state.save_to_json(str(new / TRAINER_STATE_NAME))
+                (new / RUN_FILE).write_text(json.dumps(self._remembered, indent=2) + "\n", encoding="utf-8")
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                adopt(new, folder / name)
+                self._staging.rmdir()
+                rotate_checkpoints(
+                    output_dir=str(folder),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=known_best,
+                )
+        finally:
+            self._staging = None
+            self.state.best_model_checkpoint = known_best
+        self.accelerator.wait_for_everyone()
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Makes a step as `Trainer` does; a loss that is not finite is an error that names the batch."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite().all():
+            self._stop("loss", loss.item())
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # With float16, the scaler leaves out a step whose gradients overflow, and lowers its scale.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            self._stop("gradient", float(norm))
+        return norm
+
+    def _stop(self, name: str, value: float) -> NoReturn:
+        size = self.args.train_batch_size
+        raise ValueError(
+            f"the {name} must be finite, got {value} in the batch of step {self.state.global_step + 1} ({size} clips); "
+            "the weights of this step are not saved. Lower the learning rate, look at these clips, and go on from the "
+            "last checkpoint"
+        )

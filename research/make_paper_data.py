@@ -1,0 +1,70 @@
+"""Writes human speech to train on without the Hub, for `research/paper.py --scale acted`: telephone prompts and the
+acted dialogue of two games, all from Debian.
+
+    apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} fillets-ng-data{,-cs,-nl} \
+        flight-of-the-amazon-queen
+    python research/make_paper_data.py --out outputs/acted
+
+`recognition.csv` has English with its transcripts. `translation.csv` has Spanish, French, Italian, Russian, Czech and
+Dutch with English text. Texts are in lower case without punctuation. The splits are those of `make_sample.py` and
+`make_actors.py`: characters of the actors' game and texts of prompts are in one split each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import make_actors
+import make_sample
+from make_sample import Clip
+
+COLUMNS = ["file_name", "text", "split", "duration"]
+
+
+def spell(text: str) -> str:
+    """The text in lower case, with letters, digits and apostrophes alone."""
+    return " ".join(
+        re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").lower())
+    )
+
+
+def write_tasks(folder: Path, clips: Iterable[Clip]) -> dict[str, int]:
+    """Writes a table of each task beside the folders of the clips' audio; returns their numbers of clips.
+
+    Raises:
+        ValueError: for a task without clips.
+    """
+    rows: dict[str, list[dict[str, str]]] = {"recognition": [], "translation": []}
+    for clip in clips:
+        english = clip.language == "en"
+        text = spell(clip.text if english else clip.translation)
+        if text:
+            row = {"file_name": clip.source.relative_to(folder).as_posix(), "text": text}
+            row |= {"split": clip.split, "duration": f"{clip.duration:.2f}"}
+            rows["recognition" if english else "translation"].append(row)
+    for task, found in rows.items():
+        if not found:
+            raise ValueError(f"{task} must have clips, got none")
+        with open(folder / f"{task}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
+    return {task: len(found) for task, found in rows.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, without audio yet")
+    out = parser.parse_args().out
+    clips = [*make_actors.write_actors(out / "actors")[0], *make_sample.write_full(out / "prompts")]
+    print(write_tasks(out, clips))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The tables of human speech for the grid, from clips without the packages."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+
+RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
+
+
+@pytest.fixture
+def make_paper_data(monkeypatch):
+    monkeypatch.syspath_prepend(str(RESEARCH))
+    return importlib.import_module("make_paper_data")
+
+
+def clip(module, folder, name, text, language, translation="", split="train"):
+    return module.Clip(folder / "prompts" / name, name, text, language, "a", 1.0, translation, split)
+
+
+def test_english_is_recognised_and_all_else_is_translated(make_paper_data, tmp_path):
+    clips = [
+        clip(
+            make_paper_data, tmp_path, "a.flac", "It\N{RIGHT SINGLE QUOTATION MARK}s \u201cHere\u201d!", "en"
+        ),
+        clip(make_paper_data, tmp_path, "b.flac", "¿Dónde?", "es", "Where?", "test"),
+        clip(make_paper_data, tmp_path, "c.flac", "¿Dónde?", "es"),
+    ]
+    assert make_paper_data.write_tasks(tmp_path, clips) == {"recognition": 1, "translation": 1}
+    rows = {}
+    for task in ("recognition", "translation"):
+        with open(tmp_path / f"{task}.csv", encoding="utf-8") as file:
+            rows[task] = list(csv.DictReader(file))
+    assert rows["recognition"] == [
+        {"file_name": "prompts/a.flac", "text": "it's here", "split": "train", "duration": "1.00"}
+    ]
+    assert [(row["text"], row["split"]) for row in rows["translation"]] == [("where", "test")]
+
+
+def test_a_task_without_clips_is_refused(make_paper_data, tmp_path):
+    with pytest.raises(ValueError, match="translation must have clips, got none"):
+        make_paper_data.write_tasks(tmp_path, [clip(make_paper_data, tmp_path, "a.flac", "Hello", "en")])

@@ -1,0 +1,82 @@
+"""Translations of a dense and a compact model side by side, on tiny models and noise."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from conftest import speech
+
+pytest.importorskip("sacrebleu", reason="the extra `research` has it")
+RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
+
+
+@pytest.fixture
+def translation(monkeypatch):
+    monkeypatch.syspath_prepend(str(RESEARCH))
+    return importlib.import_module("translation")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [("file_name", "text", "language", "split", "duration", "translation")]
+    for number in range(5):
+        split = "train" if number == 4 else "test"
+        soundfile.write(tmp_path / f"{number}.flac", speech(0.5, seed=number).numpy(), 16_000)
+        rows.append(
+            (f"{number}.flac", f"das ist {number}", "de", split, "0.50", f"this is really number {number}")
+        )
+    rows.append(("5.flac", "ja", "de", "test", "0.50", "yes"))
+    with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return tmp_path
+
+
+def test_models_are_compared_on_the_same_clips_and_run_once(
+    translation, data, dense_whisper, compressed, monkeypatch
+):
+    out = data / "out.json"
+    words = ["translation.py", "--data", data, "--dense", dense_whisper, "--models", compressed["whisper"]]
+    words += ["--languages", "de", "--window_seconds", 1, "--batch_size", 3, "--output", out]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    translation.main()
+    values = json.loads(out.read_text())
+    dense, compact = values["models"]
+    assert values["clips"] == {"all": 4, "de": 4}
+    assert values["models"][compact]["bytes"] < values["models"][dense]["bytes"]
+    row = values["results"]["de"][compact]
+    assert row["wer"] > 0
+    assert row["wer_95"][0] <= row["wer"] <= row["wer_95"][1]
+    assert 0 < row["BLEU_p"] <= 1
+    assert values["results"]["de"][dense]["BLEU_p"] is None
+    texts = [json.loads(line) for line in out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(texts[0]["translate"]) == sorted([dense, compact])
+    assert out.with_suffix(".md").read_text().count("\n") == 2 + 2 * 2
+
+    monkeypatch.setattr(translation, "run_model", None)
+    translation.main()
+    assert json.loads(out.read_text())["results"] == values["results"]
+
+
+def test_exact_translations_have_the_highest_scores_and_worse_ones_the_p_value(translation):
+    clips = [translation.Clip(str(i), "de", f"eins zwei {i}", f"one two three four {i}") for i in range(20)]
+    for clip in clips:
+        clip.transcribe |= {"good": clip.text.upper() + "!", "bad": "eins"}
+        clip.translate |= {"good": clip.translation, "bad": "one two three five six"}
+    found = translation.measure(clips, ["good", "bad"])
+    assert found["good"]["wer"] == 0
+    assert found["bad"]["wer"] == pytest.approx(2 / 3)
+    assert found["bad"]["wer_minus_dense_95"][0] > 0
+    assert found["good"]["BLEU"] == pytest.approx(100)
+    assert found["bad"]["BLEU"] < 60
+    assert found["bad"]["BLEU_p"] < 0.01
+
+
+def test_a_language_without_clips_is_named(translation, data):
+    with pytest.raises(ValueError, match=r"`languages` must be of .*, which has no translated clips of 'es'"):
+        translation.choose_clips(data, ["es"], 3, 10)

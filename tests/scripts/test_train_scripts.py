@@ -1,0 +1,174 @@
+"""The scripts that train from scratch, as a user starts them: to a saved model, and in two processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import logged, speech
+from safetensors.torch import load_file
+from transformers import pipeline
+
+import hf_residual_transformer as hrt
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = REPOSITORY / "scripts"
+DATA = ["--language", "en", "--max_seconds", 1, "--max_samples", 8]
+ENCODER = ["--encoder_layers", 3, "--d_model", 32, "--encoder_ffn_dim", 64, "--attention_heads", 2]
+ENCODER += ["--dropout", 0, "--mask_time", 0, "--mask_bands", 0, "--residual", '{"group_size": 3, "rank": 2}']
+WHISPER = ["--decoder_layers", 1, "--decoder_ffn_dim", 32, "--num_mel_bins", 16, "--window_seconds", 1]
+WHISPER += ["--max_tokens", 40, "--vocab_size", 80]
+WAV2VEC2 = ["--conv_dim", 16, "--text_case", "lower", "--remove", "[^a-z ]"]
+TRAINING = ["--use_cpu", "--max_steps", 3, "--logging_steps", 1, "--learning_rate", 0.05, "--optim", "sgd"]
+TRAINING += ["--save_strategy", "steps", "--save_steps", 1, "--disable_tqdm", "true", "--max_grad_norm", 1e6]
+
+
+def run(monkeypatch, name, *options):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+    runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(("name", "own"), [("train_asr", WHISPER), ("train_ctc", WAV2VEC2)])
+def test_a_model_from_scratch_opens_in_a_pipeline(name, own, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    options = [*DATA, *ENCODER, *own, *TRAINING, "--per_device_train_batch_size", 4]
+    run(monkeypatch, name, *options, "--average_checkpoints", 2, "--eval_split", "train", "--output_dir", out)
+    assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
+    recogniser = pipeline("automatic-speech-recognition", model=str(out))
+    assert recogniser.model.config.residual_config == hrt.ResidualConfig(group_size=3, rank=2)
+    assert isinstance(recogniser({"raw": speech().numpy(), "sampling_rate": 16_000})["text"], str)
+    whole = load_file(out / "model.safetensors")
+    mean = [load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3)]
+    for key, value in whole.items():
+        torch.testing.assert_close(value, (mean[0][key] + mean[1][key]) / 2)
+    assert not any("ctc_head" in key for key in whole)
+
+
+def test_two_processes_have_the_gradients_of_one_and_save_the_same_file(monkeypatch, tmp_path):
+    name, options = "train_asr", [*DATA, *ENCODER, *WHISPER, *TRAINING]
+    one, two, parts = (tmp_path / folder for folder in ("one", "two", "parts"))
+    run(monkeypatch, name, *options, "--per_device_train_batch_size", 4, "--output_dir", one)
+    accumulated = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    run(monkeypatch, name, *options, *accumulated, "--output_dir", parts)
+    words = [*options, "--per_device_train_batch_size", 2, "--ddp_backend", "gloo", "--output_dir", two]
+    run_in_two_processes(name, words, tmp_path)
+    expected = load_file(one / "model.safetensors")
+    for other in (two, parts):
+        np.testing.assert_allclose(logged(other, "grad_norm"), logged(one, "grad_norm"), rtol=1e-3)
+        found = load_file(other / "model.safetensors")
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        (
+            "train_asr",
+            [*WHISPER, "--max_tokens", 4],
+            r"clip \d+ of split 'train' must have at most `max_tokens` = 4",
+        ),
+        ("train_asr", [*WHISPER, "--streaming"], "`streaming` must be false"),
+        (
+            "train_asr",
+            [*WHISPER, "--average_checkpoints", 0],
+            "`average_checkpoints` must be at least 1, got 0",
+        ),
+        (
+            "train_ctc",
+            [*WAV2VEC2, "--average_checkpoints", 3, "--save_total_limit", 2],
+            "`average_checkpoints` must be at most the number of checkpoints that are kept, got 3",
+        ),
+        ("train_asr", [*WHISPER, "--residual", '{"rank": 99}'], "`rank` must be at most 32"),
+        ("train_ctc", [*WAV2VEC2, "--remove", "."], "training split must have clips with text"),
+        (
+            "train_ctc",
+            [*WAV2VEC2, "--attention_heads", 3],
+            "`d_model` must be an even multiple of `attention_heads`",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_training(name, own, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.Trainer.train", None)
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, name, *DATA, *ENCODER, *own, *TRAINING, "--output_dir", tmp_path / "out")
+
+
+def test_characters_that_the_training_split_lacks_are_named(monkeypatch, tmp_path):
+    table(
+        tmp_path / "data",
+        ["one", "two", "wo\N{LATIN SMALL LETTER E WITH ACUTE}"],
+        ["train", "train", "validation"],
+    )
+    monkeypatch.setattr("transformers.Trainer.train", None)
+    data = ["--dataset", tmp_path / "data", "--eval_split", "validation", "--output_dir", tmp_path / "out"]
+    for name, own, message in (
+        (
+            "train_asr",
+            WHISPER,
+            "clip 0 of split 'validation' must have only characters of the training split, got '\u00e9'",
+        ),
+        ("train_ctc", WAV2VEC2[:2], "tokenizer has no '\u00e9', which is in 'wo\u00e9'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(monkeypatch, name, *data, *ENCODER, *own, *TRAINING)
+
+
+def test_a_transcript_that_is_too_long_for_ctc_is_named(monkeypatch, tmp_path):
+    table(tmp_path / "data", ["one", "two " * 40], ["train", "train"])
+    monkeypatch.setattr("transformers.Trainer.train", None)
+    with pytest.raises(
+        ValueError, match=r"1\.wav \(row 1\) cannot be learnt from: its transcript needs \d+ frames"
+    ):
+        options = [*WAV2VEC2[:2], *TRAINING, "--output_dir", tmp_path / "out"]
+        run(monkeypatch, "train_ctc", "--dataset", tmp_path / "data", *ENCODER, *options)
+
+
+def run_in_two_processes(name, options, folder):
+    """What `accelerate launch` and `torchrun` do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, options)]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("w") as said:
+                processes.append(
+                    subprocess.Popen(command, cwd=REPOSITORY, env=own, stdout=said, stderr=subprocess.STDOUT)
+                )
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=900) == 0, log.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def table(folder, texts, splits):
+    """A folder of half seconds of noise with these transcripts."""
+    folder.mkdir()
+    rows = [("file_name", "text", "split")]
+    for number, (text, split) in enumerate(zip(texts, splits, strict=True)):
+        soundfile.write(folder / f"{number}.wav", speech(0.5, seed=number).numpy(), 16_000)
+        rows.append((f"{number}.wav", text, split))
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
