@@ -161,7 +161,7 @@ def measure(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, 
             dense = errors[names[0]][draws].sum(1) / words[draws].sum(1)
             found[name]["wer_minus_dense_95"] = _interval(rates - dense)
     metrics = {"BLEU": BLEU(), "chrF": CHRF()}
-    systems = [(name, [clip.translate[name] for clip in clips]) for name in names]
+    systems: list[tuple[str, Any]] = [(name, [clip.translate[name] for clip in clips]) for name in names]
     _, scores = PairedTest(
         systems,
         metrics,
@@ -170,7 +170,7 @@ def measure(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, 
         n_samples=RESAMPLES,
     )()
     for metric in metrics:
-        own = next(values for key, values in scores.items() if key.startswith(metric))  # such as chrF2
+        own: Any = next(values for key, values in scores.items() if key.startswith(metric))  # such as chrF2
         for name, score in zip(names, own, strict=True):
             values = {metric: score.score, f"{metric}_half_95": score.ci, f"{metric}_p": score.p_value}
             found[name] |= {key: None if value is None else float(value) for key, value in values.items()}
