@@ -567,7 +567,7 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
 
 @pytest.mark.parametrize(("cost", "all_share"), [(1e-9, True), (1e9, False)])
 def test_group_sizes_depend_on_what_the_error_of_sharing_counts(cost, all_share, monkeypatch):
-    """The search changes one module at a time, so that with a high cost one may still share where none else gives way."""
+    """The search changes one module at a time, so that at a high cost one may share where none gives way."""
     monkeypatch.setattr(budget_module, "SHARED_COST", cost)
     model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
         dense_whisper(), calibration=whisper_inputs(), budget=0.6, shared_bits=None, progress=False
