@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 import soundfile
 import torch
 from pretrained import resolve_pretrained
+from runtimes_report import INTERVAL, SAMPLES, bootstrap_samples, count_errors
 from tqdm import tqdm
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, GenerationMixin
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
@@ -46,7 +46,6 @@ from hf_residual_transformer.speech.transcription import TOKENS_A_SECOND, comple
 
 LANGUAGES = ("es", "fr", "it", "ru", "cs", "nl")
 LEAST_WORDS = 3  # of a translation; BLEU says little of shorter ones
-RESAMPLES = 2000
 TASKS = ("transcribe", "translate")
 
 
@@ -150,40 +149,36 @@ def measure(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, 
     from sacrebleu.significance import PairedTest
 
     normalize = BasicTextNormalizer(remove_diacritics=True)
-    errors = {name: np.array([_word_errors(clip, name, normalize) for clip in clips]) for name in names}
-    words = np.array([len(normalize(clip.text).split()) for clip in clips])
-    draws = np.random.default_rng(0).integers(len(clips), size=(RESAMPLES, len(clips)))
+    references = [normalize(clip.text) for clip in clips]
+    counts = {
+        name: count_errors(references, [normalize(clip.transcribe[name]) for clip in clips]) for name in names
+    }
+    draws = bootstrap_samples(len(clips))
+    rates = {name: own.rates(draws) for name, own in counts.items()}
     found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        rates = errors[name][draws].sum(1) / words[draws].sum(1)
-        found[name] = {"wer": errors[name].sum() / words.sum(), "wer_95": _interval(rates)}
+    for name, own_rates in rates.items():
+        found[name] = {"wer": counts[name].rate(), "wer_95": _interval(own_rates)}
         if name != names[0]:
-            dense = errors[names[0]][draws].sum(1) / words[draws].sum(1)
-            found[name]["wer_minus_dense_95"] = _interval(rates - dense)
+            found[name]["wer_minus_dense_95"] = _interval(own_rates - rates[names[0]])
     metrics = {"BLEU": BLEU(), "chrF": CHRF()}
-    systems = [(name, [clip.translate[name] for clip in clips]) for name in names]
+    systems: list[tuple[str, Any]] = [(name, [clip.translate[name] for clip in clips]) for name in names]
     _, scores = PairedTest(
         systems,
         metrics,
         [[clip.translation for clip in clips]],
         test_type="bs",
-        n_samples=RESAMPLES,
+        n_samples=SAMPLES,
     )()
     for metric in metrics:
-        own = next(values for key, values in scores.items() if key.startswith(metric))  # such as chrF2
+        own: Any = next(values for key, values in scores.items() if key.startswith(metric))  # such as chrF2
         for name, score in zip(names, own, strict=True):
             values = {metric: score.score, f"{metric}_half_95": score.ci, f"{metric}_p": score.p_value}
             found[name] |= {key: None if value is None else float(value) for key, value in values.items()}
     return found
 
 
-def _word_errors(clip: Clip, name: str, normalize: Any) -> int:
-    counts = jiwer.process_words(normalize(clip.text).strip(), normalize(clip.transcribe[name]).strip())
-    return counts.substitutions + counts.deletions + counts.insertions
-
-
 def _interval(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, (0.025, 0.975))]
+    return [float(value) for value in np.quantile(values, INTERVAL)]
 
 
 def write_results(clips: Sequence[Clip], models: dict[str, dict[str, Any]], path: Path, args: Any) -> None:

@@ -29,27 +29,19 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import Seq2SeqTrainingArguments
 
-from hf_residual_transformer.training.arguments import TrainingDataArguments, parse_args
+from hf_residual_transformer.training.arguments import ScratchArguments, TrainingDataArguments, parse_args
 from hf_residual_transformer.training.running import run_training
 from hf_residual_transformer.training.scratch import ModelSizes
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(ScratchArguments):
     """What the encoder shares, the vocabulary, and the recipe beyond the Trainer's."""
 
-    residual: str | None = field(
-        default=None,
-        metadata={"help": "Fields of `ResidualConfig` as JSON; without it, the model is dense."},
-    )
     vocab_size: int = field(default=1024, metadata={"help": "Tokens of the vocabulary."})
     ctc_weight: float = field(
         default=0.3, metadata={"help": "Weight of CTC on the encoder, during training only."}
     )
-    average_checkpoints: int = field(
-        default=1, metadata={"help": "The model is the mean of the last so many checkpoints."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 
 def main() -> None:

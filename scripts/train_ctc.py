@@ -28,29 +28,21 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from hf_residual_transformer.training.arguments import TrainingDataArguments, parse_args
+from hf_residual_transformer.training.arguments import ScratchArguments, TrainingDataArguments, parse_args
 from hf_residual_transformer.training.running import run_ctc_training
 from hf_residual_transformer.training.scratch_ctc import CTCSizes
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(ScratchArguments):
     """What the encoder shares, how transcripts are respelt, and the recipe beyond the Trainer's."""
 
-    residual: str | None = field(
-        default=None,
-        metadata={"help": "Fields of `ResidualConfig` as JSON; without it, the model is dense."},
-    )
     text_case: Literal["keep", "upper", "lower"] = field(
         default="keep", metadata={"help": "Case that transcripts are changed to."}
     )
     remove: str = field(
         default="", metadata={"help": "Regular expression of what is then removed from transcripts."}
     )
-    average_checkpoints: int = field(
-        default=1, metadata={"help": "The model is the mean of the last so many checkpoints."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 
 def main() -> None:

@@ -32,6 +32,10 @@ def change(folder, edit):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def retype(folder, key, dtype):
+    change(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_weight_that_is_missing_outside_of_the_layers_is_named_and_not_random(family, tmp_path):
     model_class = saved(tmp_path, family)
@@ -67,10 +71,7 @@ def test_packed_weights_of_another_dtype_are_refused_and_not_cast_to_bytes(dtype
     model_class = saved(tmp_path, "whisper")
     key = "model.encoder.shared.fc1.0.weight_packed"
 
-    def retype(tensors):
-        tensors[key] = tensors[key].to(dtype)
-
-    change(tmp_path, retype)
+    retype(tmp_path, key, dtype)
     with pytest.raises(ValueError, match=f"'{key}' of the checkpoint must be of dtype uint8, got"):
         model_class.from_pretrained(tmp_path)
 
@@ -80,10 +81,7 @@ def test_other_weights_of_a_dtype_that_they_do_not_have_are_refused_and_not_cast
     model_class = saved(tmp_path, "whisper")
     key = "model.encoder.layer_norm.weight"
 
-    def retype(tensors):
-        tensors[key] = tensors[key].to(dtype)
-
-    change(tmp_path, retype)
+    retype(tmp_path, key, dtype)
     with pytest.raises(ValueError, match=f"'{key}' of the checkpoint must be of dtype float32 or float16"):
         model_class.from_pretrained(tmp_path)
 

@@ -18,12 +18,11 @@ from ..whisper import language_and_task_ids
 from . import sherpa
 from .ggml import save_q4_0
 from .graph import FLOATS, Graph, save
-from .whisper import ACTIVATIONS, decoder_graph, encoder_graph
+from .whisper import ACTIVATIONS, ENGLISH_ONLY, decoder_graph, encoder_graph
 
 logger = logging.get_logger(__name__)
 FORMATS = ("onnx", "sherpa-onnx", "ggml")
 GGML_FILE = "ggml-model-q4_0.bin"
-ENGLISH_ONLY = 51_864  # tokens of the Whisper models that know English alone
 GRAPHS = {"encoder_model": encoder_graph, "decoder_model_merged": decoder_graph}
 SHERPA_GRAPHS = {"encoder": sherpa.encoder_graph, "decoder": sherpa.decoder_graph}
 

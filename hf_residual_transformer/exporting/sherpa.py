@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from ..whisper import language_and_task_ids
 from .ggml import ordinary_tokens
 from .graph import Graph
-from .whisper import attend, causal, encoder_states, feed_forward, logits_of, look_up, size_of
+from .whisper import ENGLISH_ONLY, attend, causal, encoder_states, feed_forward, logits_of, look_up, size_of
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 END = 2**31 - 1
@@ -90,7 +90,7 @@ def metadata(config: Any, tokenizer: Any) -> dict[str, str]:
     """What sherpa-onnx reads in the encoder's metadata."""
     ids = tokenizer.get_vocab()
     languages, _ = language_and_task_ids(ids)
-    multilingual = len(languages) > 1 and config.vocab_size != 51_864
+    multilingual = len(languages) > 1 and config.vocab_size != ENGLISH_ONLY
     start = ids["<|startoftranscript|>"]
     first = [start]
     if multilingual:

@@ -17,6 +17,7 @@ from ..layers import QuantizedEmbedding, TiedOutput
 from .graph import CONTRIB, Graph
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+ENGLISH_ONLY = 51_864  # tokens of the Whisper models that know English alone
 ACTIVATIONS = {"gelu": ("Gelu", CONTRIB), "relu": ("Relu", "")}
 
 

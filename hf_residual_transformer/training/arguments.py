@@ -132,6 +132,20 @@ class TrainingDataArguments(DataArguments):
 
 
 @dataclass
+class ScratchArguments:
+    """What every script that trains from scratch takes, beside data, sizes and the Trainer's options."""
+
+    residual: str | None = field(
+        default=None,
+        metadata={"help": "Fields of `ResidualConfig` as JSON; without it, the model is dense."},
+    )
+    average_checkpoints: int = field(
+        default=1, metadata={"help": "The model is the mean of the last so many checkpoints."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
+
+
+@dataclass
 class DistillationDataArguments(TrainingDataArguments):
     """Which recordings to train on, and which to decide on whether the result is kept."""
 

@@ -567,9 +567,10 @@ def test_group_sizes_that_are_left_open_are_chosen_by_what_they_leave(neurons_in
 
 @pytest.mark.parametrize(("cost", "expected"), [(1e-9, 2), (1e9, None)])
 def test_group_sizes_depend_on_what_the_error_of_sharing_counts(cost, expected, monkeypatch):
+    """With this budget no pair can share without an error, which would cost nothing however much it counts."""
     monkeypatch.setattr(budget_module, "SHARED_COST", cost)
     model = hrt.ResidualWhisperForConditionalGeneration.from_dense(
-        dense_whisper(), calibration=whisper_inputs(), budget=0.6, shared_bits=None, progress=False
+        dense_whisper(), calibration=whisper_inputs(), budget=0.56, shared_bits=None, progress=False
     )
     assert set(model.config.residual_config.group_size.values()) == {expected}
 

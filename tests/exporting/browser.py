@@ -43,14 +43,23 @@ class Browser:
         self._buffer, self._number = b"", 0
         self.events: list[dict[str, Any]] = []
         self.workers: list[str] = []
-        targets = self.call("Target.getTargets", on_browser=True)["targetInfos"]
-        page = next(target["targetId"] for target in targets if target["type"] == "page")
-        attached = self.call("Target.attachToTarget", on_browser=True, targetId=page, flatten=True)
+        attached = self.call("Target.attachToTarget", on_browser=True, targetId=self._page(), flatten=True)
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
         self.look((1000, 900), dark=False)
+
+    def _page(self, seconds: float = 120.0) -> str:
+        """The id of the first page, which a busy machine opens some time after the browser answers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            targets = self.call("Target.getTargets", on_browser=True)["targetInfos"]
+            pages: list[str] = [target["targetId"] for target in targets if target["type"] == "page"]
+            if pages:
+                return pages[0]
+            time.sleep(0.1)
+        raise TimeoutError(f"the browser opened no page within {seconds:g} seconds")
 
     def look(self, size: tuple[int, int], dark: bool) -> None:
         """Sets the size of the window in pixels, and whether the system prefers dark colours."""

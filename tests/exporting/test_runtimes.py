@@ -270,7 +270,7 @@ def page(exported, node_modules, tmp_path) -> Iterator[tuple[Browser, str, list[
         browser = Browser(tmp_path / "profile")
         try:
             browser.call("Page.navigate", url=f"{address}/index.html")
-            browser.wait_for("document.documentElement.dataset.state === 'ready'")
+            browser.wait_for("document.documentElement?.dataset.state === 'ready'")
             yield browser, address, asked
         finally:
             browser.close()
@@ -293,7 +293,7 @@ def test_a_page_transcribes_in_the_browser_looks_as_it_should_and_contacts_no_ot
     browser.wait_for("!document.getElementById('start').disabled")
     browser.evaluate("document.getElementById('language').value = 'en'")
     browser.evaluate("document.getElementById('start').click()")
-    done = "!document.getElementById('copy').hidden || document.documentElement.dataset.failed"
+    done = "!document.getElementById('copy').hidden || document.documentElement?.dataset.failed"
     browser.wait_for(done, seconds=600)
     assert_alike(
         {name: browser.evaluate("document.getElementById('transcript').textContent")},

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 from fuzz_counts import SEED, Counts, write_results
 from test_runs import table
 
@@ -54,6 +55,9 @@ class Command:
             status = 1
             try:
                 os.setsid()
+                torch.set_num_threads(
+                    1
+                )  # the parent's other threads are not in a fork, which would wait for them
                 sys.stdout = sys.stderr = log.open("w", buffering=1)
                 status = hrt_cli.main([*self.words, "--out", str(out), *more])
             finally:
