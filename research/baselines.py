@@ -125,7 +125,7 @@ def basis_sharing(dense: Any, calibration: Calibration, budget: float, *, group_
             for layer, own in zip(group, fit.lora_B.chunk(len(group)))
         ]
         for linear in tied:
-            linear.lora_A = tied[0].lora_A
+            linear.residual_A = tied[0].residual_A
     return model
 
 

@@ -76,7 +76,7 @@ def test_packed_weights_of_another_dtype_are_refused_and_not_cast_to_bytes(dtype
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name", ["layers.1.fc2.lora_A", "shared.fc1.0.weight_scale", "layers.0.self_attn.q_proj.diagonal"]
+    "name", ["layers.1.fc2.residual_A", "shared.fc1.0.weight_scale", "layers.0.self_attn.q_proj.diagonal"]
 )
 def test_weights_of_compressed_modules_that_are_not_finite_are_named(name, value, tmp_path):
     model_class = saved(tmp_path, "whisper")

@@ -51,8 +51,8 @@ class Components:
             shared.write(self.quantized)
         for owner, name, value in (
             (shared, "weight", self.shared if self.quantized is None else None),
-            (linear, "lora_A", self.lora_A),
-            (linear, "lora_B", self.lora_B),
+            (linear, "residual_A", self.lora_A),
+            (linear, "residual_B", self.lora_B),
             (linear, "diagonal", self.diagonal),
         ):
             parameter = getattr(owner, name, None)

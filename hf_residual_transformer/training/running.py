@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from ..adapters import add_lora
 from ..configuration import ResidualConfig
 from ..folders import (
     adopt,
@@ -38,7 +39,7 @@ from ..speech.windows import WindowCollator
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
 from .checkpoints import bytes_to_write
 from .clips import checked
-from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
+from .recipe import WINDOW_SECONDS, default_learning_rate, trainer_class_for, without_noise
 from .scratch import ModelSizes, ScratchTrainer, check_transcripts, new_model, new_processor, train_tokenizer
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
@@ -76,9 +77,9 @@ def run_distillation(
             "`window_seconds` must not be set with losses on transcripts, since a transcript belongs to one clip; "
             "leave it out"
         )
-    is_encoder_decoder = AutoConfig.from_pretrained(student_id).is_encoder_decoder
-    auto_class: Any = AutoModelForSpeechSeq2Seq if is_encoder_decoder else AutoModelForCTC
-    overrides = {} if is_encoder_decoder else WITHOUT_NOISE
+    config = AutoConfig.from_pretrained(student_id)
+    auto_class: Any = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForCTC
+    overrides = without_noise(config)
     student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student_id)
@@ -116,6 +117,7 @@ def run_seq2seq_finetuning(
     task: str = "transcribe",
     freeze: str = "none",
     learning_rates: str | None = None,
+    lora_rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Fine-tunes a Whisper model, residual or dense, and saves it in `args.output_dir`.
@@ -126,6 +128,8 @@ def run_seq2seq_finetuning(
         task: "transcribe", or "translate" for texts in English.
         freeze: "none", or what does not learn: "encoder" or "decoder".
         learning_rates: as in `DistillationArguments`.
+        lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
+            none.
         overwrite: writes into a folder that already holds files.
     """
     _prepare(args, overwrite)
@@ -135,7 +139,7 @@ def run_seq2seq_finetuning(
         frozen = model.get_encoder() if freeze == "encoder" else model.get_decoder()
         frozen.requires_grad_(False)
     collator = collator_for(model, processor, language=data.language, task=task)
-    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates)
+    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
 
 
 def run_ctc_finetuning(
@@ -148,6 +152,7 @@ def run_ctc_finetuning(
     freeze_feature_encoder: bool = True,
     config_overrides: str | None = None,
     learning_rates: str | None = None,
+    lora_rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Fine-tunes a wav2vec2 model with CTC, residual or dense, and saves it in `args.output_dir`.
@@ -160,6 +165,8 @@ def run_ctc_finetuning(
         freeze_feature_encoder: keeps the convolutions as they are.
         config_overrides: values of the model's config to change, as JSON.
         learning_rates: as in `DistillationArguments`.
+        lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
+            none.
         overwrite: writes into a folder that already holds files.
     """
     overrides = read_json("config_overrides", config_overrides or "{}")
@@ -169,7 +176,7 @@ def run_ctc_finetuning(
     if freeze_feature_encoder:
         model.freeze_feature_encoder()
     collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
-    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates)
+    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
 
 
 def run_training(
@@ -246,8 +253,11 @@ def _finetune(
     data: TrainingDataArguments,
     args: Any,
     learning_rates: str | None,
+    lora_rank: int | None,
 ) -> None:
     """Trains on labels alone, without a teacher."""
+    if lora_rank is not None:
+        model = add_lora(model, lora_rank)
     train_dataset, eval_dataset = data.load_splits(processor, args.seed)
     collator = checked(model, collator, train_dataset, eval_dataset)
     args.remove_unused_columns = False  # the collator reads columns that no model does
@@ -263,7 +273,11 @@ def _finetune(
         processing_class=processor,
         run_data=asdict(data),
     )
-    train_and_save(trainer)
+
+    def merge() -> None:
+        trainer.model = trainer.model.merge_and_unload()
+
+    train_and_save(trainer, None if lora_rank is None else merge)
 
 
 def train_and_save(trainer: Any, finish: Callable[[], None] | None = None) -> None:
