@@ -147,7 +147,7 @@ def distill(
 ) -> Any:
     """The compact model after a short distillation on recordings, whose transcripts are not read.
 
-    Only the encoder of `student` learns, in place. A wav2vec2 student that is given by name is trained without dropout,
+    Only the encoder of `student` learns, in place. A student that is given by name is trained without dropout,
     LayerDrop and SpecAugment, as the teacher runs.
 
     Args:
@@ -398,14 +398,17 @@ def _config_of(model: str | Path) -> Any:
 
 
 def load_model(model: str | Path, *, dtype: str = "float32", **overrides: Any) -> Any:
-    """A speech recogniser through the Auto class that its config calls for; `overrides` are of a CTC model's config."""
+    """A speech recogniser through the Auto class that its config calls for; `overrides` are of
+    its config, and those that it does not have do not count."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
     auto = next((auto for auto in RECOGNIZERS if type(config) in auto._model_mapping), None)
     if auto is None:
         raise ValueError(f"`model` must be a speech recogniser, got {str(model)!r}, a {config.model_type}")
-    return auto.from_pretrained(model, dtype=dtype, **({} if config.is_encoder_decoder else overrides))
+    return auto.from_pretrained(
+        model, dtype=dtype, **{k: v for k, v in overrides.items() if hasattr(config, k)}
+    )
 
 
 def rows_of(

@@ -6,6 +6,7 @@ Equation and published settings: Wang & Li, ICASSP 2024, section 2 (https://arxi
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -21,6 +22,14 @@ else:
     DenseConfig = object
 
 RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits")
+# 1 is that of version 0.1.0, which wrote no number. 2 has decoders, embeddings, numbers of bits, and what is shared.
+FORMAT = 2
+# What only the file of a config has, beside its fields: the format, and by stack and module the sizes of its groups.
+FILE_FIELDS = ("residual_format", "residual_sharing")
+# The first of these numbers that a dense config class checks is a text in the file. So the dense classes refuse the
+# checkpoint, whose compact matrices they would leave random.
+GUARD_FIELDS = ("init_std", "initializer_range", "vocab_size", "hidden_size")
+GUARD = " (this checkpoint is compact: import hf_residual_transformer, and load it with an Auto class)"
 DIAGONALS = ("none", "square", "all")
 
 
@@ -263,6 +272,12 @@ class ResidualConfigMixin(DenseConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         known = (type(self).model_type, self.dense_class().model_type)
         model_type = kwargs.pop("model_type", known[0])
+        found = kwargs.pop("residual_format", 1)
+        if not _is_int(found, 1, FORMAT):
+            raise ValueError(
+                f"`residual_format` must be from 1 to {FORMAT}, got {found!r}: a newer version of "
+                "hf-residual-transformer wrote this checkpoint; update the package"
+            )
         if model_type not in known:
             raise ValueError(
                 f"`model_type` must be {known[0]!r}, got {model_type!r}; load the checkpoint with "
@@ -273,13 +288,19 @@ class ResidualConfigMixin(DenseConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but whatever is wrong in a config is a ValueError.
+        """As in transformers, from what `to_diff_dict` gives; whatever is wrong in a config is a ValueError.
 
         Raises:
             ValueError: naming the field.
         """
         try:
-            return super().from_dict(config_dict, **kwargs)
+            plain = {
+                name: json.loads(value.removesuffix(GUARD))
+                if isinstance(value, str) and value.endswith(GUARD)
+                else value
+                for name, value in config_dict.items()
+            }
+            return super().from_dict(plain, **kwargs)
         except (ValueError, ImportError):
             raise
         except Exception as error:  # of any class, by what the code makes of a wrong value
@@ -302,6 +323,13 @@ class ResidualConfigMixin(DenseConfig):
         values = super().to_dict() | {"residual_config": self.residual_config.to_dict()}
         decoder = getattr(self, "decoder_residual_config", None)
         return values if decoder is None else values | {"decoder_residual_config": decoder.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What the file of the config has."""
+        checked = vars(self.dense_class()).get("__annotations__", {})
+        field_name = next(name for name in GUARD_FIELDS if name in checked)
+        guarded = f"{json.dumps(getattr(self, field_name))}{GUARD}"
+        return super().to_diff_dict() | {"residual_format": FORMAT, field_name: guarded}
 
     def residual_config_of(self, stack_name: str) -> ResidualConfig | None:
         """The settings of the "encoder" or of the "decoder"; None for a stack that stays dense."""
@@ -335,6 +363,6 @@ class ResidualConfigMixin(DenseConfig):
 def _portable(config: DenseConfig) -> dict[str, Any]:
     """The values that can be copied to the config of another class of model."""
     values = config.to_dict() | {"attn_implementation": config._attn_implementation}
-    for key in ("model_type", "architectures", "transformers_version"):
+    for key in ("model_type", "architectures", "transformers_version", *FILE_FIELDS):
         values.pop(key, None)
     return values

@@ -34,8 +34,8 @@ class SharedLinear(nn.Linear):
     def forward(
         self,
         hidden_states: Tensor,
-        lora_A: Tensor | None = None,
-        lora_B: Tensor | None = None,
+        residual_A: Tensor | None = None,
+        residual_B: Tensor | None = None,
         diagonal: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
@@ -49,11 +49,13 @@ class SharedLinear(nn.Linear):
         rows = math.prod(hidden_states.shape[:-1])
         few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
         if torch.compiler.is_exporting() or few:
-            return _factored(hidden_states, bias, self.weight, lora_A, lora_B, diagonal)
+            return _factored(hidden_states, bias, self.weight, residual_A, residual_B, diagonal)
         stored, scale = self.stored()
-        if scale is None and lora_A is None and diagonal is None:
+        if scale is None and residual_A is None and diagonal is None:
             return F.linear(hidden_states, stored, bias)
-        output: Tensor = _ComposedLinear.apply(hidden_states, bias, stored, scale, lora_A, lora_B, diagonal)
+        output: Tensor = _ComposedLinear.apply(
+            hidden_states, bias, stored, scale, residual_A, residual_B, diagonal
+        )
         return output
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
@@ -232,6 +234,8 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
 
 
 SHARED = (SharedLinear, QuantizedSharedLinear)
+# Names of version 0.1.0, which PEFT and transformers take for those of an adapter.
+OLD_NAMES = {"lora_A": "residual_A", "lora_B": "residual_B"}
 
 
 def quantized_weights(module: nn.Module) -> Counter[int]:
@@ -247,15 +251,15 @@ def _factored(
     hidden_states: Tensor,
     bias: Tensor | None,
     shared: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    residual_A: Tensor | None,
+    residual_B: Tensor | None,
     diagonal: Tensor | None,
 ) -> Tensor:
     """`U x + B (A x) + D x + bias`, added up in place. Casts are for autocast, which does not see such operations."""
     rows = hidden_states.flatten(0, -2)
     output = F.linear(rows, shared, bias)
-    if lora_A is not None and lora_B is not None:
-        output.addmm_(F.linear(rows, lora_A), lora_B.T.to(output.dtype))
+    if residual_A is not None and residual_B is not None:
+        output.addmm_(F.linear(rows, residual_A), residual_B.T.to(output.dtype))
     if diagonal is not None:
         _add_diagonal(output, rows, diagonal)
     return output.unflatten(0, hidden_states.shape[:-1])
@@ -289,10 +293,10 @@ class _ComposedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_states, stored, scale, lora_A, lora_B, diagonal = ctx.saved_tensors
+        hidden_states, stored, scale, residual_A, residual_B, diagonal = ctx.saved_tensors
         of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal = [None] * 7
         if ctx.needs_input_grad[0]:
-            weight = compose(_full(stored, scale, hidden_states.shape[-1]), lora_A, lora_B, diagonal)
+            weight = compose(_full(stored, scale, hidden_states.shape[-1]), residual_A, residual_B, diagonal)
             of_input = grad @ weight.to(grad.dtype)
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
@@ -300,8 +304,8 @@ class _ComposedLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[2:]):
             dtype = stored.dtype if scale is None else scale.dtype
             of_shared = (rows.T @ hidden_states.flatten(0, -2)).to(dtype)
-            if lora_A is not None:
-                of_A, of_B = lora_B.T @ of_shared, of_shared @ lora_A.T
+            if residual_A is not None:
+                of_A, of_B = residual_B.T @ of_shared, of_shared @ residual_A.T
             if diagonal is not None:
                 of_diagonal = of_shared.diagonal()
             if ctx.needs_input_grad[3]:
@@ -317,19 +321,22 @@ def _full(stored: Tensor, scale: Tensor | None, in_features: int) -> Tensor:
 
 
 def compose(
-    shared: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None, diagonal: Tensor | None = None
+    shared: Tensor,
+    residual_A: Tensor | None = None,
+    residual_B: Tensor | None = None,
+    diagonal: Tensor | None = None,
 ) -> Tensor:
     """`U + B A + D`, of shape (out_features, in_features); components that are None are left out.
 
     Args:
         shared: `U`, (out_features, in_features).
-        lora_A: `A`, (rank, in_features).
-        lora_B: `B`, (out_features, rank).
+        residual_A: `A`, (rank, in_features).
+        residual_B: `B`, (out_features, rank).
         diagonal: the main diagonal of `D`, (min(out_features, in_features),).
     """
     weight = shared
-    if lora_A is not None and lora_B is not None:
-        weight = torch.addmm(weight, lora_B, lora_A)
+    if residual_A is not None and residual_B is not None:
+        weight = torch.addmm(weight, residual_B, residual_A)
     if diagonal is not None:
         if weight is shared:
             weight = weight.clone()
@@ -338,7 +345,7 @@ def compose(
 
 
 class ResidualLinear(nn.Module):
-    """One layer's linear map: its own `lora_A`, `lora_B`, diagonal and bias over a shared `U`.
+    """One layer's linear map: its own `residual_A`, `residual_B`, diagonal and bias over a shared `U`.
 
     Args:
         shared: the `SharedLinear`s or `QuantizedSharedLinear`s of this role, one a group. Held without being
@@ -366,17 +373,48 @@ class ResidualLinear(nn.Module):
         def parameter(wanted: object, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(weight.new_empty(shape)) if wanted else None
 
-        self.lora_A = parameter(rank, rank, in_features)
-        self.lora_B = parameter(rank, out_features, rank)
+        self.residual_A = parameter(rank, rank, in_features)
+        self.residual_B = parameter(rank, out_features, rank)
         self.diagonal = parameter(diagonal, min(out_features, in_features))
         self._parameters["bias"] = parameter(bias, out_features)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for old, new in OLD_NAMES.items():
+            if f"{prefix}{old}" in state_dict:
+                state_dict[f"{prefix}{new}"] = state_dict.pop(f"{prefix}{old}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def join(self, first: Tensor, second: Tensor) -> None:
+        """Adds `B A` to the layer, whose rank grows.
+
+        Args:
+            first: `A`, (more ranks, in_features).
+            second: `B`, (out_features, more ranks).
+        """
+        if self.residual_A is not None and self.residual_B is not None:
+            first = torch.cat([self.residual_A, first.to(self.residual_A)])
+            second = torch.cat([self.residual_B, second.to(self.residual_B)], 1)
+        self._set_factors(first, second)
+
+    @torch.no_grad()
+    def cut(self, number: int) -> None:
+        """Takes away the last `number` ranks, as `join` added them."""
+        assert self.residual_A is not None and self.residual_B is not None
+        self._set_factors(self.residual_A[: self.rank - number], self.residual_B[:, : self.rank - number])
+
+    def _set_factors(self, first: Tensor, second: Tensor) -> None:
+        self.rank = len(first)
+        trained = self.residual_A is not None and self.residual_A.requires_grad
+        self.residual_A = nn.Parameter(first.clone(), requires_grad=trained) if self.rank else None
+        self.residual_B = nn.Parameter(second.clone(), requires_grad=trained) if self.rank else None
 
     @property
     def weight(self) -> Tensor:
         """`U + B A + D` as one matrix, (out_features, in_features), computed at each access. Gradients reach the
         components. Some attentions, such as WavLM's, read it instead of calling the layer.
         """
-        return compose(self.shared.weight, self.lora_A, self.lora_B, self.diagonal)
+        return compose(self.shared.weight, self.residual_A, self.residual_B, self.diagonal)
 
     @property
     def own_bias(self) -> nn.Parameter | None:
@@ -399,15 +437,15 @@ class ResidualLinear(nn.Module):
         own initialisation. `B`, `D` and biases are zero and `A` is uniform, as in LoRA (arXiv 2106.09685,
         section 4.1) and PEFT, so that gradients reach `B` at once. Loaded weights are left alone.
         """
-        for zero in (self.lora_B, self.diagonal, self.own_bias):
+        for zero in (self.residual_B, self.diagonal, self.own_bias):
             if zero is not None:
                 init.zeros_(zero)
-        if self.lora_A is not None:
-            init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        if self.residual_A is not None:
+            init.kaiming_uniform_(self.residual_A, a=5**0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.shared(hidden_states, self.lora_A, self.lora_B, self.diagonal, self.own_bias)
+        return self.shared(hidden_states, self.residual_A, self.residual_B, self.diagonal, self.own_bias)
 
     def extra_repr(self) -> str:
         """Shape and group for `print(model)`."""
@@ -428,8 +466,8 @@ class LowRankLinear(ResidualLinear):
         bias: whether there is a bias.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    residual_A: nn.Parameter
+    residual_B: nn.Parameter
 
     def __init__(self, weight: Tensor, layer_idx: int, rank: int, diagonal: bool, bias: bool) -> None:
         nn.Module.__init__(self)
@@ -444,18 +482,18 @@ class LowRankLinear(ResidualLinear):
     @property
     def weight(self) -> Tensor:
         """`B A + D` as one matrix, (out_features, in_features)."""
-        return compose(self.lora_B @ self.lora_A, diagonal=self.diagonal)
+        return compose(self.residual_B @ self.residual_A, diagonal=self.diagonal)
 
     def reset_parameters(self) -> None:
         """From scratch, `B A` has the variance of LeCun's initialisation, 1 / in_features."""
         super().reset_parameters()
-        init.normal_(self.lora_A, std=self.in_features**-0.5)
-        init.normal_(self.lora_B, std=self.rank**-0.5)
+        init.normal_(self.residual_A, std=self.in_features**-0.5)
+        init.normal_(self.residual_B, std=self.rank**-0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), by two thin products."""
         rows = hidden_states.flatten(0, -2)
-        output = F.linear(F.linear(rows, self.lora_A), self.lora_B, self.own_bias)
+        output = F.linear(F.linear(rows, self.residual_A), self.residual_B, self.own_bias)
         if self.diagonal is not None:
             _add_diagonal(output, rows, self.diagonal)
         return output.unflatten(0, hidden_states.shape[:-1])

@@ -10,21 +10,25 @@ import copy
 import importlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations import PeftAdapterMixin
 
 from .configuration import ResidualConfig, key_of
 from .families import Family, Stack, groups_of
 from .folders import save_processor, shards_of
 from .layers import (
+    OLD_NAMES,
     SHARED,
     ChannelsFirst,
     LowRankLinear,
@@ -152,6 +156,10 @@ class ResidualMixin(DenseModel):
                 or has weights that are NaN, infinite or of a magnitude that none has.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = {
+            **{rf"\.{old}$": f".{new}" for old, new in OLD_NAMES.items()},
+            **(kwargs.get("key_mapping") or {}),
+        }
         checkpoint = f"the checkpoint {str(pretrained_model_name_or_path)!r}"
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         for index in folder.glob("*.safetensors.index.json"):
@@ -202,6 +210,7 @@ class ResidualMixin(DenseModel):
                 f"{checkpoint} does not fit {cls.__name__}: it lacks {missing[0]!r} ({len(missing)} such weights), "
                 "which would be random; save or fetch the checkpoint again"
             )
+        _check_sharing(checkpoint, model, _recorded_sharing(pretrained_model_name_or_path, kwargs))
         for name, value in model.named_parameters():
             _check_finite(checkpoint, name, value)
         for module in model.modules():
@@ -235,9 +244,29 @@ class ResidualMixin(DenseModel):
         """As in transformers; a `processor` that the model carries is saved with it, so that `pipeline` can open it."""
         # Names as here: those of checkpoints that came before transformers do not fit the compact parts.
         kwargs.setdefault("save_original_format", False)
+        if not hasattr(self, "peft_config"):  # with an adapter, only this is saved
+            self.config.residual_sharing = sharing_of(self)
+            _note_ranks(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
             save_processor(self.processor, Path(save_directory))
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As in transformers, where adapters reach the matrices of residual layers too."""
+        super().add_adapter(_adapters().reach(adapter_config), adapter_name)
+
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, where adapters reach the matrices of residual layers too."""
+        of_peft = {"peft_config", "load_config"} & set(kwargs)
+        if not of_peft and not Path(str(peft_model_id), "adapter_config.json").is_file():
+            return super().load_adapter(peft_model_id, *args, **kwargs)  # a language's, of wav2vec2
+        config = kwargs.pop("peft_config", None)
+        if config is None:
+            options = kwargs.get("adapter_kwargs") or {}
+            config = importlib.import_module("peft").PeftConfig.from_pretrained(peft_model_id, **options)
+        config = _adapters().reach(config)
+        load: Any = PeftAdapterMixin.load_adapter
+        return load(self, peft_model_id, *args, peft_config=config, **kwargs)
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
@@ -320,6 +349,82 @@ def _check_dtypes(state_dict: Any, checkpoint_files: Any) -> None:
             raise ValueError(
                 f"{key!r} of the checkpoint must be of dtype {wanted}, got {dtype}; fetch it again"
             )
+
+
+def sharing_of(model: Any) -> dict[str, dict[str, list[int]]]:
+    """By stack and module, the sizes of the groups of adjacent layers that share a matrix."""
+    found = {}
+    for stack in model.family.stacks:
+        owner: Any = stack.find(model) if stack.is_in(model) else None
+        if owner is not None and hasattr(owner, "shared"):
+            found[stack.name] = {
+                role: list(Counter(linear.group_idx for linear in _linears_at(owner, path)).values())
+                for role, path in stack.of_layer(owner.layers[0]).roles.items()
+                if path.replace(".", "_") in owner.shared
+            }
+    return found
+
+
+def _linears_at(owner: Any, path: str) -> Iterator[ResidualLinear]:
+    found = (layer.get_submodule(path) for layer in owner.layers)
+    return (getattr(module, "base_layer", module) for module in found)  # under an adapter of PEFT
+
+
+def _recorded_sharing(folder_or_id: Any, options: dict[str, Any]) -> Any:
+    """What the config file of a checkpoint says that its layers share; None where it says nothing, as in 0.1.0."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    known = {name: options[name] for name in names if name in options}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(folder_or_id, **known)
+    except (OSError, TypeError):  # weights without a config, such as a state dict
+        return None
+    return values.get("residual_sharing")
+
+
+def _check_sharing(checkpoint: str, model: Any, recorded: Any) -> None:
+    """Raises ValueError where layers would use a `U` that they do not share."""
+    actual = sharing_of(model) if recorded else {}
+    for stack, roles in (recorded or {}).items():
+        for role in () if stack not in actual else {**roles, **actual.get(stack, {})}:
+            saved, claimed = roles.get(role), actual.get(stack, {}).get(role)
+            if saved != claimed:
+                raise ValueError(
+                    f"{checkpoint} does not fit {type(model).__name__}: its layers share {role!r} of the {stack} in "
+                    f"groups of {saved} layers, but the config says {claimed}; `group_size` of `residual_config` must "
+                    "be as it was when the checkpoint was saved"
+                )
+
+
+def _adapters() -> Any:
+    """The module of adapters, which does not travel with a checkpoint's code."""
+    return importlib.import_module(f"{__package__}.adapters")
+
+
+def configs_with_ranks(model: Any, ranks: dict[str, int]) -> dict[str, ResidualConfig]:
+    """The settings of each stack of a model, by their name in its config, with the rank of each layer by its path."""
+    configs = {}
+    for stack in model.family.stacks:
+        config = model.config.residual_config_of(stack.name)
+        if config is None or not stack.is_in(model):
+            continue
+        owner = stack.find(model)
+        place = "".join(f"{name}." for name, module in model.named_modules() if module is owner and name)
+        of_stack = {
+            path.removeprefix(place): rank
+            for path, rank in ranks.items()
+            if path.startswith(f"{place}layers.")
+        }
+        if any(config.rank_of(path) != rank for path, rank in of_stack.items()):
+            config = replace(config, rank_pattern=of_stack)
+        configs["residual_config" if stack.name == "encoder" else "decoder_residual_config"] = config
+    return configs
+
+
+def _note_ranks(model: Any) -> None:
+    """Writes into the config what ranks the layers have, which grow where an adapter is merged into them."""
+    ranks = {path: linear.rank for path, linear in residual_linears(model)}
+    for name, config in configs_with_ranks(model, ranks).items():
+        setattr(model.config, name, config)
 
 
 def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:

@@ -190,7 +190,7 @@ def _modules(*roots: Any) -> Iterator[nn.Module]:
 
 
 def _component(module: nn.Module, name: str) -> str:
-    if name.startswith("lora_"):
+    if name.startswith("residual_"):
         return "lora"
     if name == "diagonal":
         return "diagonal"

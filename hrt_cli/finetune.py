@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--learning-rates", metavar="JSON", help="for shared, lora, diagonal or rest")
+    how.add_argument(
+        "--lora-rank", type=int, metavar="RANK", help="let LoRA adapters learn alone, then merge them"
+    )
     whisper = parser.add_argument_group("how, for Whisper")
     whisper.add_argument("--task", choices=("transcribe", "translate"), help="of texts (default: transcribe)")
     whisper.add_argument("--freeze", choices=("none", "encoder", "decoder"), help="what does not learn")
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         training_data(args, TrainingDataArguments),
         args.training_args,
         learning_rates=args.learning_rates,
+        lora_rank=args.lora_rank,
         overwrite=args.overwrite,
         **options,
     )

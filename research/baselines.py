@@ -42,7 +42,7 @@ def _put_low_rank(model: Any, key: Key, fit: Components, bias: Tensor | None) ->
     """Replaces a dense module by `B A` and a bias."""
     layer = model.get_encoder().layers[key[0]]
     weight = layer.get_submodule(key[1]).weight
-    linear = LowRankLinear(weight, key[0], len(fit.lora_A), diagonal=False, bias=bias is not None)
+    linear = LowRankLinear(weight, key[0], len(fit.residual_A), diagonal=False, bias=bias is not None)
     fit.write(linear)
     if linear.bias is not None and bias is not None:
         linear.bias.copy_(bias)
@@ -114,18 +114,18 @@ def basis_sharing(dense: Any, calibration: Calibration, budget: float, *, group_
         moments = [calibration.moments[layer, path] for layer in group]
         root = torch.linalg.cholesky(damp(torch.stack([m.products for m in moments]).sum(0), LEAST_DAMPING))
         weight = torch.cat([linears[layer, path].weight.double() for layer in group])
-        lora_B, lora_A = truncate(weight @ root, ranks[path, group])
-        lora_A = torch.linalg.solve_triangular(root, lora_A, upper=False, left=False)
-        fit = Components(None, lora_B, lora_A, None)
+        residual_B, residual_A = truncate(weight @ root, ranks[path, group])
+        residual_A = torch.linalg.solve_triangular(root, residual_A, upper=False, left=False)
+        fit = Components(None, residual_B, residual_A, None)
         fit.balance()
         tied = [
             _put_low_rank(
-                model, (layer, path), Components(None, own, fit.lora_A, None), linears[layer, path].bias
+                model, (layer, path), Components(None, own, fit.residual_A, None), linears[layer, path].bias
             )
-            for layer, own in zip(group, fit.lora_B.chunk(len(group)))
+            for layer, own in zip(group, fit.residual_B.chunk(len(group)))
         ]
         for linear in tied:
-            linear.lora_A = tied[0].lora_A
+            linear.residual_A = tied[0].residual_A
     return model
 
 

@@ -65,6 +65,12 @@ class ScriptArguments:
             "'shared', 'lora', 'diagonal' and 'rest'."
         },
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of LoRA adapters, which then learn alone and are merged into the model at the end."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 

@@ -127,7 +127,7 @@ def dense_of(model: nn.Module, family: str, residual: ResidualConfig, group_size
                 else torch.zeros(out_features, in_features, dtype=model.dtype)
             )
             if residual.rank:
-                weight += weights.pop(f"{own}.lora_B") @ weights.pop(f"{own}.lora_A")
+                weight += weights.pop(f"{own}.residual_B") @ weights.pop(f"{own}.residual_A")
             if f"{own}.diagonal" in weights:
                 diagonal = weights.pop(f"{own}.diagonal")
                 weight += torch.diag(diagonal) if out_features == in_features else _pad(diagonal, weight)
@@ -193,10 +193,10 @@ def test_outputs_and_gradients_equal_those_of_the_explicit_dense_model(
             for i, twin in zip(members, twins, strict=True):
                 layer = encoder.layers[i].get_submodule(module)
                 if rank:
-                    close(layer.lora_A.grad, layer.lora_B.detach().T @ twin.weight.grad)
-                    close(layer.lora_B.grad, twin.weight.grad @ layer.lora_A.detach().T)
+                    close(layer.residual_A.grad, layer.residual_B.detach().T @ twin.weight.grad)
+                    close(layer.residual_B.grad, twin.weight.grad @ layer.residual_A.detach().T)
                 else:
-                    assert layer.lora_A is None and layer.lora_B is None
+                    assert layer.residual_A is None and layer.residual_B is None
                 if layer.diagonal is not None:
                     close(layer.diagonal.grad, twin.weight.grad.diagonal())
                 if layer.own_bias is not None:
@@ -223,8 +223,8 @@ def test_low_rank_without_sharing_equals_the_explicit_dense_model(
     expected.loss.backward()
     for path, linear in residual_linears(model):
         twin = dense.get_submodule(path)
-        grads = {"lora_A": linear.lora_B.detach().T @ twin.weight.grad}
-        grads["lora_B"] = twin.weight.grad @ linear.lora_A.detach().T
+        grads = {"residual_A": linear.residual_B.detach().T @ twin.weight.grad}
+        grads["residual_B"] = twin.weight.grad @ linear.residual_A.detach().T
         grads["diagonal"] = twin.weight.grad.diagonal()
         if twin.bias is not None:
             grads["bias"] = twin.bias.grad
@@ -303,7 +303,7 @@ def test_sharing_shows_in_identity_count_and_effect(family):
         bank = encoder.shared[module.replace(".", "_")]
         assert [linear.shared is bank[0] for linear in linears] == [True, True, True, False]
         assert linears[3].shared is bank[1]
-        assert linears[0].lora_B is not linears[1].lora_B
+        assert linears[0].residual_B is not linears[1].residual_B
         before = [linear.weight.detach() for linear in linears]
         with torch.no_grad():
             bank[0].weight.add_(1.0)
@@ -374,7 +374,7 @@ def test_the_state_dict_has_the_dense_keys_with_components_and_one_bank(family):
         for i in range(DEPTH):
             path = f"{encoder}.layers.{i}.{module}"
             expected.remove(f"{path}.weight")
-            expected |= {f"{path}.lora_A", f"{path}.lora_B"}
+            expected |= {f"{path}.residual_A", f"{path}.residual_B"}
             if out_features == in_features:
                 expected.add(f"{path}.diagonal")
     assert set(model.state_dict()) == expected
@@ -710,15 +710,15 @@ def test_scratch_layers_of_a_group_start_as_their_u_with_the_dense_classs_spread
     for path, linear in residual_linears(model):
         assert torch.equal(linear.weight, linear.shared.weight), path
         assert float(linear.shared.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
-        assert 0 < linear.lora_A.std() < linear.in_features**-0.5
+        assert 0 < linear.residual_A.std() < linear.in_features**-0.5
         assert linear.bias is None or not linear.bias.any()
     outputs = model(**inputs_of(family))
     assert torch.isfinite(outputs.logits).all()
     outputs.loss.backward()
     for path, linear in residual_linears(model):
-        assert linear.lora_B.grad.any() and linear.diagonal.grad.any() and linear.shared.weight.grad.any(), (
-            path
-        )
+        assert (
+            linear.residual_B.grad.any() and linear.diagonal.grad.any() and linear.shared.weight.grad.any()
+        ), path
     assert torch.isfinite(
         torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     ).all()
@@ -793,8 +793,8 @@ def test_a_dense_whisper_checkpoint_is_refused_with_the_way_out(tmp_path):
         ({}, {"group_size": 1}, r"lacks .*shared.*\.2\.weight"),
         ({}, {"group_size": 4}, r"has no use for its .*shared.*\.1\.weight"),
         ({}, {"rank": 8}, "shapes that its config.json"),
-        ({}, {"rank": 0}, "has no use for its .*lora_A"),
-        ({"rank": 0}, {"rank": 4}, "lacks .*lora_A"),
+        ({}, {"rank": 0}, "has no use for its .*residual_A"),
+        ({"rank": 0}, {"rank": 4}, "lacks .*residual_A"),
         ({}, {"diagonal": "all"}, "lacks .*diagonal"),
         ({}, {"diagonal": "none"}, "has no use for its .*diagonal"),
         ({}, {"share_biases": True}, "lacks .*shared.*bias"),

@@ -132,7 +132,7 @@ def test_outputs_and_gradients_equal_those_of_the_merged_model(name):
     encoders = encoder_of(name, model), encoder_of(name, dense)
     assert type(dense) is type(case(name).dense)
     for path, linear in residual_linears(encoders[0]):
-        expected = linear.shared.weight + linear.lora_B @ linear.lora_A
+        expected = linear.shared.weight + linear.residual_B @ linear.residual_A
         expected.diagonal().add_(linear.diagonal)
         twin = encoders[1].get_submodule(path).weight
         torch.testing.assert_close(twin.detach(), expected.detach().view_as(twin))
@@ -142,9 +142,13 @@ def test_outputs_and_gradients_equal_those_of_the_merged_model(name):
     torch.testing.assert_close(case(name).states(model), case(name).states(dense), rtol=1e-4, atol=1e-5)
     for path, linear in residual_linears(encoders[0]):
         gradient = encoders[1].get_submodule(path).weight.grad.view(linear.out_features, linear.in_features)
-        of_B = gradient @ linear.lora_A.detach().T
-        torch.testing.assert_close(linear.lora_B.grad, of_B, rtol=1e-3, atol=1e-4 * float(of_B.abs().max()))
-        assert linear.lora_B.grad.any() and linear.lora_A.grad.any() and linear.diagonal.grad.any(), path
+        of_B = gradient @ linear.residual_A.detach().T
+        torch.testing.assert_close(
+            linear.residual_B.grad, of_B, rtol=1e-3, atol=1e-4 * float(of_B.abs().max())
+        )
+        assert linear.residual_B.grad.any() and linear.residual_A.grad.any() and linear.diagonal.grad.any(), (
+            path
+        )
         assert linear.shared.weight.grad.any(), path
     model.zero_grad()
 

@@ -33,9 +33,9 @@ def explicit(module: nn.ModuleDict, layer: ResidualLinear) -> tuple[torch.Tensor
     out_features, in_features = weight.shape
     for i in range(out_features):
         for j in range(in_features):
-            if layer.lora_A is not None:
+            if layer.residual_A is not None:
                 weight[i, j] += sum(
-                    layer.lora_B[i, r] * layer.lora_A[r, j] for r in range(layer.lora_A.shape[0])
+                    layer.residual_B[i, r] * layer.residual_A[r, j] for r in range(layer.residual_A.shape[0])
                 )
             if layer.diagonal is not None and i == j:
                 weight[i, j] += layer.diagonal[i]
@@ -71,8 +71,8 @@ def test_outputs_and_gradients_equal_those_of_the_explicit_matrices(shape, rank,
     for layer, x, (d_weight, d_x, d_bias) in zip(module["layers"], inputs, dense, strict=True):
         torch.testing.assert_close(x.grad, d_x)
         if rank:
-            torch.testing.assert_close(layer.lora_A.grad, layer.lora_B.detach().T @ d_weight)
-            torch.testing.assert_close(layer.lora_B.grad, d_weight @ layer.lora_A.detach().T)
+            torch.testing.assert_close(layer.residual_A.grad, layer.residual_B.detach().T @ d_weight)
+            torch.testing.assert_close(layer.residual_B.grad, d_weight @ layer.residual_A.detach().T)
         if diagonal:
             torch.testing.assert_close(layer.diagonal.grad, d_weight.diagonal())
         if bias == "own":
@@ -88,7 +88,7 @@ def test_low_rank_alone_equals_the_explicit_matrix(shape, rank, diagonal, bias):
     layer = LowRankLinear(torch.empty(shape), 0, rank, diagonal, bias)
     layer.reset_parameters()
     randomize_(layer)
-    weight = layer.lora_B.detach() @ layer.lora_A.detach()
+    weight = layer.residual_B.detach() @ layer.residual_A.detach()
     for i in range(min(shape) if diagonal else 0):
         weight[i, i] += layer.diagonal.detach()[i]
     torch.testing.assert_close(layer.weight.detach(), weight)
@@ -102,8 +102,8 @@ def test_low_rank_alone_equals_the_explicit_matrix(shape, rank, diagonal, bias):
     (d_weight, d_x) = torch.autograd.grad(y, (weight, x_dense), cotangent)
     layer(x).backward(cotangent)
     torch.testing.assert_close(x.grad, d_x)
-    torch.testing.assert_close(layer.lora_A.grad, layer.lora_B.detach().T @ d_weight)
-    torch.testing.assert_close(layer.lora_B.grad, d_weight @ layer.lora_A.detach().T)
+    torch.testing.assert_close(layer.residual_A.grad, layer.residual_B.detach().T @ d_weight)
+    torch.testing.assert_close(layer.residual_B.grad, d_weight @ layer.residual_A.detach().T)
     if diagonal:
         torch.testing.assert_close(layer.diagonal.grad, d_weight.diagonal())
     if bias:
@@ -118,8 +118,8 @@ def naive(layer: ResidualLinear, x: torch.Tensor) -> torch.Tensor:
     y = torch.zeros(*x.shape[:-1], layer.out_features, dtype=x.dtype)
     if layer.shared is not None:
         y = y + F.linear(x, layer.shared.weight)
-    if layer.lora_A is not None:
-        y = y + F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+    if layer.residual_A is not None:
+        y = y + F.linear(F.linear(x, layer.residual_A), layer.residual_B)
     if layer.diagonal is not None:
         size = len(layer.diagonal)
         y = y + F.pad(layer.diagonal * x[..., :size], (0, layer.out_features - size))
@@ -225,7 +225,7 @@ def test_full_rank_reaches_any_matrix(shape):
     target, shared = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     u, s, v = torch.linalg.svd(target - shared, full_matrices=False)
     assert len(s) == min(out_features, in_features)
-    torch.testing.assert_close(compose(shared, lora_A=v, lora_B=u * s), target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compose(shared, residual_A=v, residual_B=u * s), target, rtol=1e-4, atol=1e-4)
 
 
 def test_a_parameter_that_is_replaced_in_the_bank_is_the_one_that_is_used():
@@ -238,7 +238,9 @@ def test_a_parameter_that_is_replaced_in_the_bank_is_the_one_that_is_used():
 
 def test_the_shared_weight_appears_once_in_the_state_dict():
     module = group((12, 12), 3, bias="own", size=2)
-    per_layer = [f"layers.{i}.{name}" for i in range(2) for name in ("lora_A", "lora_B", "diagonal", "bias")]
+    per_layer = [
+        f"layers.{i}.{name}" for i in range(2) for name in ("residual_A", "residual_B", "diagonal", "bias")
+    ]
     assert sorted(module.state_dict()) == sorted(["shared.0.weight", "shared.1.weight", *per_layer])
 
 
@@ -250,9 +252,9 @@ def test_from_scratch_a_layer_is_its_shared_weight_and_gradients_reach_lora_b():
     y = layer(x)
     torch.testing.assert_close(y, F.linear(x, bank[0].weight), rtol=0, atol=0)
     y.pow(2).sum().backward()
-    assert layer.lora_B.grad.abs().min() > 0
-    assert layer.lora_A.detach().abs().max() <= 12**-0.5
-    assert layer.lora_A.detach().std() > 0
+    assert layer.residual_B.grad.abs().min() > 0
+    assert layer.residual_A.detach().abs().max() <= 12**-0.5
+    assert layer.residual_A.detach().std() > 0
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -297,7 +299,7 @@ def test_a_compiled_layer_takes_few_and_many_frames():
         x = torch.randn(2, frames, 20, requires_grad=True)
         expected, found = layer(x), compiled(x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        gradients = [torch.autograd.grad(y.sum(), (x, layer.lora_A))[0] for y in (expected, found)]
+        gradients = [torch.autograd.grad(y.sum(), (x, layer.residual_A))[0] for y in (expected, found)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 

@@ -136,7 +136,12 @@ def test_a_broken_index_of_shards_is_named(content, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -3e37])
 @pytest.mark.parametrize(
     "name",
-    ["layers.1.fc2.lora_A", "shared.fc1.0.weight_scale", "layers.0.self_attn.q_proj.diagonal", "conv1.bias"],
+    [
+        "layers.1.fc2.residual_A",
+        "shared.fc1.0.weight_scale",
+        "layers.0.self_attn.q_proj.diagonal",
+        "conv1.bias",
+    ],
 )
 def test_weights_that_are_not_finite_or_too_large_are_named(name, value, tmp_path):
     model_class = saved(tmp_path, "whisper")

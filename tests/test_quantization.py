@@ -300,7 +300,9 @@ def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.rpartition(".")[2] for name in moved if ".shared." in name} == {"weight_scale"}
-    assert "model.encoder.layers.3.fc1.lora_A" in moved and "model.encoder.layers.0.fc2.lora_B" in moved
+    assert (
+        "model.encoder.layers.3.fc1.residual_A" in moved and "model.encoder.layers.0.fc2.residual_B" in moved
+    )
 
 
 @pytest.mark.parametrize(

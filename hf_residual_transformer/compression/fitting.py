@@ -23,21 +23,21 @@ class Components:
 
     Args:
         shared: `U` of the group, (out_features, in_features); None where there is none.
-        lora_B: `B`, (out_features, rank).
-        lora_A: `A`, (rank, in_features).
+        residual_B: `B`, (out_features, rank).
+        residual_A: `A`, (rank, in_features).
         diagonal: the entries of `D`, (min(out_features, in_features),), or None.
         quantized: the integers and scales that give a quantised `U`.
     """
 
     shared: Tensor | None
-    lora_B: Tensor
-    lora_A: Tensor
+    residual_B: Tensor
+    residual_A: Tensor
     diagonal: Tensor | None
     quantized: Quantized | None = None
 
     def weight(self) -> Tensor:
         """`U + B A + D`, (out, in)."""
-        weight = self.lora_B @ self.lora_A
+        weight = self.residual_B @ self.residual_A
         if self.shared is not None:
             weight = weight + self.shared
         if self.diagonal is not None:
@@ -51,8 +51,8 @@ class Components:
             shared.write(self.quantized)
         for owner, name, value in (
             (shared, "weight", self.shared if self.quantized is None else None),
-            (linear, "lora_A", self.lora_A),
-            (linear, "lora_B", self.lora_B),
+            (linear, "residual_A", self.residual_A),
+            (linear, "residual_B", self.residual_B),
             (linear, "diagonal", self.diagonal),
         ):
             parameter = getattr(owner, name, None)
@@ -61,10 +61,12 @@ class Components:
 
     def balance(self) -> None:
         """Gives each column of `B` the norm of its row of `A`, so that one learning rate suits both."""
-        tiny = torch.finfo(self.lora_A.dtype).tiny
-        scale = (self.lora_A.norm(dim=1).clamp_min(tiny) / self.lora_B.norm(dim=0).clamp_min(tiny)).sqrt()
+        tiny = torch.finfo(self.residual_A.dtype).tiny
+        scale = (
+            self.residual_A.norm(dim=1).clamp_min(tiny) / self.residual_B.norm(dim=0).clamp_min(tiny)
+        ).sqrt()
         scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
-        self.lora_B, self.lora_A = self.lora_B * scale, self.lora_A / scale[:, None]
+        self.residual_B, self.residual_A = self.residual_B * scale, self.residual_A / scale[:, None]
 
 
 def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -130,14 +132,16 @@ def fit_group(
     ]
     if shared and covariances and len(weights) == 2:
         for fit, factors in zip(fits, _fit_pair(weights, C, ranks, R)):
-            fit.lora_B, fit.lora_A = factors
+            fit.residual_B, fit.residual_A = factors
     if (shared and len(weights) == 1) or (not diagonal and (not shared or len(weights) == 2)):
         iterations = 0  # the first round is the minimum
     rounding = bits is not None and shared
     for round_idx in range(iterations + 1 + rounding):
         quantized = None
         if shared and round_idx <= iterations:
-            rest = [(w - f.lora_B @ f.lora_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)]
+            rest = [
+                (w - f.residual_B @ f.residual_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)
+            ]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
         elif bits is not None:
             quantized = quantize_for(U, total @ total.T, bits, block_size)
@@ -145,9 +149,11 @@ def fit_group(
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.quantized = U if shared else None, quantized
             own = w - U if shared else w
-            fit.lora_B, fit.lora_A = _truncate_between(R, own - embed(fit.diagonal), root, len(fit.lora_A))
+            fit.residual_B, fit.residual_A = _truncate_between(
+                R, own - embed(fit.diagonal), root, len(fit.residual_A)
+            )
             if diagonal:
-                wanted = (G @ (own - fit.lora_B @ fit.lora_A) @ c).diagonal()[:size]
+                wanted = (G @ (own - fit.residual_B @ fit.residual_A) @ c).diagonal()[:size]
                 fit.diagonal = torch.linalg.solve((G[:size, :size] * c[:size, :size]), wanted)
     for fit in fits:
         fit.balance()
@@ -167,10 +173,10 @@ def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) ->
     """
     if not rank:
         return matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1])
-    lora_B, lora_A = truncate(left @ matrix @ right, rank)
+    residual_B, residual_A = truncate(left @ matrix @ right, rank)
     return (
-        torch.linalg.solve_triangular(left, lora_B, upper=True),
-        torch.linalg.solve_triangular(right, lora_A, upper=False, left=False),
+        torch.linalg.solve_triangular(left, residual_B, upper=True),
+        torch.linalg.solve_triangular(right, residual_A, upper=False, left=False),
     )
 
 
@@ -184,10 +190,10 @@ def _fit_pair(
     """
     root = torch.linalg.cholesky(parallel_sum(*covariances))
     rank = min(sum(ranks), *weights[0].shape)
-    lora_B, lora_A = _truncate_between(R, weights[0] - weights[1], root, rank)
+    residual_B, residual_A = _truncate_between(R, weights[0] - weights[1], root, rank)
     factors = []
     for sign, start, r in ((1, 0, ranks[0]), (-1, ranks[0], ranks[1])):
-        B, A = sign * lora_B[:, start : start + r], lora_A[start : start + r]
+        B, A = sign * residual_B[:, start : start + r], residual_A[start : start + r]
         missing = r - len(A)
         factors.append((functional.pad(B, (0, missing)), functional.pad(A, (0, 0, 0, missing))))
     return factors

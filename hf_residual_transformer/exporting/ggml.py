@@ -140,8 +140,8 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
             problem = "is in floating point"
         elif weight.bits > 4:
             problem = f"has {weight.bits} bits"
-        elif getattr(linear, "lora_A", None) is not None and linear.lora_A.shape[0]:
-            problem = f"has a low rank of {linear.lora_A.shape[0]}"
+        elif getattr(linear, "residual_A", None) is not None and linear.residual_A.shape[0]:
+            problem = f"has a low rank of {linear.residual_A.shape[0]}"
         elif getattr(linear, "diagonal", None) is not None:
             problem = "has a diagonal"
         if problem is not None:

@@ -140,9 +140,9 @@ class Graph:
 
     def _add_components(self, module: ResidualLinear, path: str, x: str, result: str | None) -> str | None:
         """`B (A x) + D x`, added to `result`, the product with `U`, where there is one."""
-        if module.lora_A is not None and module.lora_B is not None:
-            thin = self.add("MatMul", x, self.tensor(f"{path}.lora_A", module.lora_A.T))
-            low_rank = self.add("MatMul", thin, self.tensor(f"{path}.lora_B", module.lora_B.T))
+        if module.residual_A is not None and module.residual_B is not None:
+            thin = self.add("MatMul", x, self.tensor(f"{path}.residual_A", module.residual_A.T))
+            low_rank = self.add("MatMul", thin, self.tensor(f"{path}.residual_B", module.residual_B.T))
             result = low_rank if result is None else self.add("Add", result, low_rank)
         if module.diagonal is not None and result is not None:
             size, inputs = len(module.diagonal), x

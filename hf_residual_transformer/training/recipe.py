@@ -21,8 +21,11 @@ from .trainers import (
 )
 
 WINDOW_SECONDS = 10.0
-# Values of wav2vec2's config with which a student runs as its teacher does.
+# Values of a config with which a student runs as its teacher does; the first three are Whisper's names.
 WITHOUT_NOISE: dict[str, Any] = {
+    "dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
     "layerdrop": 0.0,
     "apply_spec_augment": False,
     "hidden_dropout": 0.0,
@@ -31,6 +34,11 @@ WITHOUT_NOISE: dict[str, Any] = {
     "feat_proj_dropout": 0.0,
     "final_dropout": 0.0,
 }
+
+
+def without_noise(config: Any) -> dict[str, Any]:
+    """Those of `WITHOUT_NOISE` that a config has."""
+    return {name: value for name, value in WITHOUT_NOISE.items() if hasattr(config, name)}
 
 
 def trainer_class_for(model: Any) -> type[DistillationTrainer]:

@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from ..adapters import add_lora
 from ..configuration import ResidualConfig
 from ..folders import (
     adopt,
@@ -39,7 +40,7 @@ from ..speech.windows import WindowCollator
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
 from .checkpoints import bytes_to_write
 from .clips import checked
-from .recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, trainer_class_for
+from .recipe import WINDOW_SECONDS, default_learning_rate, trainer_class_for, without_noise
 from .scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -87,9 +88,9 @@ def run_distillation(
             "`window_seconds` must not be set with losses on transcripts, since a transcript belongs to one clip; "
             "leave it out"
         )
-    is_encoder_decoder = AutoConfig.from_pretrained(student_id).is_encoder_decoder
-    auto_class: Any = AutoModelForSpeechSeq2Seq if is_encoder_decoder else AutoModelForCTC
-    overrides = {} if is_encoder_decoder else WITHOUT_NOISE
+    config = AutoConfig.from_pretrained(student_id)
+    auto_class: Any = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForCTC
+    overrides = without_noise(config)
     student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student_id)
@@ -127,6 +128,7 @@ def run_seq2seq_finetuning(
     task: str = "transcribe",
     freeze: str = "none",
     learning_rates: str | None = None,
+    lora_rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Fine-tunes a Whisper model, residual or dense, and saves it in `args.output_dir`.
@@ -137,6 +139,8 @@ def run_seq2seq_finetuning(
         task: "transcribe", or "translate" for texts in English.
         freeze: "none", or what does not learn: "encoder" or "decoder".
         learning_rates: as in `DistillationArguments`.
+        lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
+            none.
         overwrite: writes into a folder that already holds files.
     """
     _prepare(args, overwrite)
@@ -146,7 +150,7 @@ def run_seq2seq_finetuning(
         frozen = model.get_encoder() if freeze == "encoder" else model.get_decoder()
         frozen.requires_grad_(False)
     collator = collator_for(model, processor, language=data.language, task=task)
-    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates)
+    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
 
 
 def run_ctc_finetuning(
@@ -159,6 +163,7 @@ def run_ctc_finetuning(
     freeze_feature_encoder: bool = True,
     config_overrides: str | None = None,
     learning_rates: str | None = None,
+    lora_rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Fine-tunes a wav2vec2 model with CTC, residual or dense, and saves it in `args.output_dir`.
@@ -171,6 +176,8 @@ def run_ctc_finetuning(
         freeze_feature_encoder: keeps the convolutions as they are.
         config_overrides: values of the model's config to change, as JSON.
         learning_rates: as in `DistillationArguments`.
+        lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
+            none.
         overwrite: writes into a folder that already holds files.
     """
     overrides = read_json("config_overrides", config_overrides or "{}")
@@ -180,7 +187,7 @@ def run_ctc_finetuning(
     if freeze_feature_encoder:
         model.freeze_feature_encoder()
     collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
-    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates)
+    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
 
 
 def run_ctc_training(
@@ -306,12 +313,18 @@ def _finetune(
     data: TrainingDataArguments,
     args: Any,
     learning_rates: str | None,
+    lora_rank: int | None,
 ) -> None:
     """Trains on labels alone, without a teacher, and saves."""
+    if lora_rank is not None:
+        model = add_lora(model, lora_rank)
     splits = data.load_splits(processor, args.seed)
-    train_and_save(
-        _labels_trainer(trainer_class, model, processor, collator, splits, data, args, learning_rates)
-    )
+    trainer = _labels_trainer(trainer_class, model, processor, collator, splits, data, args, learning_rates)
+
+    def merge() -> None:
+        trainer.model = trainer.model.merge_and_unload()
+
+    train_and_save(trainer, None if lora_rank is None else merge)
 
 
 def _labels_trainer(

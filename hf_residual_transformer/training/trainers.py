@@ -416,6 +416,7 @@ def _components(model: nn.Module) -> dict[int, str]:
     for module in model.modules():
         if isinstance(module, (ResidualLinear, *SHARED)):
             for name, parameter in module.named_parameters(recurse=False):
-                kinds = {"weight": "shared", "weight_scale": "shared", "lora_A": "lora", "lora_B": "lora"}
+                kinds = {"weight": "shared", "weight_scale": "shared"}
+                kinds |= {"residual_A": "lora", "residual_B": "lora"}
                 names[id(parameter)] = kinds.get(name, "diagonal")
     return names

@@ -183,7 +183,7 @@ def test_without_statistics_or_rounds_the_start_is_the_mean_and_the_truncated_sv
     for weight, fit in zip(weights, fits):
         torch.testing.assert_close(fit.shared, mean)
         left, right = truncate(weight - mean, 2)
-        torch.testing.assert_close(fit.lora_B @ fit.lora_A, left @ right)
+        torch.testing.assert_close(fit.residual_B @ fit.residual_A, left @ right)
 
 
 def test_statistics_are_weighted_and_do_not_depend_on_how_frames_are_divided():

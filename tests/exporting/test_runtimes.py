@@ -77,10 +77,10 @@ def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig) -> Any
             weight = source[f"{path}.weight"]
             few = quantize(weight, bits=linear.shared.bits, block_size=linear.shared.block_size)
             linear.shared.write(few)
-            if linear.lora_A is not None and linear.lora_B is not None:
+            if linear.residual_A is not None and linear.residual_B is not None:
                 left = weight - few.weight().float()
-                u, s, v = torch.svd_lowrank(left, len(linear.lora_A), niter=1)
-                linear.lora_B.copy_(u * s), linear.lora_A.copy_(v.T)
+                u, s, v = torch.svd_lowrank(left, len(linear.residual_A), niter=1)
+                linear.residual_B.copy_(u * s), linear.residual_A.copy_(v.T)
         table = dense.get_input_embeddings().weight
         model.get_input_embeddings().write(quantize(table, bits=4, block_size=32))
     model.generation_config = dense.generation_config

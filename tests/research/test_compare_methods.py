@@ -168,7 +168,7 @@ def test_parameters_without_ranks_are_those_of_a_model_without_its_ranks(config,
     model = hrt.ResidualWhisperForConditionalGeneration(
         hrt.ResidualWhisperConfig.from_dense_config(dense.config, config)
     )
-    ranks = sum(p.numel() for name, p in model.get_encoder().layers.named_parameters() if "lora_" in name)
+    ranks = sum(p.numel() for name, p in model.get_encoder().layers.named_parameters() if "residual_" in name)
     expected = scripts.baseline_parts.encoder_parameters(model) - ranks
     assert scripts.baseline_parts.parameters_without_ranks(dense, config) == expected
 
@@ -178,8 +178,8 @@ def test_a_basis_that_layers_share_is_counted_once(scripts, build):
     linears, expected = modules(model), 4 * FIXED
     for (layer, path), linear in linears.items():
         shares = path not in scripts.baselines.WRITERS and layer % 2
-        assert (linear.lora_A is linears[layer - layer % 2, path].lora_A) == (shares or not layer % 2)
-        expected += linear.lora_B.numel() + (0 if shares else linear.lora_A.numel())
+        assert (linear.residual_A is linears[layer - layer % 2, path].residual_A) == (shares or not layer % 2)
+        expected += linear.residual_B.numel() + (0 if shares else linear.residual_A.numel())
     assert scripts.baseline_parts.encoder_parameters(model) == expected
 
 

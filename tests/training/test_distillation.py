@@ -644,7 +644,7 @@ def test_components_have_their_own_learning_rates(tmp_path):
             "shared"
             if ".shared." in name
             else "lora"
-            if "lora_" in name
+            if "residual_" in name
             else "diagonal"
             if vector
             else "rest"

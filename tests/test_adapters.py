@@ -1,0 +1,189 @@
+"""Adapters of PEFT: the low rank becomes one and back, and others train and merge on top of residual layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import randomize_, whisper_processor
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_contract import assert_same_outputs, build, encoder_of, inputs_of
+from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, pipeline
+
+from hf_residual_transformer import ResidualConfig
+from hf_residual_transformer.adapters import add_lora, from_lora, reach, save_adapter, without_low_rank
+from hf_residual_transformer.modeling import residual_linears
+
+RANKS = ResidualConfig(
+    group_size=2, rank=3, rank_pattern={"layers.1.*.q_proj": 5, "v_proj": 0}, diagonal="all"
+)
+PROJECTIONS = ["q_proj", "v_proj"]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def logits_of(model, family):
+    with torch.no_grad():
+        return model(**inputs_of(family)).logits
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+@pytest.mark.parametrize("base_is_dense", [True, False], ids=["dense base", "shared base"])
+def test_the_low_rank_becomes_an_adapter_and_back_exactly(family, base_is_dense, tmp_path):
+    model = build(family, RANKS)
+    base = without_low_rank(model)
+    base = base.merge() if base_is_dense else base
+    save_adapter(model, tmp_path, "base")
+    again = from_lora(base, tmp_path)
+    close(logits_of(again, family), logits_of(model, family))
+    ranks = {path: linear.rank for path, linear in residual_linears(model) if linear.rank}
+    assert {path: linear.rank for path, linear in residual_linears(again) if linear.rank} == ranks
+    again.save_pretrained(tmp_path / "again")
+    close(logits_of(type(model).from_pretrained(tmp_path / "again"), family), logits_of(model, family))
+    if not base_is_dense:
+        assert not any(linear.rank for _, linear in residual_linears(base))
+        twice = from_lora(again, tmp_path)  # joins the low rank a second time
+        assert all(linear.rank == 2 * ranks.get(path, 0) for path, linear in residual_linears(twice))
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_plain_peft_loads_the_adapter_over_the_dense_base(family, tmp_path):
+    model = build(family, RANKS)
+    without_low_rank(model).merge().save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    auto = AutoModelForSpeechSeq2Seq if family == "whisper" else AutoModelForCTC
+    base = auto.from_pretrained(tmp_path / "base")
+    assert type(base).__module__.startswith("transformers.")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    close(logits_of(loaded, family), logits_of(model, family))
+    if family == "whisper":  # `load_adapter` of the dense wav2vec2 is another, for languages
+        close(logits_of(auto.from_pretrained(tmp_path / "adapter"), family), logits_of(model, family))
+    close(logits_of(loaded.merge_and_unload(), family), logits_of(model, family))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_a_lora_reaches_residual_matrices_trains_alone_and_merges_without_touching_u(family, bits, tmp_path):
+    model = build(family, ResidualConfig(group_size=2, rank=2, shared_bits=bits))
+    before = copy.deepcopy(model.state_dict())
+    adapted = add_lora(model, 2, target_modules=PROJECTIONS, init_lora_weights=False)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert sum("encoder.layers.0" in name for name in trained) == 4
+    loss = adapted(**inputs_of(family)).loss
+    loss.backward()
+    assert all(p.grad.any() for name, p in adapted.named_parameters() if name in trained)
+    expected = logits_of(adapted, family)
+    assert not torch.allclose(
+        expected, logits_of(build(family, ResidualConfig(2, 2, shared_bits=bits)), family)
+    )
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits_of(adapted, family), expected, rtol=1e-4, atol=1e-4)
+    adapted.unmerge_adapter()
+    close(logits_of(adapted, family), expected)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is type(build(family))
+    torch.testing.assert_close(logits_of(merged, family), expected, rtol=1e-4, atol=1e-4)
+    for key, value in merged.state_dict().items():
+        if ".shared." in key:
+            assert torch.equal(value, before[key]), key
+    merged.save_pretrained(tmp_path)
+    assert_same_outputs(type(merged).from_pretrained(tmp_path), merged, family, atol=0)
+    assert_same_outputs(merged.merge(), merged, family)
+
+
+def test_the_auto_class_opens_an_adapters_folder_over_a_residual_wav2vec2(tmp_path):
+    build("wav2vec2").save_pretrained(tmp_path / "base")
+    adapted = add_lora(
+        AutoModelForCTC.from_pretrained(tmp_path / "base"),
+        2,
+        target_modules=PROJECTIONS,
+        init_lora_weights=False,
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    close(
+        logits_of(AutoModelForCTC.from_pretrained(tmp_path / "adapter"), "wav2vec2"),
+        logits_of(adapted, "wav2vec2"),
+    )
+
+
+def test_an_adapters_folder_over_a_residual_model_opens_through_auto_classes_and_pipeline(tmp_path):
+    model = build("whisper")
+    model.processor = whisper_processor()
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "base")
+    adapted = add_lora(base, 2, target_modules=PROJECTIONS, init_lora_weights=False)
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved and all(".lora_" in key and "residual_" not in key for key in saved)
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "adapter")
+    close(logits_of(loaded, "whisper"), logits_of(adapted, "whisper"))
+    whisper_processor().save_pretrained(tmp_path / "adapter")
+    recogniser = pipeline("automatic-speech-recognition", model=str(tmp_path / "adapter"))
+    assert type(recogniser.model) is type(model)
+    close(logits_of(recogniser.model, "whisper"), logits_of(adapted, "whisper"))
+    onto = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "base")
+    onto.load_adapter(str(tmp_path / "adapter"))
+    close(logits_of(onto, "whisper"), logits_of(adapted, "whisper"))
+
+
+def test_dora_and_saved_modules_train_on_top_and_only_a_low_rank_merges():
+    model = build("wav2vec2")
+    adapted = add_lora(model, 2, target_modules=PROJECTIONS, use_dora=True, modules_to_save=["lm_head"])
+    randomize_(adapted)
+    adapted(**inputs_of("wav2vec2")).loss.backward()
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("magnitude" in name for name in names) and any("modules_to_save" in name for name in names)
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="must be a plain LoRA without a bias to be merged"):
+        adapted.merge_and_unload()
+
+
+def test_dora_over_residual_layers_equals_dora_over_the_merged_model():
+    model = build("wav2vec2")
+    config = {"r": 2, "target_modules": PROJECTIONS, "use_dora": True}
+    dense = get_peft_model(model.merge(), LoraConfig(**config))
+    mine = get_peft_model(model, reach(LoraConfig(**config)))
+    weights = {name: p for name, p in dense.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for parameter in weights.values():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    for name, parameter in mine.named_parameters():
+        if name in weights:
+            parameter.data.copy_(weights[name])
+    torch.testing.assert_close(
+        logits_of(mine, "wav2vec2"), logits_of(dense, "wav2vec2"), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_adapters_that_cannot_become_a_low_rank_are_refused_by_name(tmp_path):
+    model = build("wav2vec2")
+    adapted = add_lora(model, 2, target_modules=PROJECTIONS, use_dora=True)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`adapter` must be a plain LoRA .* use_dora True"):
+        from_lora(build("wav2vec2"), tmp_path)
+    with pytest.raises(ValueError, match="`task_type` must be None"):
+        add_lora(build("whisper"), 2, task_type="SEQ_2_SEQ_LM")
+    save_adapter(build("wav2vec2"), tmp_path / "plain", "base")
+    with pytest.raises(ValueError, match="`base` must be a dense model with a residual form"):
+        from_lora(torch.nn.Linear(2, 2), tmp_path / "plain")
+
+
+def test_scaling_of_an_imported_adapter_counts(tmp_path):
+    base = build("wav2vec2").merge()
+    plain = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=4, lora_alpha=10, use_rslora=True, target_modules=PROJECTIONS)
+    )
+    randomize_(plain)
+    plain.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    residual = from_lora(base, tmp_path)
+    torch.testing.assert_close(
+        logits_of(residual, "wav2vec2"), logits_of(loaded, "wav2vec2"), rtol=1e-5, atol=1e-5
+    )
+    roles = set(encoder_of(residual).shared)
+    assert roles == {"attention_q_proj", "attention_v_proj"}

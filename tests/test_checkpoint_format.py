@@ -1,0 +1,72 @@
+"""What a checkpoint says of itself: its format, what its layers share, and that only this package can open it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_contract import build
+from transformers import AutoConfig, AutoModel, Wav2Vec2ForCTC, WhisperForConditionalGeneration, WhisperModel
+
+from hf_residual_transformer import ResidualConfig, ResidualWhisperModel
+from hf_residual_transformer.configuration import FORMAT
+
+
+@pytest.fixture(scope="module", params=["whisper", "wav2vec2"])
+def saved(request, tmp_path_factory):
+    """A family and the folder of a model whose layers share in threes, the last one alone."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build(request.param, ResidualConfig(group_size=3, rank=2)).save_pretrained(folder)
+    return request.param, folder
+
+
+def edited(folder, tmp_path, *dropped, **values):
+    """A copy of the folder with other values in its config.json, and without those that are dropped."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key not in dropped})
+    )
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return tmp_path
+
+
+def test_a_group_size_with_as_many_groups_is_refused(saved, tmp_path):
+    family, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    assert config["residual_format"] == FORMAT
+    assert set(map(tuple, config["residual_sharing"]["encoder"].values())) == {(3, 1)}
+    other = edited(folder, tmp_path, residual_config={"group_size": 2, "rank": 2})
+    message = r"share '\w+' of the encoder in groups of \[3, 1\] layers, but the config says \[2, 2\]"
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(other)
+    with pytest.raises(ValueError, match=message):
+        type(build(family)).from_pretrained(folder, config=AutoConfig.from_pretrained(other))
+
+
+def test_a_file_that_says_nothing_still_loads(saved, tmp_path):
+    said = ("residual_format", "residual_sharing")
+    old = edited(saved[1], tmp_path, *said, init_std=0.02, initializer_range=0.02)
+    assert AutoModel.from_pretrained(old).config.residual_config.group_size == 3
+
+
+@pytest.mark.parametrize("found", [FORMAT + 1, 0, "2"])
+def test_a_newer_format_is_refused_with_what_to_do(saved, tmp_path, found):
+    with pytest.raises(ValueError, match=r"`residual_format` must be from 1 to \d, got .*update the package"):
+        AutoModel.from_pretrained(edited(saved[1], tmp_path, residual_format=found))
+
+
+def test_a_plain_class_refuses_a_compact_checkpoint_and_says_what_opens_it(saved):
+    family, folder = saved
+    plain = WhisperForConditionalGeneration if family == "whisper" else Wav2Vec2ForCTC
+    with pytest.raises(Exception, match="this checkpoint is compact: import hf_residual_transformer"):
+        plain.from_pretrained(folder)
+
+
+def test_what_the_file_says_of_itself_reaches_no_dense_model(tmp_path):
+    build("whisper").save_pretrained(tmp_path / "compact")
+    loaded = ResidualWhisperModel.from_pretrained(tmp_path / "compact")
+    assert loaded.config.init_std == 0.02
+    dense = loaded.merge()
+    assert not {name for name in vars(dense.config) if name.startswith("residual")}
+    dense.save_pretrained(tmp_path / "dense")
+    assert type(AutoModel.from_pretrained(tmp_path / "dense")) is WhisperModel
