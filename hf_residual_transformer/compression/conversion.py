@@ -46,7 +46,7 @@ from .allocation import (
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
 from .inputs import LABELS, Batch, as_batches, frozen_view, refuse_adapter, with_labels, without_memory
-from .measurement import CHECK_BITS, CHECK_WINDOWS, Divergence, Rounding, replaced, round_plainly
+from .measurement import CHECK_BITS, CHECK_WINDOWS, Divergence, PlainRounding, replaced, round_plainly
 from .refinement import Streams
 from .statistics import (
     EmbeddingStatistics,
@@ -406,13 +406,8 @@ class _Conversion:
         curves: list[Curve] = []
         divergence = self._divergence()
         for name, part in self.parts.items():
-            found: list[Curve] = []
-            roundings: list[Rounding] = []
-            estimate = 0.0
-            for run_idx in range(len(part.runs)):
-                of_run, rounded, error = _run_curves(part, run_idx, rounds=divergence is not None)
-                found, roundings, estimate = found + of_run, roundings + rounded, estimate + error
-            curves += _scaled(found, roundings, estimate, divergence, name == ENCODER)
+            for found, plain in _curves_by_path(part, rounds=divergence is not None).values():
+                curves += _scaled(found, plain, divergence, name == ENCODER)
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         dense = (
@@ -428,11 +423,12 @@ class _Conversion:
             numbers = (given_bits,) if given_bits else request.numbers or ()
             # As `embedding_block_size` of the config will say.
             block_size = self.parts.get(DECODER, self.parts[ENCODER]).search.config.block_size
-            found = embedding_curves(table, embedding, numbers, block_size)
+            of_table = embedding_curves(table, embedding, numbers, block_size)
             weight = quantize(table, None, CHECK_BITS, block_size).weight().to(table)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
             roundings = [(end, weight, None) for end in ends if end is not None]
-            curves += _scaled(found, roundings, embedding.error((weight - table).double()), divergence, False)
+            plain = PlainRounding(roundings, embedding.error((weight - table).double()))
+            curves += _scaled(of_table, plain, divergence, False)
             fixed -= table.numel()
         try:
             choices = choose(curves, budget * dense - fixed)
@@ -473,27 +469,27 @@ class _Conversion:
         return errors
 
 
-def _run_curves(part: _Part, run_idx: int, *, rounds: bool) -> tuple[list[Curve], list[Rounding], float]:
-    """The curves of a run of layers, and if `rounds` its plain rounding with the estimated error."""
-    statistics = part.observe(run_idx)
-    curves = curves_of(part.search, part.runs[run_idx], statistics)
-    if not rounds:
-        return curves, [], 0.0
-    return curves, *round_plainly(part.search.source, statistics, part.search.config.block_size)
+def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve], PlainRounding]]:
+    """The curves of a part by module path, and if `rounds` the plain rounding of the same matrices."""
+    found: dict[str, tuple[list[Curve], PlainRounding]] = {}
+    source, block_size = part.search.source, part.search.config.block_size
+    for run_idx, groups in enumerate(part.runs):
+        statistics = part.observe(run_idx)
+        for curve in curves_of(part.search, groups, statistics):
+            found.setdefault(curve.group.module_path, ([], PlainRounding()))[0].append(curve)
+        for path, plain in round_plainly(source, statistics, block_size).items() if rounds else ():
+            found[path][1].add(plain)
+    return found
 
 
 def _scaled(
-    curves: list[Curve],
-    roundings: list[Rounding],
-    estimate: float,
-    divergence: Divergence | None,
-    of_encoder: bool,
+    curves: list[Curve], plain: PlainRounding, divergence: Divergence | None, of_encoder: bool
 ) -> list[Curve]:
-    """The curves of one part, in the unit of a measured divergence."""
-    if divergence is None or estimate <= 0:
+    """The curves of some matrices, in the unit of a measured divergence."""
+    if divergence is None or plain.estimate <= 0:
         return curves
-    with replaced(roundings):
-        scale = divergence(of_encoder) / estimate
+    with replaced(plain.roundings):
+        scale = divergence(of_encoder) / plain.estimate
     return [replace(curve, errors=curve.errors * max(scale, 0.0)) for curve in curves]
 
 

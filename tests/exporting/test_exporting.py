@@ -20,7 +20,7 @@ from conftest import (
     whisper_processor,
 )
 from ggml_reader import read_ggml
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from sessions import Runtime
 from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
 
@@ -250,7 +250,7 @@ def test_modules_that_compute_something_else_are_refused_and_nothing_is_written(
         ):
             exported(model, tmp_path)
     model = whisper("dense")
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
     with pytest.raises(ValueError, match=r"got a peft.*Linear at .*q_proj, .*merge_and_unload\(\) of PEFT"):
         exported(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
