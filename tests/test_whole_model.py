@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import AutoModelForSpeechSeq2Seq, WhisperModel
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.compression import conversion
 from hf_residual_transformer.compression.allocation import Curve, Lacking, choose
 from hf_residual_transformer.compression.inputs import frozen_view, inputs_of, output_of
 from hf_residual_transformer.compression.statistics import (
@@ -291,6 +292,28 @@ def test_statistics_and_choices_do_not_depend_on_the_batch_size():
         torch.testing.assert_close(entry.products, found[1][0][key].products, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(entry.gradients, found[1][0][key].gradients, rtol=1e-3, atol=1e-6)
     assert found[0][2].to_dict() == found[1][2].to_dict()
+
+
+def test_keys_and_values_count_alike_over_however_many_windows_they_are_observed(monkeypatch):
+    """They are observed over a few windows, and the decoder's other matrices over all."""
+    found = []
+
+    def watched(curves, left):
+        found.append(
+            {(c.group.module_path, c.group.layers, c.bits, c.group.size): c.errors[0] for c in curves}
+        )
+        return choose(curves, left)
+
+    monkeypatch.setattr(conversion, "choose", watched)
+    batches = 8 * labelled(1)
+    for windows in (1, 8):
+        monkeypatch.setattr(conversion, "ENCODER_WINDOWS", windows)
+        Whisper.from_dense(dense_whisper(), calibration=batches, budget=0.5, progress=False)
+    for path in ("encoder_attn.k_proj", "encoder_attn.v_proj"):
+        few, all_windows = (
+            sum(error for key, error in errors.items() if key[0] == path and key[2] == 4) for errors in found
+        )
+        assert 0.4 < few / all_windows < 2.5, path  # the sum over windows is 8 times as large
 
 
 def test_without_labels_the_dense_model_transcribes_the_recordings(monkeypatch):
