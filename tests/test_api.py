@@ -199,9 +199,7 @@ class TestCompress:
         with pytest.raises(ValueError, match=r"dense model of whisper, .* got BertModel, a bert"):
             hrt.compress(bert, rows(), processor=processor)
         bert.save_pretrained(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"dense wav2vec2 or whisper model, got .*, a bert \(BertModel\)"
-        ):
+        with pytest.raises(ValueError, match=r"dense model of whisper, .* got .*, a bert"):
             hrt.compress(str(tmp_path), rows())
         with pytest.raises(ValueError, match="a residual_whisper"):
             hrt.compress(compressed["whisper"], rows())
