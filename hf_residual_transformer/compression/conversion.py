@@ -472,14 +472,22 @@ class _Conversion:
 def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve], PlainRounding]]:
     """The curves of a part by module path, and if `rounds` the plain rounding of the same matrices."""
     found: dict[str, tuple[list[Curve], PlainRounding]] = {}
-    source, block_size = part.search.source, part.search.config.block_size
-    for run_idx, groups in enumerate(part.runs):
-        statistics = part.observe(run_idx)
-        for curve in curves_of(part.search, groups, statistics):
+    for run_idx in range(len(part.runs)):
+        curves, roundings = _curves_of_run(part, run_idx, rounds=rounds)
+        for curve in curves:
             found.setdefault(curve.group.module_path, ([], PlainRounding()))[0].append(curve)
-        for path, plain in round_plainly(source, statistics, block_size).items() if rounds else ():
-            found[path][1].add(plain)
+        for path, rounding in roundings.items():
+            found[path][1].add(rounding)
     return found
+
+
+def _curves_of_run(
+    part: _Part, run_idx: int, *, rounds: bool
+) -> tuple[list[Curve], dict[str, PlainRounding]]:
+    """The same of a run of layers, whose statistics are not kept."""
+    source, statistics = part.search.source, part.observe(run_idx)
+    curves = curves_of(part.search, part.runs[run_idx], statistics)
+    return curves, round_plainly(source, statistics, part.search.config.block_size) if rounds else {}
 
 
 def _scaled(

@@ -96,7 +96,8 @@ class Divergence:
 
     def _log_chances(self, batch: Batch) -> Tensor:
         logits = self.model(**inputs_of(self.model, batch)).logits
-        return logits[is_token(batch).to(logits.device)].log_softmax(-1)
+        # In float64, since the divergence is of second order in differences that cancel to first order.
+        return logits[is_token(batch).to(logits.device)].double().log_softmax(-1)
 
     def __call__(self, of_encoder: bool) -> float:
         """The mean over all tokens of the labels; the encoder runs again only if the change is one `of_encoder`."""
