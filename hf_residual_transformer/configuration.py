@@ -28,9 +28,9 @@ RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits
 FORMAT = 2
 # What only the file of a config has, beside its fields: the format, and by stack and module the sizes of its groups.
 FILE_FIELDS = ("residual_format", "residual_sharing")
-# The first of these numbers that a dense config class checks is a text in the file. So the dense classes refuse the
+# The first of these fields that a dense config class checks is a text in the file. So the dense classes refuse the
 # checkpoint, whose compact matrices they would leave random.
-GUARD_FIELDS = ("init_std", "initializer_range", "vocab_size", "hidden_size")
+GUARD_FIELDS = ("init_std", "initializer_range", "vocab_size", "hidden_size", "durations")
 GUARD = " (this checkpoint is compact: import hf_residual_transformer, and load it with an Auto class)"
 DIAGONALS = ("none", "square", "all")
 

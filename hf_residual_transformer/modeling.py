@@ -54,6 +54,9 @@ MOST_LAYERS = 1000  # a broken config must not build layers until the memory end
 LARGEST = 1e15  # no trained weight is near it, and float32 cannot hold the squares of much larger ones
 # The dtypes of weights, as torch and as safetensors call them.
 PACKED = {"torch.uint8": "U8"}
+COUNTS = {"torch.int64": "I64"}
+# By the end of a weight's name. The second is what a batch norm counts.
+OTHER_DTYPES = {"weight_packed": PACKED, "num_batches_tracked": COUNTS}
 FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")  # of `push_to_hub`
@@ -390,7 +393,7 @@ def _check_dtypes(state_dict: Any, checkpoint_files: Any) -> None:
             with safe_open(path, framework="pt") as tensors:
                 dtypes |= {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     for key, dtype in dtypes.items():
-        names = PACKED if key.endswith("weight_packed") else FLOATS
+        names = next((names for end, names in OTHER_DTYPES.items() if key.endswith(end)), FLOATS)
         if dtype not in {*names, *names.values()}:
             wanted = " or ".join(name.removeprefix("torch.") for name in names)
             raise ValueError(

@@ -68,7 +68,7 @@ def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_w
     assert guarded in GUARD_FIELDS
     loaded = AutoConfig.from_pretrained(tmp_path)
     number = getattr(loaded, guarded)
-    assert number == getattr(residual(name).config, guarded) and not isinstance(number, str)
+    assert json.dumps(number) == json.dumps(getattr(residual(name).config, guarded))
     # In a dense config, which exports and merged models have, it is a number again.
     loaded.to_dense_config().save_pretrained(tmp_path / "dense")
     assert GUARD not in (tmp_path / "dense" / "config.json").read_text()
