@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .classes import RECOGNIZERS, model_classes_of
+from .classes import MODEL_TYPE_PREFIX, RECOGNIZERS, model_classes_of
+from .configuration import ResidualConfigMixin
 from .families import FAMILIES, REFUSED
 from .modeling import ResidualMixin
 from .quantization import BLOCK
@@ -408,6 +409,26 @@ def load_model(model: str | Path, *, dtype: str = "float32", **overrides: Any) -
         raise ValueError(f"`model` must be a speech recogniser, got {str(model)!r}, a {config.model_type}")
     return auto.from_pretrained(
         model, dtype=dtype, **{k: v for k, v in overrides.items() if hasattr(config, k)}
+    )
+
+
+def load_compact(model: str | Path) -> Any:
+    """A compact model of any class, as it was saved.
+
+    Raises:
+        ValueError: for a model that is not compact.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    family = FAMILIES.get(type(config).model_type.removeprefix(MODEL_TYPE_PREFIX))
+    classes = [] if family is None else model_classes_of(family).values()
+    for cls in classes if isinstance(config, ResidualConfigMixin) else ():
+        if cls.__name__ in (config.architectures or ()):
+            return cls.from_pretrained(model, dtype="auto")
+    raise ValueError(
+        f"`model` must be a compact model as from `hrt compress`, got {str(model)!r}, a "
+        f"{' or '.join(config.architectures or [config.model_type])}"
     )
 
 

@@ -34,6 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .configuration import ResidualConfig, ResidualConfigMixin
 from .families import FAMILIES, Family
+from .folders import CODE
 from .modeling import ResidualGenerationMixin, ResidualMixin
 
 PREFIX, MODEL_TYPE_PREFIX = "Residual", "residual_"
@@ -125,8 +126,15 @@ def _config_class(family: Family) -> type[ResidualConfigMixin]:
             decoder_residual_config: ResidualConfig | dict | None = None
             embedding_bits: int | None = None
 
+    Config.code_map = _code_map(family)
     Config.__doc__ = f"`{dense.__name__}` with settings of the compact parts; see `ResidualConfigMixin`."
     return strict(Config)
+
+
+def _code_map(family: Family) -> dict[str, str]:
+    """By name of the Auto class, where a checkpoint that carries its code has the family's class for it."""
+    found = {AutoConfig: CONFIG_MAPPING_NAMES[family.name], **dense_names(family)}
+    return {auto.__name__: f"{CODE.stem}.{PREFIX}{name}" for auto, name in found.items()}
 
 
 def _model_class(family: Family, auto: Any) -> type[ResidualMixin]:

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from .folders import save_code
 from .quantization import BLOCK, BLOCKS, FEWEST, MOST
 
 if TYPE_CHECKING:
@@ -261,6 +263,8 @@ class ResidualConfigMixin(DenseConfig):
     stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays
     dense; its blocks have the `block_size` of the decoder, or else of the encoder.
 
+    A config with an `auto_map`, whatever it says, is saved with the code that opens it; see `carry_code`.
+
     Each class has a `model_type` of its own, which is saved and by which the Auto classes find it. Instances have the
     dense `model_type`, by which the generation and the ASR pipeline of transformers recognise a Whisper.
     """
@@ -268,6 +272,8 @@ class ResidualConfigMixin(DenseConfig):
     residual_config: Any
     decoder_residual_config: Any
     embedding_bits: int | None
+    # By Auto class, the module and class that open a checkpoint which carries its code.
+    code_map: ClassVar[dict[str, str]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = (type(self).model_type, self.dense_class().model_type)
@@ -324,12 +330,35 @@ class ResidualConfigMixin(DenseConfig):
         decoder = getattr(self, "decoder_residual_config", None)
         return values if decoder is None else values | {"decoder_residual_config": decoder.to_dict()}
 
+    def carry_code(self, carries: bool) -> None:
+        """Says whether this config is saved with the code that opens it; one from such a folder is unless told so."""
+        if carries:
+            self.auto_map = dict(self.code_map)
+        elif self.carries_code:
+            del self.auto_map
+
+    @property
+    def carries_code(self) -> bool:
+        """Whether this config is saved with the code that opens it."""
+        return bool(getattr(self, "auto_map", None))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: transformers calls it for a class of remote code, and saves other files than `carry_code`."""
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, with the code that opens it where `carry_code` says so."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        if self.carries_code:
+            save_code(Path(save_directory))
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What the file of the config has."""
         checked = vars(self.dense_class()).get("__annotations__", {})
         field_name = next(name for name in GUARD_FIELDS if name in checked)
         guarded = f"{json.dumps(getattr(self, field_name))}{GUARD}"
-        return super().to_diff_dict() | {"residual_format": FORMAT, field_name: guarded}
+        values = super().to_diff_dict() | {"residual_format": FORMAT, field_name: guarded}
+        return values | {"auto_map": dict(self.code_map)} if self.carries_code else values
 
     def residual_config_of(self, stack_name: str) -> ResidualConfig | None:
         """The settings of the "encoder" or of the "decoder"; None for a stack that stays dense."""
@@ -363,6 +392,6 @@ class ResidualConfigMixin(DenseConfig):
 def _portable(config: DenseConfig) -> dict[str, Any]:
     """The values that can be copied to the config of another class of model."""
     values = config.to_dict() | {"attn_implementation": config._attn_implementation}
-    for key in ("model_type", "architectures", "transformers_version", *FILE_FIELDS):
+    for key in ("model_type", "architectures", "transformers_version", "auto_map", *FILE_FIELDS):
         values.pop(key, None)
     return values

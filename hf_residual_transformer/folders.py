@@ -1,5 +1,5 @@
-"""Checks output folders before the work, fills them at once, saves processors into them, and counts the bytes of
-weights.
+"""Checks output folders before the work, fills them at once, saves processors and code into them, and counts the bytes
+of weights.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 UNFINISHED = ".unfinished"  # the end of the name of a folder that is being filled
 CHECKPOINTS = "checkpoint-*"
+CODE = Path(__file__).with_name("remote.py")  # what opens a checkpoint that carries its code
 
 
 def save_processor(processor: Any, folder: Path) -> None:
@@ -26,6 +28,12 @@ def save_processor(processor: Any, folder: Path) -> None:
     spellings = getattr(getattr(processor, "tokenizer", None), "english_spelling_normalizer", None)
     if spellings:
         (folder / "normalizer.json").write_text(json.dumps(spellings, indent=2) + "\n", encoding="utf-8")
+
+
+def save_code(folder: Path) -> None:
+    """Copies the files that define the model into one flat folder, as `trust_remote_code` needs them."""
+    for name in (CODE, *get_relative_import_files(CODE)):
+        shutil.copyfile(name, folder / Path(name).name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,6 +59,8 @@ COUNTS = {"torch.int64": "I64"}
 OTHER_DTYPES = {"weight_packed": PACKED, "num_batches_tracked": COUNTS}
 FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")  # of `push_to_hub`
+
 
 class ResidualMixin(DenseModel):
     """Makes a residual class of a dense one; it stands before the dense class in the bases.
@@ -239,12 +241,33 @@ class ResidualMixin(DenseModel):
         **options: Any,
     ) -> Any:
         """A residual model from a trained dense one; see `compression.conversion.convert`, whose options it takes."""
-        # The model's own files may travel with a checkpoint without the rest of the package.
-        compression = importlib.import_module(f"{__package__}.compression.conversion")
+        compression = _of_package("compression.conversion")
         return compression.convert(cls, dense, residual_config, calibration, **options)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; a `processor` that the model carries is saved with it, so that `pipeline` can open it."""
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing: transformers calls it for a class of remote code, and saves other files than `with_code`."""
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, with_code: bool | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers; a `processor` that the model carries is saved with it, so that `pipeline` can open it.
+
+        Args:
+            save_directory: the folder.
+            args: as in transformers.
+            with_code: whether the folder gets the code of the model too, so that `trust_remote_code=True` opens it
+                where this package is not installed. By default it does where the model came from such a folder.
+            kwargs: as in transformers.
+
+        Raises:
+            ValueError: if `with_code` is true for a model with an adapter, of which only the adapter is saved, or for
+                one of a class that this package does not have.
+        """
+        if with_code is not None:
+            self._carry_code(with_code)
+        pushes = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        of_hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         # Names as here: those of checkpoints that came before transformers do not fit the compact parts.
         kwargs.setdefault("save_original_format", False)
         if not hasattr(self, "peft_config"):  # with an adapter, only this is saved
@@ -253,10 +276,34 @@ class ResidualMixin(DenseModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
             save_processor(self.processor, Path(save_directory))
+        if pushes:  # here, so that the processor and a card go with it
+            self.push_to_hub(of_hub.pop("repo_id", Path(save_directory).name), **of_hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Uploads the model with its processor, its card and, `with_code=True`, its code in one commit.
+
+        Args:
+            repo_id: such as "name/model".
+            options: those of transformers, and `with_code` and `card`; see `hf_residual_transformer.hub.push`.
+        """
+        return _of_package("hub").push(self, repo_id, **options)
+
+    def _carry_code(self, carries: bool) -> None:
+        if carries and hasattr(self, "peft_config"):
+            raise ValueError(
+                "`with_code` must be False for a model with an adapter, of which only the adapter is saved; merge it"
+            )
+        own = [cls.__name__ for cls in type(self).__mro__ if cls.__module__ == f"{__package__}.classes"]
+        if carries and type(self).__name__.removeprefix("FSDP") not in own:
+            raise ValueError(
+                f"`with_code` must be False for a {type(self).__name__}, a class outside of this package, whose code "
+                f"would not be saved: the folder would be opened as a {own[0] if own else 'dense model'}"
+            )
+        self.config.carry_code(carries)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """As in transformers, where adapters reach the matrices of residual layers too."""
-        super().add_adapter(_adapters().reach(adapter_config), adapter_name)
+        super().add_adapter(_of_package("adapters").reach(adapter_config), adapter_name)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, where adapters reach the matrices of residual layers too."""
@@ -267,7 +314,7 @@ class ResidualMixin(DenseModel):
         if config is None:
             options = kwargs.get("adapter_kwargs") or {}
             config = importlib.import_module("peft").PeftConfig.from_pretrained(peft_model_id, **options)
-        config = _adapters().reach(config)
+        config = _of_package("adapters").reach(config)
         load: Any = PeftAdapterMixin.load_adapter
         return load(self, peft_model_id, *args, peft_config=config, **kwargs)
 
@@ -398,9 +445,21 @@ def _check_sharing(checkpoint: str, model: Any, recorded: Any) -> None:
                 )
 
 
-def _adapters() -> Any:
-    """The module of adapters, which does not travel with a checkpoint's code."""
-    return importlib.import_module(f"{__package__}.adapters")
+def _of_package(name: str) -> Any:
+    """A module that does not travel with a checkpoint's code.
+
+    Raises:
+        ImportError: where this file is a part of such code.
+    """
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith(f"{__package__}."):
+            raise
+        raise ImportError(
+            "the code that travels with a checkpoint loads, runs, trains and saves it; this needs the package: pip "
+            "install hf-residual-transformer"
+        ) from error
 
 
 def configs_with_ranks(model: Any, ranks: dict[str, int]) -> dict[str, ResidualConfig]:

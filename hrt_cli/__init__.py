@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 
-from . import compress, distill, evaluate, export, finetune, report
+from . import compress, distill, evaluate, export, finetune, push, report
 from .options import expand, explain, no_empty_folder, parse
 
 COMMANDS: dict[str, ModuleType] = {
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "export": export,
+    "push": push,
     "report": report,
 }
 DESCRIPTION = """Makes trained speech models smaller, and trains and measures the result.

@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("model", metavar="MODEL", help="a dense model's id on the Hub, or its folder")
     add_output_arguments(what, "folder for the compact model; it must be empty or new")
+    what.add_argument(
+        "--with-code",
+        action="store_true",
+        help="add the model's code, so that trust_remote_code=True opens it without this package",
+    )
     add_data_arguments(parser, split="train", required=False)
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -135,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         **provenance(),
     }
     with complete_folder(output_dir) as folder:
-        model.to(getattr(torch, args.dtype)).save_pretrained(folder)
+        model.to(getattr(torch, args.dtype)).save_pretrained(folder, with_code=args.with_code)
         (folder / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\nthe compact model is in {output_dir}")
 

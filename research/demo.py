@@ -36,7 +36,7 @@ from without_torch import python_without_torch, transcribe_without_torch
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.conversion import BUDGETS
 from hf_residual_transformer.folders import file_bytes, model_bytes, require_space, save_processor
-from hf_residual_transformer.hub import settings_of, write_model_card
+from hf_residual_transformer.hub import Figures, settings_of, write_model_card
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.quantization import BITS
 from hf_residual_transformer.speech.datasets import load_speech_dataset
@@ -301,12 +301,15 @@ def main() -> None:
         model,
         base_model=args.model,
         data=CALIBRATED_ON,
-        dataset=TESTED_ON,
-        rows=rows,
-        evaluations={name: evaluation.wer for name, evaluation in evaluations.items()},
-        chosen=chosen,
-        details=details,
+        figures=Figures(
+            dataset=TESTED_ON,
+            rows=rows,
+            evaluations={name: evaluation.wer for name, evaluation in evaluations.items()},
+            chosen=chosen,
+            details=details,
+        ),
         distilled=outcome.is_kept,
+        license="mit",
         language=["en"],
     )
     contents = {

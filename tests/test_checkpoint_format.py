@@ -6,10 +6,12 @@ import json
 
 import pytest
 from test_contract import build
-from transformers import AutoConfig, AutoModel, Wav2Vec2ForCTC, WhisperForConditionalGeneration, WhisperModel
+from test_family_contract import NAMES, residual
+from transformers import AutoConfig, AutoModel, WhisperModel
 
-from hf_residual_transformer import ResidualConfig, ResidualWhisperModel
-from hf_residual_transformer.configuration import FORMAT
+from hf_residual_transformer import ResidualConfig, ResidualWhisperModel, classes
+from hf_residual_transformer.configuration import FORMAT, GUARD, GUARD_FIELDS
+from hf_residual_transformer.families import FAMILIES
 
 
 @pytest.fixture(scope="module", params=["whisper", "wav2vec2"])
@@ -55,11 +57,24 @@ def test_a_newer_format_is_refused_with_what_to_do(saved, tmp_path, found):
         AutoModel.from_pretrained(edited(saved[1], tmp_path, residual_format=found))
 
 
-def test_a_plain_class_refuses_a_compact_checkpoint_and_says_what_opens_it(saved):
-    family, folder = saved
-    plain = WhisperForConditionalGeneration if family == "whisper" else Wav2Vec2ForCTC
-    with pytest.raises(Exception, match="this checkpoint is compact: import hf_residual_transformer"):
-        plain.from_pretrained(folder)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_what_opens_it(name, tmp_path):
+    residual(name).save_pretrained(tmp_path)
+    for cls in classes.model_classes_of(FAMILIES[name]).values():
+        with pytest.raises(Exception, match="this checkpoint is compact: import hf_residual_transformer"):
+            cls.dense_class().from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (guarded,) = [key for key, value in config.items() if isinstance(value, str) and value.endswith(GUARD)]
+    assert guarded in GUARD_FIELDS
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    number = getattr(loaded, guarded)
+    assert json.dumps(number) == json.dumps(getattr(residual(name).config, guarded))
+    # In a dense config, which exports and merged models have, it is a number again.
+    loaded.to_dense_config().save_pretrained(tmp_path / "dense")
+    assert GUARD not in (tmp_path / "dense" / "config.json").read_text()
+    # Files of versions that wrote no such text load as before.
+    (tmp_path / "config.json").write_text(json.dumps({**config, guarded: number}))
+    assert type(type(residual(name)).from_pretrained(tmp_path).config) is type(loaded)
 
 
 def test_what_the_file_says_of_itself_reaches_no_dense_model(tmp_path):

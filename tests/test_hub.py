@@ -1,11 +1,14 @@
 """The card says what the model is, with the figures it was given, in metadata that the Hub reads."""
 
+import json
+
 import pytest
-from conftest import tiny_whisper_config
-from huggingface_hub import ModelCard
+from conftest import tiny_wav2vec2_config, tiny_whisper_config
+from fake_hub import metadata_errors
+from huggingface_hub import ModelCard, metadata_eval_result
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.hub import write_model_card
+from hf_residual_transformer.hub import Figures, model_card, write_model_card
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.reporting import format_bytes
 
@@ -19,16 +22,19 @@ def write_card(folder, chosen="distilled", **settings):
         model,
         base_model="openai/whisper-base",
         data="ten clips",
-        dataset="five clips",
-        rows={
-            "dense": {"WER, %": "5.00"},
-            "converted": {"WER, %": "5.75"},
-            "distilled": {"WER, %": "6.25"},
-        },
-        evaluations={"dense": 0.05, "converted": 0.0575, "distilled": 0.0625},
-        chosen=chosen,
-        details=provenance(),
+        figures=Figures(
+            dataset="five clips",
+            rows={
+                "dense": {"WER, %": "5.00"},
+                "converted": {"WER, %": "5.75"},
+                "distilled": {"WER, %": "6.25"},
+            },
+            evaluations={"dense": 0.05, "converted": 0.0575, "distilled": 0.0625},
+            chosen=chosen,
+            details=provenance(),
+        ),
         distilled=chosen == "distilled",
+        license="mit",
         language=["en"],
     )
     return hrt.size_report(model), ModelCard.load(path)
@@ -81,3 +87,114 @@ def test_a_card_is_whole_or_the_old_one_stays(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_card(tmp_path, "converted")
     assert (tmp_path / "README.md").read_text() == before
+
+
+def test_the_metadata_are_what_the_hub_reads_and_it_accepts_them(tmp_path):
+    _, card = write_card(tmp_path)
+    assert not metadata_errors(str(card))
+    data = card.data.to_dict()
+    assert data["base_model_relation"] == "quantized"
+    assert (data["license"], data["language"], data["metrics"]) == ("mit", ["en"], ["wer"])
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "automatic-speech-recognition")
+    expected = metadata_eval_result(
+        model_pretty_name=card.data.model_name,
+        task_pretty_name="",
+        task_id="automatic-speech-recognition",
+        metrics_pretty_name="WER (%)",
+        metrics_id="wer",
+        metrics_value=6.25,
+        dataset_pretty_name="five clips",
+        dataset_id="audiofolder",
+    )
+    (found,), (wanted,) = data["model-index"], expected["model-index"]
+    del wanted["results"][0]["task"]["name"], wanted["results"][0]["metrics"][0]["verified"]
+    assert found == wanted
+
+
+def test_the_rules_of_the_hub_can_fail():
+    head = "---\nlicense: mine\nlanguage: English\nbase_model: a/b/c\nbase_model_relation: smaller\n---\n"
+    assert len(metadata_errors(head)) == 4
+    assert metadata_errors("no metadata")
+
+
+def tiny(cls=hrt.ResidualWhisperForConditionalGeneration, config=tiny_whisper_config):
+    return cls(config(residual_config=hrt.ResidualConfig(rank=3)))
+
+
+def test_a_card_says_only_what_is_known():
+    card = model_card(tiny())
+    assert not metadata_errors(str(card))
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    for said in (
+        "No error rate of this model was measured",
+        "does not know the recordings",
+        "The dense model",
+    ):
+        assert said in card.text
+    assert "None" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "task", "opens"),
+    [
+        ("ResidualWav2Vec2ForCTC", tiny_wav2vec2_config, "automatic-speech-recognition", "pipeline("),
+        ("ResidualWhisperModel", tiny_whisper_config, "feature-extraction", "AutoModel.from_pretrained("),
+        (
+            "ResidualWhisperForAudioClassification",
+            tiny_whisper_config,
+            "audio-classification",
+            "AutoModelForAudioClassification.from_pretrained(",
+        ),
+    ],
+)
+@pytest.mark.parametrize("with_code", [False, True])
+def test_the_example_opens_the_class_that_was_saved(name, config, task, opens, with_code):
+    model = tiny(getattr(hrt, name), config)
+    model.config.carry_code(with_code)
+    card = model_card(model, repo_id="me/compact")
+    assert card.data.pipeline_tag == task
+    assert opens in card.text and '"me/compact"' in card.text
+    assert card.text.count("trust_remote_code=True") == int(with_code)
+    assert ("Nothing in this repository is code" in card.text) != with_code
+
+
+def test_a_folder_is_no_base_model_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models" / "whisper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/whisper", str(tmp_path / "models" / "whisper")):
+        card = model_card(tiny(), base_model=name)
+        assert card.data.base_model is None and not metadata_errors(str(card))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"language": ["English"]}, r"`language` must be codes of two or three letters.*'English'"),
+        ({"datasets": ["my data"]}, r"`datasets` must be an id on the Hub.*'my data'"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        model_card(tiny(), **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stopped_by": "a bad clip"}, {"wer": None}, {"data": None}],
+    ids=lambda change: next(iter(change)),
+)
+def test_figures_come_from_a_whole_evaluation(change, tmp_path):
+    path = tmp_path / "evaluation.json"
+    details = provenance()
+    known = {
+        "wer": 0.5,
+        "cer": 0.25,
+        "clips": 2,
+        "stopped_by": None,
+        "data": {"dataset": "x", "split": "test"},
+    }
+    path.write_text(json.dumps({**details, **known}))
+    assert Figures.from_evaluation(path).evaluations == {"this model": 0.5}
+    path.write_text(json.dumps({**details, **known, **change}))
+    with pytest.raises(ValueError, match="`evaluation` must be "):
+        Figures.from_evaluation(path)
