@@ -32,8 +32,8 @@ def save_processor(processor: Any, folder: Path) -> None:
 
 def save_code(folder: Path) -> None:
     """Copies the files that define the model into one flat folder, as `trust_remote_code` needs them."""
-    for name in (CODE, *get_relative_import_files(CODE)):
-        shutil.copyfile(name, folder / Path(name).name)
+    for path in (CODE, *map(Path, get_relative_import_files(CODE))):
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_text(path: Path, text: str) -> None:

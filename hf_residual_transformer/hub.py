@@ -286,8 +286,8 @@ def push(
         if card is None and not _has_card(api, full_id, revision):
             card = model_card(model, repo_id=full_id, **(about or {}))
         if card is not None:
-            is_file = isinstance(card, Path) or (isinstance(card, str) and "\n" not in card)
-            known = ModelCard.load(card) if is_file else ModelCard(str(card))
+            is_path = isinstance(card, str | Path) and "\n" not in str(card)
+            known: Any = ModelCard.load(str(card)) if is_path else ModelCard(str(card))
             known.data.tags = list(dict.fromkeys((*(known.data.tags or ()), *(tags or ()))))
             try:
                 known.validate(repo_type="model")

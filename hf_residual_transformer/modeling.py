@@ -279,7 +279,7 @@ class ResidualMixin(DenseModel):
         if pushes:  # here, so that the processor and a card go with it
             self.push_to_hub(of_hub.pop("repo_id", Path(save_directory).name), **of_hub)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
         """Uploads the model with its processor, its card and, `with_code=True`, its code in one commit.
 
         Args:
