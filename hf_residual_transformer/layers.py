@@ -250,7 +250,8 @@ def quantized_weights(module: nn.Module) -> Counter[int]:
 
 def is_of_torchao(weight: Tensor) -> bool:
     """Whether `torchao.quantization.quantize_` has put its own tensor in the place of a weight."""
-    return type(weight).__module__.startswith("torchao.")
+    plain = type(weight) in (Tensor, nn.Parameter)  # `torch.compile` follows this, but not the rest
+    return not plain and type(weight).__module__.startswith("torchao.")
 
 
 def _factored(

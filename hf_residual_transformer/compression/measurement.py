@@ -86,6 +86,7 @@ class Divergence:
             (reference.exp() * (reference - self._log_chances(batch))).sum().item()
             for reference, batch in zip(self.reference, batches)
         )
-        sums = torch.tensor([total, sum(map(len, self.reference))], dtype=torch.float64)
+        counts = [total, sum(map(len, self.reference))]
+        sums = torch.tensor(counts, dtype=torch.float64, device=self.model.device)
         self.processes.total([sums])
         return (sums[0] / sums[1]).item()

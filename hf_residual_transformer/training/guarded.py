@@ -126,7 +126,8 @@ class GuardedTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy in BY_LENGTH and isinstance(dataset, (Dataset, list)):
             column = self.args.length_column_name
-            if isinstance(dataset, list) or column not in dataset.column_names:
+            names = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0])
+            if "audio" in names and column not in names:
                 dataset = Dataset.from_dict({column: clip_samples(dataset)})
         return super()._get_train_sampler(dataset)
 
