@@ -56,6 +56,7 @@ def compress(
     start: str = "calibrated",
     iterations: int | None = None,
     device: str | torch.device | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> Any:
     """A compact model from a trained one and recordings like those that it will hear; transcripts are not read.
@@ -86,6 +87,8 @@ def compress(
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
         iterations: rounds of alternation for groups of layers that have no closed form.
         device: where a model that is given by name is put; by default a GPU if there is one.
+        distributed: whether all processes of `torch.distributed` compress together, each on its share of the windows.
+            All call this with the same arguments, and all get the same model.
         progress: whether to show progress bars.
 
     Returns:
@@ -125,6 +128,7 @@ def compress(
         calibration=calibration,
         start=start,
         budget=size,
+        distributed=distributed,
         progress=progress,
         **options,
     )

@@ -43,12 +43,13 @@ class SharedLinear(nn.Linear):
 
         For many frames the weight is composed first, one rank-R update of a matrix; for so few that thin products
         take fewer multiplications, and in `torch.export`, where composing would be folded into a constant of the
-        dense size, these are added to the product with `U`. docs/LOG.md has the measurements.
+        dense size, these are added to the product with `U`. docs/LOG.md has the measurements. They are also added
+        where torchao keeps `U` in few bits, since its tensors multiply and do nothing else.
         """
         bias = self.bias if bias is None else bias
         rows = math.prod(hidden_states.shape[:-1])
         few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
-        if torch.compiler.is_exporting() or few:
+        if torch.compiler.is_exporting() or few or is_of_torchao(self.weight):
             return _factored(hidden_states, bias, self.weight, residual_A, residual_B, diagonal)
         stored, scale = self.stored()
         if scale is None and residual_A is None and diagonal is None:
@@ -247,6 +248,12 @@ def quantized_weights(module: nn.Module) -> Counter[int]:
     return found
 
 
+def is_of_torchao(weight: Tensor) -> bool:
+    """Whether `torchao.quantization.quantize_` has put its own tensor in the place of a weight."""
+    plain = type(weight) in (Tensor, nn.Parameter)  # `torch.compile` follows this, but not the rest
+    return not plain and type(weight).__module__.startswith("torchao.")
+
+
 def _factored(
     hidden_states: Tensor,
     bias: Tensor | None,
@@ -414,7 +421,9 @@ class ResidualLinear(nn.Module):
         """`U + B A + D` as one matrix, (out_features, in_features), computed at each access. Gradients reach the
         components. Some attentions, such as WavLM's, read it instead of calling the layer.
         """
-        return compose(self.shared.weight, self.residual_A, self.residual_B, self.diagonal)
+        shared = self.shared.weight
+        shared = shared.dequantize() if is_of_torchao(shared) else shared
+        return compose(shared, self.residual_A, self.residual_B, self.diagonal)
 
     @property
     def own_bias(self) -> nn.Parameter | None:

@@ -4,12 +4,16 @@
 
 Transcripts are not read. A few minutes are enough, but of several speakers. By default --size chooses everything else.
 The folder gets the model, its processor, and compression.json with settings, sizes and the error of each matrix.
+Several GPUs, or machines, share the windows: accelerate launch -m hrt_cli compress ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .options import add_data_arguments, add_output_arguments, data_options, described_data
@@ -106,43 +110,69 @@ def run(args: argparse.Namespace) -> None:
             "needs none and is far worse"
         )
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
-    dense, processor = load_dense(args.model, device=args.device)
-    require_space(output_dir, model_bytes(dense))
-    options: dict[str, Any] = {}
-    if residual_config is None:
-        options["bits"] = "auto" if args.bits is None else bits
-        options |= {"parts": args.parts, "block_size": args.block_size}
-    model = compress(
-        dense,
-        args.audio if calibrated else None,
-        args.size,
-        processor=processor,
-        split=args.split,
-        language=args.language,
-        data_options=data_options(args),
-        num_windows=args.num_windows,
-        batch_size=args.batch_size,
-        pack=args.pack,
-        seed=args.seed,
-        residual_config=residual_config,
-        start=args.start,
-        iterations=args.iterations,
-        **options,
-    )
-    parameters = size_report(model)
-    print(model.conversion_report, parameters, sep="\n\n")
-    report = {
-        "model": portable(args.model),
-        **settings_of(model.config),
-        "parameters": parameters.to_dict(),
-        "conversion": model.conversion_report.to_dict(),
-        "data": described_data(args, portable) if calibrated else None,
-        **provenance(),
-    }
-    with complete_folder(output_dir) as folder:
-        model.to(getattr(torch, args.dtype)).save_pretrained(folder, with_code=args.with_code)
-        (folder / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\nthe compact model is in {output_dir}")
+    with _all_processes() as (distributed, writes):
+        dense, processor = load_dense(args.model, device=args.device)
+        require_space(output_dir, model_bytes(dense))
+        options: dict[str, Any] = {}
+        if residual_config is None:
+            options["bits"] = "auto" if args.bits is None else bits
+            options |= {"parts": args.parts, "block_size": args.block_size}
+        model = compress(
+            dense,
+            args.audio if calibrated else None,
+            args.size,
+            processor=processor,
+            split=args.split,
+            language=args.language,
+            data_options=data_options(args),
+            num_windows=args.num_windows,
+            batch_size=args.batch_size,
+            pack=args.pack,
+            seed=args.seed,
+            residual_config=residual_config,
+            start=args.start,
+            iterations=args.iterations,
+            distributed=distributed,
+            **options,
+        )
+        if not writes:
+            return
+        parameters = size_report(model)
+        print(model.conversion_report, parameters, sep="\n\n")
+        report = {
+            "model": portable(args.model),
+            **settings_of(model.config),
+            "parameters": parameters.to_dict(),
+            "conversion": model.conversion_report.to_dict(),
+            "data": described_data(args, portable) if calibrated else None,
+            **provenance(),
+        }
+        with complete_folder(output_dir) as folder:
+            model.to(getattr(torch, args.dtype)).save_pretrained(folder, with_code=args.with_code)
+            (folder / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"\nthe compact model is in {output_dir}")
+
+
+@contextmanager
+def _all_processes() -> Iterator[tuple[bool, bool]]:
+    """Joins the processes that a launcher started: whether there are several, and whether this one writes the result.
+
+    They leave together, when the result is written.
+    """
+    import torch
+    from torch import distributed
+
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield False, True
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group()
+    try:
+        yield True, distributed.get_rank() == 0
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
 
 
 def _bits(args: argparse.Namespace) -> Any:

@@ -143,6 +143,52 @@ def test_dora_and_saved_modules_train_on_top_and_only_a_low_rank_merges():
         adapted.merge_and_unload()
 
 
+def test_saved_modules_are_in_the_adapters_folder_and_in_the_merged_model(tmp_path):
+    build("wav2vec2").save_pretrained(tmp_path / "base")
+    adapted = add_lora(
+        AutoModelForCTC.from_pretrained(tmp_path / "base"),
+        2,
+        target_modules=PROJECTIONS,
+        modules_to_save=["lm_head"],
+        init_lora_weights=False,
+    )
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save.default.weight.add_(1.0)
+    expected = logits_of(adapted, "wav2vec2")
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base")
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter", config=reach_of(tmp_path / "adapter"))
+    close(logits_of(again, "wav2vec2"), expected)
+    merged = again.merge_and_unload()
+    assert type(merged) is type(build("wav2vec2")) and type(merged.lm_head) is torch.nn.Linear
+    torch.testing.assert_close(logits_of(merged, "wav2vec2"), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged.lm_head.weight, before["lm_head.weight"] + 1.0)
+    assert all(torch.equal(merged.state_dict()[key], before[key]) for key in before if ".shared." in key)
+
+
+def reach_of(folder):
+    return reach(LoraConfig.from_pretrained(str(folder)))
+
+
+def test_a_whisper_trains_and_generates_through_peft():
+    model = build("whisper", ResidualConfig(group_size=2, rank=2, shared_bits=4))
+    adapted = add_lora(model, 2)
+    inputs = inputs_of("whisper")
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(4):
+        loss = adapted(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    tokens = adapted.generate(input_features=inputs["input_features"], max_new_tokens=3)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(tokens, merged.generate(inputs["input_features"], max_new_tokens=3))
+
+
 def test_dora_over_residual_layers_equals_dora_over_the_merged_model():
     model = build("wav2vec2")
     config = {"r": 2, "target_modules": PROJECTIONS, "use_dora": True}

@@ -27,7 +27,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration import ResidualConfig
 from ..families import Family, LayerStack
-from ..layers import as_linear, is_linear
+from ..layers import as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
 from ..reporting import ConversionReport, ModuleError, saved_tensors
@@ -45,8 +45,9 @@ from .allocation import (
     unranked_parameters,
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
-from .inputs import LABELS, Batch, as_batches, frozen_view, refuse_adapter, with_labels, without_memory
+from .inputs import Batch, as_batches, frozen_view, main_input, refuse_adapter, with_labels, without_memory
 from .measurement import CHECK_BITS, CHECK_WINDOWS, Divergence, PlainRounding, replaced, round_plainly
+from .processes import Processes
 from .refinement import Streams
 from .statistics import (
     EmbeddingStatistics,
@@ -101,6 +102,7 @@ class Request:
     block_size: int
     iterations: int
     progress: bool
+    processes: Processes
 
 
 def convert(
@@ -117,6 +119,7 @@ def convert(
     shared_bits: int | Sequence[int] | str | None = AUTO,
     block_size: int = BLOCK,
     iterations: int = ITERATIONS,
+    distributed: bool = False,
     progress: bool = True,
 ) -> Any:
     """A residual model of class `cls` from a trained dense one, which stays as it is.
@@ -151,6 +154,8 @@ def convert(
             matrix. A `residual_config` states its own bits, so it must be "auto" beside one.
         block_size: the number of weights of a quantised `U` that have one scale, where `budget` chooses all settings.
         iterations: rounds of alternation for groups without a closed form.
+        distributed: whether all processes of `torch.distributed` convert together, each of which runs the model on
+            its share of the calibration. All call this with the same arguments, and all get the same model.
         progress: whether to show progress bars.
 
     Returns:
@@ -160,18 +165,37 @@ def convert(
     Raises:
         ValueError: for a model that is not the dense class's, is quantised, adapted or residual already, or has
             weights that are not finite; for a calibrated start without calibration inputs, or with empty,
-            non-finite or too short ones; for options that contradict each other.
+            non-finite or too short ones; for options that contradict each other; where processes that convert together
+            have other inputs.
+        OtherProcessError: when another process has failed.
     """
-    plan = _given_plan(residual_config, decoder_residual_config, embedding_bits)
-    request = _checked(plan, parts, calibration, start, budget, shared_bits, block_size, iterations, progress)
-    loaded = _load_dense(cls, dense)
-    for index, batch in enumerate(request.batches):
-        if "input_values" in batch:
-            check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
-    view = frozen_view(loaded)
-    _make_linear(view, cls.family)
-    with torch.no_grad():
-        model, errors = _Conversion(cls, view, request).run()
+    processes = Processes(distributed)
+    with processes.failing_together():
+        plan = _given_plan(residual_config, decoder_residual_config, embedding_bits)
+        request = _checked(
+            plan,
+            parts,
+            calibration,
+            start,
+            budget,
+            shared_bits,
+            block_size,
+            iterations,
+            progress and processes.index == 0,
+            processes,
+        )
+        loaded = _load_dense(cls, dense)
+        for index, batch in enumerate(request.batches):
+            if "input_values" in batch:
+                check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
+        processes.check_same(request.batches)
+        view = frozen_view(loaded)
+        _make_linear(view, cls.family)
+        with torch.no_grad():
+            model, errors = _Conversion(cls, view, request).run()
+        # Processors of different kinds may round differently.
+        processes.copy_from_first(model.state_dict().values())
+        errors = processes.from_first(errors)
     model = model.to(loaded.dtype).eval()
     model.conversion_report = ConversionReport(start, "outputs" if request.batches else "weights", errors)
     return model
@@ -206,6 +230,7 @@ def _checked(
     block_size: int,
     iterations: int,
     progress: bool,
+    processes: Processes,
 ) -> Request:
     if start not in STARTS:
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}")
@@ -247,7 +272,7 @@ def _checked(
         plan = Plan({ENCODER: ResidualConfig()})
     if plan is None and budget is None:
         budget = BUDGETS[None if numbers is None else BITS]
-    return Request(plan, parts, batches, start, budget, numbers, block_size, iterations, progress)
+    return Request(plan, parts, batches, start, budget, numbers, block_size, iterations, progress, processes)
 
 
 def _numbers(shared_bits: Any) -> tuple[int, ...] | None:
@@ -293,11 +318,28 @@ class _Conversion:
         names = self._part_names()
         self.batches = {ENCODER: request.batches, DECODER: request.batches}
         self.encoder_places = list(range(len(request.batches)))
-        if request.batches and len(names) > 1:
-            labelled = with_labels(dense, self.stacks[ENCODER].owner, request.batches, request.progress)
-            self.encoder_places = _spread([len(batch[LABELS]) for batch in labelled], ENCODER_WINDOWS)
+        self.check_places: list[int] = []
+        with_decoder = bool(request.batches) and len(names) > 1
+        if with_decoder:
+            sizes = [len(main_input(batch)) for batch in request.batches]
+            self.encoder_places = _spread(sizes, ENCODER_WINDOWS)
+            self.check_places = _spread(sizes, CHECK_WINDOWS)
+        # Each process gets equal numbers of the batches that are used most.
+        places = [*self.check_places, *self.encoder_places, *range(len(request.batches))]
+        own = request.processes.share(list(dict.fromkeys(places)))
+        if with_decoder:
+            labelled = with_labels(
+                dense,
+                self.stacks[ENCODER].owner,
+                request.batches,
+                request.progress,
+                own=own,
+                gather=request.processes.gather,
+            )
             of_encoder = [without_memory(labelled[place]) for place in self.encoder_places]
             self.batches = {ENCODER: of_encoder, DECODER: labelled}
+        of_encoder_own = {index for index, place in enumerate(self.encoder_places) if place in own}
+        self.own = {ENCODER: of_encoder_own, DECODER: own}  # indices of the batches that this process runs
         self.embedding: EmbeddingStatistics | None = None
         if EMBEDDING in names and request.batches:
             table = dense.get_input_embeddings().weight
@@ -354,7 +396,8 @@ class _Conversion:
             return LogitsObjective(self.stacks[DECODER], self.stacks[ENCODER], self.embedding)
         gradients = self.memory_gradients
         if gradients is not None:
-            gradients = [gradients[place] for place in self.encoder_places]
+            by_place = dict(zip(sorted(self.own[DECODER]), gradients))
+            gradients = [by_place[place] for place in self.encoder_places if place in by_place]
         return StatesObjective(self.stacks[ENCODER], gradients)
 
     def _observe(self, part: _Part, run_idx: int) -> Statistics:
@@ -369,10 +412,14 @@ class _Conversion:
             batches,
             objective,
             memory_places=self.encoder_places,
+            own=self.own[source.stack.name],
+            processes=self.request.processes,
             progress=self.request.progress,
         )
         if isinstance(objective, LogitsObjective):
             self.memory_gradients = objective.memory_gradients
+            if self.embedding is not None:
+                self.embedding.unite(self.request.processes)
             self.embedding = None  # it has seen all batches once
         if self.request.start == "calibrated":
             reorder_neurons(source, statistics, match_neurons(source, groups, statistics))
@@ -385,7 +432,7 @@ class _Conversion:
             self.parts[DECODER].observe(0)  # the decoder says which of the encoder's frames matter
         plan = self.request.plan
         if self.request.budget is not None:
-            plan = self._allocate(embedding)
+            plan = self.request.processes.from_first(self._allocate(embedding))
         assert plan is not None
         model = residual_like(self.cls, self.dense, plan)
         errors: list[ModuleError] = []
@@ -448,16 +495,16 @@ class _Conversion:
         """Measures on a few of the windows; None where one part alone is compressed, or has no logits."""
         if len(self.names) == 1 or self.dense.get_output_embeddings() is None:
             return None
-        batches = self.batches[DECODER]
-        places = _spread([len(batch[LABELS]) for batch in batches], CHECK_WINDOWS)
-        return Divergence(self.dense, [batches[place] for place in places])
+        own = [self.batches[DECODER][place] for place in self.check_places if place in self.own[DECODER]]
+        return Divergence(self.dense, own, self.request.processes)
 
     def _fit(self, part: _Part, model: Any, plan: Plan) -> list[ModuleError]:
         """Fits all groups of one stack, whose parts before are fitted."""
         source, name = part.search.source, part.search.source.stack.name
         target = LayerStack(source.stack, model)
         chosen = Search(source, plan.configs[name]).groups()
-        streams = Streams(source, target, (self.dense, model), self.batches[name])
+        own = [self.batches[name][index] for index in sorted(self.own[name])]
+        streams = Streams(source, target, (self.dense, model), own, self.request.processes)
         errors: list[ModuleError] = []
         with tqdm(
             total=len(source), desc=f"converting {name}", unit="layer", disable=not self.request.progress
@@ -660,11 +707,12 @@ def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
     for source, layer in [(stack, layer) for stack in stacks for layer in range(len(stack))]:
         for path in source.stack.modules:
             linear = source.linear(layer, path)
-            if not is_linear(linear) or not linear.weight.is_floating_point():
+            weight = linear.weight
+            if not is_linear(linear) or not weight.is_floating_point() or is_of_torchao(weight):
                 raise ValueError(
                     f"`dense` must have plain floating-point nn.Linear modules, but its {path} is "
-                    f"{type(linear).__name__}; load it without quantisation or adapters (dequantize() or "
-                    "merge_and_unload() may help)"
+                    f"{type(linear).__name__} with a {type(weight).__name__}; load it without quantisation or adapters "
+                    "(dequantize() or merge_and_unload() may help)"
                 )
             if not torch.isfinite(linear.weight).all():
                 raise ValueError(

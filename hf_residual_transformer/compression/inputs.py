@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,15 @@ def to_model(model: Any, batch: Mapping[str, Tensor]) -> Batch:
     }
 
 
-def with_labels(model: Any, encoder: nn.Module, batches: list[Batch], progress: bool) -> list[Batch]:
+def with_labels(
+    model: Any,
+    encoder: nn.Module,
+    batches: list[Batch],
+    progress: bool,
+    *,
+    own: Collection[int] | None = None,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> list[Batch]:
     """The batches with what a Whisper's encoder gives, and with the model's own greedy transcripts as labels, where
     they have none.
 
@@ -114,6 +122,8 @@ def with_labels(model: Any, encoder: nn.Module, batches: list[Batch], progress: 
         encoder: its encoder.
         batches: inputs of the model.
         progress: shows a progress bar.
+        own: indices of the batches that this process hears; None for all. The others get labels alone.
+        gather: gives the values that all processes pass to it.
 
     Raises:
         ValueError: when a transcript is needed and the model cannot generate, or nothing is heard in any batch.
@@ -125,17 +135,23 @@ def with_labels(model: Any, encoder: nn.Module, batches: list[Batch], progress: 
             'generate them; or compress the encoder alone, with parts=("encoder",)'
         )
     found = list(batches)
+    places = sorted(range(len(batches)) if own is None else own)
     if model.config.model_type == WHISPER.name:
-        found = [
-            {**batch, MEMORY: output_of(model, encoder, to_model(model, batch))[0].to(_inputs(batch).device)}
-            for batch in tqdm(batches, desc="encoding", unit="batch", disable=not progress)
-        ]
+        for place in tqdm(places, desc="encoding", unit="batch", disable=not progress):
+            batch = found[place]
+            memory = output_of(model, encoder, to_model(model, batch))[0]
+            found[place] = {**batch, MEMORY: memory.to(main_input(batch).device)}
+    lacking = [place for place in lacking if place in places]
+    made: dict[int, Tensor] = {}
     with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
         for start in range(0, len(lacking), TRANSCRIBED):
             together = lacking[start : start + TRANSCRIBED]
             for index, labels in zip(together, _transcripts(model, [found[index] for index in together])):
-                found[index] = {**found[index], LABELS: labels}
+                made[index] = labels
             bar.update(len(together))
+    for of_process in gather({place: labels.cpu() for place, labels in made.items()}):
+        for place, labels in of_process.items():
+            found[place] = {**found[place], LABELS: labels.to(main_input(found[place]).device)}
     if not any(has_words(model, batch[LABELS]) for batch in found):
         raise ValueError(
             "`calibration` must have speech for a model with a decoder, but the model hears no word in it; pass other "
@@ -147,19 +163,22 @@ def with_labels(model: Any, encoder: nn.Module, batches: list[Batch], progress: 
 def _transcripts(model: Any, batches: list[Batch]) -> list[Tensor]:
     """Labels for each batch, (batch_size, num_tokens), on the device of its inputs."""
     if model.config.model_type != WHISPER.name:
-        return [greedy_labels(model, to_model(model, batch)).to(_inputs(batch).device) for batch in batches]
+        return [
+            greedy_labels(model, to_model(model, batch)).to(main_input(batch).device) for batch in batches
+        ]
     features, memory = (
         torch.cat([to_model(model, batch)[name] for batch in batches]) for name in ("input_features", MEMORY)
     )
-    together = transcribe(model, features, memory).to(_inputs(batches[0]).device)
+    together = transcribe(model, features, memory).to(main_input(batches[0]).device)
     found = []
-    for labels in together.split([len(_inputs(batch)) for batch in batches]):
+    for labels in together.split([len(main_input(batch)) for batch in batches]):
         longest = max(1, int((labels != LABEL_PADDING).sum(1).max()))
         found.append(labels[:, :longest])
     return found
 
 
-def _inputs(batch: Batch) -> Tensor:
+def main_input(batch: Batch) -> Tensor:
+    """What the model hears, (batch_size, ...)."""
     return next(batch[name] for name in INPUT_NAMES if name in batch)
 
 

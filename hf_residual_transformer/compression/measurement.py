@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..families import LayerStack
 from ..quantization import quantize
 from .inputs import Batch, inputs_of, is_token, set_frozen, without_memory
+from .processes import ALONE, Processes
 from .statistics import TINY, MatrixStatistics
 
 CHECK_BITS = 4
@@ -87,11 +89,12 @@ class Divergence:
 
     Args:
         model: a dense model with a decoder.
-        batches: inputs with labels.
+        batches: inputs with labels that this process runs.
+        processes: those that run the others.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: Any, batches: Sequence[Batch], processes: Processes = ALONE) -> None:
+        self.model, self.batches, self.processes = model, batches, processes
         self.reference = [self._log_chances(batch) for batch in batches]
 
     def _log_chances(self, batch: Batch) -> Tensor:
@@ -106,4 +109,7 @@ class Divergence:
             (reference.exp() * (reference - self._log_chances(batch))).sum().item()
             for reference, batch in zip(self.reference, batches)
         )
-        return total / sum(map(len, self.reference))
+        counts = [total, sum(map(len, self.reference))]
+        sums = torch.tensor(counts, dtype=torch.float64, device=self.model.device)
+        self.processes.total([sums])
+        return (sums[0] / sums[1]).item()

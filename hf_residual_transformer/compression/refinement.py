@@ -22,6 +22,7 @@ from ..quantization import BLOCK
 from ..reporting import ModuleError
 from .fitting import fit_group
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
+from .processes import ALONE, Processes
 from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
@@ -45,6 +46,9 @@ class CrossMoments(WeightedMoments):
         self.wanted_sum += weighted.sum(0)
         self.cross.addmm_(weighted.T, inputs.double())
         self.squares += (weighted * wanted).sum()
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self.wanted_sum, self.cross, self.squares]
 
     @property
     def wanted_mean(self) -> Tensor:
@@ -72,13 +76,19 @@ class Streams:
         dense: the dense stack.
         residual: the same stack of the residual model, in which everything that comes before the stack is fitted.
         models: both models, in this order.
-        batches: inputs of both.
+        batches: inputs of both that this process runs.
+        processes: those that run the others.
     """
 
     def __init__(
-        self, dense: LayerStack, residual: LayerStack, models: tuple[Any, Any], batches: Sequence[Batch]
+        self,
+        dense: LayerStack,
+        residual: LayerStack,
+        models: tuple[Any, Any],
+        batches: Sequence[Batch],
+        processes: Processes = ALONE,
     ) -> None:
-        self.source, self.target = dense, residual
+        self.source, self.target, self.processes = dense, residual, processes
         same = dense.stack.same_arguments
         first = [
             [
@@ -159,6 +169,7 @@ class Streams:
                 weights = entry.frame_weights[batch_idx]
                 if weights.any():  # or else these frames were not observed
                     moments[path].add_pairs(found[path][0].flatten(0, -2), wanted.flatten(0, -2), weights)
+        self.processes.total(total for entry in moments.values() for total in entry.sums())
         return moments
 
     def _fit(

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..families import LayerStack
 from ..layers import rows_last
 from ..modeling import forward_as
-from .inputs import MEMORY, Batch, decoder_ids, is_token, mask_of, output_of, to_model
+from .inputs import MEMORY, Batch, decoder_ids, is_token, main_input, mask_of, output_of, to_model
+from .processes import ALONE, Processes
 
 DAMPING = 3e-2  # of the inputs' mean variance; less is nearer on speakers who were heard, more on others
 # Where few vectors stand for many features, a covariance is damped by so much of the features for each vector.
@@ -49,6 +50,10 @@ class WeightedMoments:
         self.squared_weight += weights.double().square().sum()
         self.sum += (vectors * roots).sum(0)
         add_gram(self.products, vectors)
+
+    def sums(self) -> list[Tensor]:
+        """Everything that is summed over vectors."""
+        return [self.weight, self.squared_weight, self.sum, self.products]
 
     def damped(self, covariance: Tensor, least: float = DAMPING) -> Tensor:
         """A covariance of these vectors, damped by `least`, or more where their effective number is small.
@@ -93,6 +98,9 @@ class MatrixStatistics(WeightedMoments):
         self.centred = centred
         self.gradients = torch.zeros(out_features, out_features, dtype=torch.float64, device=device)
         self.frame_weights: list[Tensor] = []  # for each batch, (num_frames,)
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self.gradients]
 
     @property
     def nbytes(self) -> int:
@@ -214,6 +222,20 @@ class EmbeddingStatistics(WeightedMoments):
             tuple[Tensor, Tensor]
         ] = []  # ids, (number,), and gradients, (number, hidden_size)
 
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self.use, self.gradients]
+
+    def unite(self, processes: Processes) -> None:
+        """Makes these the statistics of the batches of all processes."""
+        processes.total(self.sums())
+        if processes.count > 1:
+            shares = processes.gather([(ids.cpu(), found.cpu()) for ids, found in self.looked_up])
+            self.looked_up = [
+                (ids.to(self.use.device), found.to(self.use.device))
+                for share in shares
+                for ids, found in share
+            ]
+
     def add_logits(self, states: Tensor, probabilities: Tensor) -> None:
         """Adds states, (number, hidden_size), and the distributions that they give, (number, num_tokens)."""
         self.add(states, torch.ones_like(states[:, 0]))
@@ -259,13 +281,14 @@ class StatesObjective:
         self.source, self.memory_gradients = source, memory_gradients
         self.generator = torch.Generator().manual_seed(seed)
         self.batch_idx = 0
+        self._shapes: dict[torch.Size, torch.Size] = {}  # of the final states, by the shape of what is heard
 
     def __call__(self, model: Any, batch: Batch, _leaves: list[Tensor]) -> Tensor:
         """A scalar of one batch. Its gradients are samples of how much errors matter."""
         output = output_of(model, self.source.owner, batch)
         final = output[0]
-        # One window at a time, so that the batch size changes nothing.
-        probe = torch.stack([torch.randn(final.shape[1:], generator=self.generator) for _ in final]).to(final)
+        self._shapes[main_input(batch).shape] = final.shape
+        probe = torch.stack(list(self._draw(final.shape))).to(final)
         mask = mask_of(model, output, batch)
         if mask is not None:
             probe = probe * mask.unsqueeze(-1)
@@ -274,6 +297,18 @@ class StatesObjective:
             probe = probe * gradients.square().mean(-1, keepdim=True).sqrt()
         self.batch_idx += 1
         return (final * probe).sum()
+
+    def skip(self, model: Any, batch: Batch) -> None:
+        """Draws the random numbers of a batch that another process has, so that later batches get their own."""
+        heard = main_input(batch).shape
+        if heard not in self._shapes:
+            self._shapes[heard] = output_of(model, self.source.owner, batch)[0].shape
+        for _ in self._draw(self._shapes[heard]):
+            pass
+
+    def _draw(self, shape: torch.Size) -> Iterator[Tensor]:
+        """Random numbers for final states, one window at a time, so that the batch size changes nothing."""
+        return (torch.randn(shape[1:], generator=self.generator) for _ in range(shape[0]))
 
 
 class LogitsObjective:
@@ -327,6 +362,12 @@ class LogitsObjective:
             leaves[-1].register_hook(lambda found: embedding.add_lookup(ids[counts], scale * found[counts]))
         return logits.log_softmax(-1).gather(1, drawn).sum()
 
+    def skip(self, model: Any, batch: Batch) -> None:
+        """Draws the random numbers of a batch that another process has, so that later batches get their own."""
+        num_tokens = len(model.get_output_embeddings().weight)
+        for number in is_token(batch).sum(1).tolist():
+            torch.multinomial(torch.ones(number, num_tokens), 1, generator=self.generator)
+
 
 Objective = StatesObjective | LogitsObjective
 
@@ -339,6 +380,8 @@ def collect(
     objective: Objective,
     *,
     memory_places: Collection[int] | None = None,
+    own: Collection[int] | None = None,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of the matrices of a run of layers, by layer and module path, from one pass over the batches.
@@ -351,6 +394,9 @@ def collect(
         objective: what errors should not change.
         memory_places: indices of the batches over which matrices that read the states of another stack are observed,
             since each has as many frames as the encoder; None for all. In other batches their frames have no weight.
+        own: indices of the batches that this process runs; None for all.
+        processes: those that run the other batches. The sums are over the batches of all of them, and `frame_weights`
+            are of the batches that this one runs.
         progress: shows a progress bar.
     """
     matrices = {(layer, group.module_path) for group in groups for layer in group.layers}
@@ -359,10 +405,14 @@ def collect(
     name = f"calibrating {source.stack.name} layers {run[0]} to {run[-1]}"
     of_memory = {path for block in source.stack.blocks for path in block.memory}
     for place, batch in enumerate(tqdm(batches, desc=name, unit="batch", disable=not progress)):
+        if own is not None and place not in own:
+            objective.skip(model, to_model(model, batch))
+            continue
         skipped = of_memory if memory_places is not None and place not in memory_places else set()
         with torch.enable_grad(), _watching(source, run, statistics, skipped) as leaves:
             scalar = objective(model, to_model(model, batch), leaves)
             torch.autograd.grad(scalar, leaves)
+    processes.total(total for entry in statistics.values() for total in entry.sums())
     return statistics
 
 

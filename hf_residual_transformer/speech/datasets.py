@@ -186,6 +186,19 @@ def refuse_long_clips(dataset: Dataset, max_seconds: float) -> None:
             )
 
 
+def clip_samples(rows: Any) -> list[int]:
+    """The number of samples of each clip at its decoded rate.
+
+    Args:
+        rows: a data set of `load_speech_dataset`, of which only the headers of files are read, or other rows.
+    """
+    decoder = rows.format["format_kwargs"].get("transform") if isinstance(rows, Dataset) else None
+    if isinstance(decoder, _Decoder):
+        rate = decoder.sampling_rate
+        return [round(decoder.seconds(source) * rate) for source in rows.with_format(None)["audio"]]
+    return [len(row["audio"]["array"]) for row in rows]
+
+
 def _rename_columns(
     dataset: Dataset | IterableDataset,
     audio_column: str,
@@ -277,11 +290,15 @@ class _Decoder:
         }
 
     def fits(self, max_seconds: float, source: Any) -> bool:
-        """Whether a clip is at most `max_seconds` long; only the header of a file is decoded."""
+        """Whether a clip is at most `max_seconds` long."""
+        return self.seconds(source) <= max_seconds
+
+    def seconds(self, source: Any) -> float:
+        """The length of a clip; only the header of a file is decoded."""
         name, content = read_audio(self.locate(source))
         if isinstance(content, bytes):
-            return seconds_of(content, name) <= max_seconds
-        return len(self.decode(source)["array"]) / self.sampling_rate <= max_seconds
+            return seconds_of(content, name)
+        return len(self.decode(source)["array"]) / self.sampling_rate
 
     def locate(self, source: Any) -> Any:
         """Makes the path of `source` start from `base_dir`, if the audio is read from a path."""

@@ -10,13 +10,17 @@ import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..folders import UNFINISHED, adopt
+from ..speech.datasets import clip_samples
 from .checkpoints import RUN_FILE, check_run, check_steps, fault_of, last_checkpoint, run_of
+
+BY_LENGTH = ("group_by_length", "batch_rebalance")  # sampling strategies of Trainer
 
 
 class GuardedTrainer(Trainer):
@@ -116,6 +120,16 @@ class GuardedTrainer(Trainer):
             self._staging = None
             self.state.best_model_checkpoint = known_best
         self.accelerator.wait_for_everyone()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The sampler that `Trainer` makes, which gets the number of samples where it asks for a clip's length."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy in BY_LENGTH and isinstance(dataset, (Dataset, list)):
+            column = self.args.length_column_name
+            names = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0])
+            if "audio" in names and column not in names:
+                dataset = Dataset.from_dict({column: clip_samples(dataset)})
+        return super()._get_train_sampler(dataset)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Makes a step as `Trainer` does; a loss that is not finite is an error that names the batch."""

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from test_contract import build, inputs_of
 from test_distillation import collate, ctc_data, ctc_pair, whisper_data, whisper_pair
+from transformers import AutoConfig
 
-from hf_residual_transformer.training.recipe import short_distillation
+from hf_residual_transformer.training.recipe import short_distillation, without_noise
 
 
 def distil(pair, data, tmp_path, **options):
@@ -42,3 +44,38 @@ def test_a_distillation_that_does_not_is_kept_on_request(tmp_path):
 def test_without_validation_clips_the_result_is_kept(tmp_path):
     outcome, same = distil(ctc_pair, ctc_data(8, labels=False), tmp_path, learning_rate=1e-3)
     assert outcome.is_kept and not same and outcome.loss_before is None
+
+
+NOISE = {
+    "whisper": (
+        "dropout",
+        "encoder_layerdrop",
+        "decoder_layerdrop",
+        "attention_dropout",
+        "activation_dropout",
+    ),
+    "wav2vec2": (
+        "hidden_dropout",
+        "layerdrop",
+        "attention_dropout",
+        "activation_dropout",
+        "feat_proj_dropout",
+        "final_dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NOISE)
+def test_a_student_by_name_has_no_dropout_no_layerdrop_and_no_specaugment(family, tmp_path):
+    """In training mode it gives what it gives in eval mode, whatever noise its checkpoint has."""
+    noise = dict.fromkeys(NOISE[family], 0.5) | {"mask_time_prob": 0.5, "mask_feature_prob": 0.5}
+    noise |= {"mask_time_length": 2, "mask_feature_length": 2, "apply_spec_augment": True}
+    model = build(family, **noise)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**inputs_of(family)).logits
+        torch.manual_seed(0)
+        assert not torch.allclose(model.train()(**inputs_of(family)).logits, expected, atol=1e-3)
+        overrides = without_noise(AutoConfig.from_pretrained(tmp_path))
+        student = type(model).from_pretrained(tmp_path, **overrides).train()
+        torch.testing.assert_close(student(**inputs_of(family)).logits, expected)
