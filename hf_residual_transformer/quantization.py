@@ -142,19 +142,21 @@ def _best_codes(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tenso
     (https://arxiv.org/abs/2309.01885): each integer becomes the best one, given all others of its row.
     """
     codes, block_size = codes.clone(), weight.shape[1] // scales.shape[1]
-    steps = scales.repeat_interleave(block_size, dim=1)
-    pull = (weight - codes * steps) @ covariance  # the gradient of the error, negated and halved
-    for start in range(0, weight.shape[1], block_size):
-        end = start + block_size
-        inside, moved = pull[:, start:end].clone(), torch.zeros_like(pull[:, start:end])
-        for column in range(start, end):
-            step = steps[:, column]
-            wanted = codes[:, column] + inside[:, column - start] / (covariance[column, column] * step)
-            found = _clamp(wanted.round(), bits)
-            moved[:, column - start] = change = (found - codes[:, column]) * step
-            codes[:, column] = found
-            inside -= torch.outer(change, covariance[column, start:end])
-        pull -= moved @ covariance[start:end]
+    # The gradient of the error, negated and halved.
+    pull = (weight - codes * scales.repeat_interleave(block_size, dim=1)) @ covariance
+    for index, step in enumerate(scales.T.contiguous()):
+        columns = slice(index * block_size, (index + 1) * block_size)
+        own, after = covariance[columns, columns], covariance[columns, columns.stop :]
+        # Transposed, so that a column of the matrix is contiguous in memory.
+        inside, block = pull[:, columns].T.contiguous(), codes[:, columns].T.contiguous()
+        moved = torch.empty_like(inside)
+        for place in range(block_size):
+            found = _clamp((block[place] + inside[place] / (own[place, place] * step)).round(), bits)
+            moved[place] = (found - block[place]) * step
+            block[place] = found
+            inside[place + 1 :].addr_(own[place, place + 1 :], moved[place], alpha=-1)
+        codes[:, columns] = block.T
+        pull[:, columns.stop :].addmm_(moved.T, after, alpha=-1)
     return codes
 
 
