@@ -49,9 +49,9 @@ class SharedLinear(nn.Linear):
         bias = self.bias if bias is None else bias
         rows = math.prod(hidden_states.shape[:-1])
         few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
-        if torch.compiler.is_exporting() or few or is_of_torchao(self.weight):
-            return _factored(hidden_states, bias, self.weight, residual_A, residual_B, diagonal)
         stored, scale = self.stored()
+        if torch.compiler.is_exporting() or few or is_of_torchao(stored):
+            return _factored(hidden_states, bias, self.weight, residual_A, residual_B, diagonal)
         if scale is None and residual_A is None and diagonal is None:
             return F.linear(hidden_states, stored, bias)
         output: Tensor = _ComposedLinear.apply(

@@ -159,6 +159,7 @@ class DistillationTrainer(GuardedTrainer):
                 return result
             start = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
             before = self.evaluate()["eval_loss"]
+            self._forget_preparation()
             result = super().train(*args, **kwargs)
             after = self.evaluate()["eval_loss"]
         self.outcome = DistillationOutcome(self.state.log_history, before, after)
@@ -178,6 +179,17 @@ class DistillationTrainer(GuardedTrainer):
         }
         result.metrics.update(kept)
         return result
+
+    def _forget_preparation(self) -> None:
+        """Lets the student be prepared for training after an evaluation.
+
+        Accelerate takes a model that it has prepared once for ready, and would leave the gradients of several processes
+        apart.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+            self.model._is_accelerate_prepared = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer as `Trainer` does, and splits its groups by component if `learning_rates` is a dict.
@@ -389,7 +401,8 @@ class CTCDistillationTrainer(DistillationTrainer):
 
     def _share(self, name: str, shares: Tensor) -> Tensor | float:
         if name == "labels" and self.model.config.ctc_loss_reduction == "sum":
-            return 1.0
+            # The gradients of all processes are averaged, and their sum is wanted.
+            return float(self.accelerator.num_processes) if self.model.training else 1.0
         return super()._share(name, shares)
 
 
