@@ -46,7 +46,15 @@ from .allocation import (
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
 from .inputs import Batch, as_batches, frozen_view, main_input, refuse_adapter, with_labels, without_memory
-from .measurement import CHECK_BITS, CHECK_WINDOWS, Divergence, PlainRounding, replaced, round_plainly
+from .measurement import (
+    CHECK_BITS,
+    CHECK_WINDOWS,
+    Divergence,
+    PlainRounding,
+    Rounding,
+    replaced,
+    round_plainly,
+)
 from .processes import Processes
 from .refinement import Streams
 from .statistics import (
@@ -473,7 +481,7 @@ class _Conversion:
             of_table = embedding_curves(table, embedding, numbers, block_size)
             weight = quantize(table, None, CHECK_BITS, block_size).weight().to(table)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
-            roundings = [(end, weight, None) for end in ends if end is not None]
+            roundings: list[Rounding] = [(end, weight, None) for end in ends if end is not None]
             plain = PlainRounding(roundings, embedding.error((weight - table).double()))
             curves += _scaled(of_table, plain, divergence, False)
             fixed -= table.numel()
