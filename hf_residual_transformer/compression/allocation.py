@@ -51,7 +51,9 @@ class Search:
     def sizes(self, path: str) -> list[int | None]:
         """Group sizes of the matrices at a module path; none where they stay dense."""
         if self.is_open:
-            return [None, 2] if self.numbers is None else [None, 1]
+            # Few bits cost so little that a low rank alone is worth less, and how little it is worth is hard to know:
+            # its errors are far greater than those that are measured.
+            return [None, 2] if self.numbers is None else [1]
         role = self.source.stack.role_of(path)
         return [self.config.group_size_of(role)] if self.config.is_target(role) else []
 
