@@ -345,3 +345,16 @@ def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(
 def test_settings_that_cannot_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_a_call_dequantises_u_once(rows, monkeypatch):
+    shared = QuantizedSharedLinear(32, 32, False, torch.device("cpu"), torch.float32, 4, 32)
+    shared.reset_parameters()
+    calls = []
+    monkeypatch.setattr(
+        "hf_residual_transformer.layers.dequantize", lambda *given: calls.append(given) or dequantize(*given)
+    )
+    with torch.no_grad():
+        shared(torch.randn(rows, 32))
+    assert len(calls) == 1
