@@ -160,9 +160,21 @@ def _best_codes(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tenso
     return codes
 
 
+PLACES = {
+    bits: [divmod(bits * index, 8) for index in range(8 // math.gcd(bits, 8))]
+    for bits in range(FEWEST, MOST + 1)
+}
+
+
 def _places(bits: int) -> list[tuple[int, int]]:
     """Byte and shift of each integer in the shortest run that ends with a byte; one may continue in the next byte."""
-    return [divmod(bits * index, 8) for index in range(8 // math.gcd(bits, 8))]
+    for (
+        known,
+        places,
+    ) in PLACES.items():  # torch.compile may know the number only as a symbol, which is no key
+        if known == bits:
+            return places
+    raise ValueError(f"`bits` must be from {FEWEST} to {MOST}, got {bits!r}")
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
