@@ -24,7 +24,7 @@ def batches(number=3):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 256, (number, 6), generator=generator)
     return [
-        {"input_features": torch.randn(1, 8, 64, generator=generator), "labels": ids[None]} for ids in labels
+        {"input_features": torch.randn(1, 16, 100, generator=generator), "labels": ids[None]} for ids in labels
     ]
 
 
