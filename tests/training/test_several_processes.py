@@ -19,7 +19,8 @@ TRAINING = ["--use_cpu", "--max_steps", 2, "--logging_steps", 1, "--learning_rat
 TRAINING += ["--lr_scheduler_type", "constant", "--max_grad_norm", 1e6, "--save_strategy", "no"]
 TRAINING += ["--disable_tqdm", "true"]
 TWO = ["--per_device_train_batch_size", 2, "--ddp_backend", "gloo"]  # the batches of 4 in two processes
-SPELLING = ["--text-case", "lower", "--remove", "[^a-z ]"]
+# Sums over all letters have large gradients, which a large step would turn into chaos.
+SPELLING = ["--text-case", "lower", "--remove", "[^a-z ]", "--learning_rate", 1e-6]
 
 
 def hrt(*words) -> int:
@@ -41,9 +42,18 @@ def test_two_processes_compress_to_the_folder_of_one(
     expected = load_file(compressed[family] / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
+    products = []
+    for tensors in (expected, found):  # the factors of a low rank may be other ones with the same product
+        ends = [key.removesuffix("residual_A") for key in tensors if key.endswith("residual_A")]
+        factors = {
+            key: tensors.pop(f"{key}residual_B").float() @ tensors.pop(f"{key}residual_A").float()
+            for key in ends
+        }
+        products.append(factors)
+    for key, value in (expected | products[0]).items():
         # They are saved in 16 bits.
-        torch.testing.assert_close(found[key].float(), value.float(), rtol=2e-3, atol=1e-4, msg=key)
+        other = (found | products[1])[key]
+        torch.testing.assert_close(other.float(), value.float(), rtol=2e-3, atol=1e-3, msg=key)
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(compressed[family]))
 
 
@@ -65,8 +75,8 @@ def test_no_process_waits_for_one_that_has_failed(dense_wav2vec2, tmp_path):
 @pytest.mark.parametrize(
     ("family", "command", "own"),
     [
-        ("whisper", "distill", ["--eval-split", "train"]),
-        ("wav2vec2", "distill", ["--eval-split", "train", "--window-seconds", 1]),
+        ("whisper", "distill", ["--eval-split", "train", "--learning_rate", 1e-3]),
+        ("wav2vec2", "distill", ["--eval-split", "train", "--learning_rate", 1e-3, "--window-seconds", 1]),
         ("whisper", "finetune", []),
         ("wav2vec2", "finetune", SPELLING),
         ("whisper", "finetune", ["--lora_rank", 2]),
