@@ -349,7 +349,7 @@ def test_the_page_lists_every_family_with_its_auto_classes_and_matrices():
 
 # Most of a tiny Moonshine is its convolutions, which stay dense.
 @pytest.mark.parametrize(
-    ("name", "budget"), [("speech_to_text", 0.55), ("moonshine", 0.85), ("moonshine_streaming", 0.85)]
+    ("name", "budget"), [("speech_to_text", 0.6), ("moonshine", 0.85), ("moonshine_streaming", 0.9)]
 )
 def test_the_whole_model_becomes_compact_where_the_decoder_is_known(name, budget):
     of = case(name)
