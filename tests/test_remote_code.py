@@ -314,6 +314,11 @@ def test_the_code_of_a_class_from_elsewhere_is_refused(tmp_path):
 def test_an_adapter_has_no_code(tmp_path):
     peft = pytest.importorskip("peft")
     model = recognizer("whisper", tmp_path)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this transformers adds no adapter of peft {peft.__version__}")
     with pytest.raises(ValueError, match="`with_code` must be False for a model with an adapter"):
         model.save_pretrained(tmp_path / "adapter", with_code=True)
