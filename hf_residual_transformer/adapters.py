@@ -75,16 +75,7 @@ def without_low_rank(model: ResidualMixin) -> Any:
         config = getattr(model.config, name, None)
         if config is not None:
             configs[name] = replace(config, rank=0, rank_pattern={})
-    values = {**model.config.to_dict(), **configs}
-    with torch.no_grad():
-        base: Any = type(model)(type(model.config)(**values))
-        base = base.to(device=model.device, dtype=model.dtype)
-        kept = set(base.state_dict())
-        base.load_state_dict({key: value for key, value in model.state_dict().items() if key in kept})
-    if model.can_generate():
-        base.generation_config = model.generation_config
-    base.processor = model.processor
-    return base.train(model.training)
+    return _rebuilt(model, configs)
 
 
 def to_lora(model: ResidualMixin) -> tuple[Any, dict[str, Tensor]]:
@@ -162,7 +153,7 @@ def from_lora(base: Any, adapter: str | Path) -> Any:
         )
     ranks = {path: linear.rank for path, linear in linears.items()}
     ranks |= {path: ranks[path] + len(first) for path, (first, _) in factors.items()}
-    grown = _with_ranks(model, ranks)
+    grown = _rebuilt(model, configs_with_ranks(model, ranks))
     with torch.no_grad():
         for path, (first, second) in factors.items():
             linear, old = grown.get_submodule(path), linears[path]
@@ -240,9 +231,8 @@ def _as_residual(dense: Any, paths: set[str]) -> Any:
     return model
 
 
-def _with_ranks(model: Any, ranks: dict[str, int]) -> Any:
-    """A copy of a residual model whose layers have these ranks, and the same values otherwise."""
-    configs = configs_with_ranks(model, ranks)
+def _rebuilt(model: Any, configs: dict[str, ResidualConfig]) -> Any:
+    """A copy of a residual model with these settings, and the same values wherever the shapes are the same."""
     copy: Any = type(model)(type(model.config)(**{**model.config.to_dict(), **configs}))
     copy = copy.to(device=model.device, dtype=model.dtype).train(model.training)
     own = copy.state_dict()

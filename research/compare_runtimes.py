@@ -190,10 +190,8 @@ def interpreters_of(values: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the dense model and the clips."""
     parser.add_argument("--model", default="openai/whisper-base", help="id or folder of the dense Whisper")
     parser.add_argument("--data", required=True, help="folder with recordings and transcripts")
     parser.add_argument("--split", default="test", help="split of the data")
@@ -206,14 +204,10 @@ def main() -> None:
         help="joins adjacent clips of a folder up to this length; at most 30",
     )
     parser.add_argument("--language", default="en", help="language of the clips")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each system")
-    parser.add_argument(
-        "--words_only", action="store_true", help="leaves out speed and memory, as when other jobs run beside"
-    )
-    parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
-    parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
-    args = parser.parse_args()
+
+
+def check_clip_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where an option of the clips cannot be."""
     if not 0 < args.max_seconds <= 30:
         parser.error(
             f"--max_seconds must be above 0 and at most 30, Whisper's window, got {args.max_seconds:g}"
@@ -223,15 +217,15 @@ def main() -> None:
     if args.max_clips is not None and args.max_clips < 1:
         parser.error(f"--max_clips must be at least 1, got {args.max_clips}")
 
-    model = resolve_pretrained(args.model)
-    pythons = interpreters_of(args.python)
-    systems: dict[str, Runtime] = {
-        system: create(system, model, args.language, args.threads) for system in args.systems
-    }
-    clips, samples = read_clips(
-        args.data, args.split, args.language, args.max_clips, args.max_seconds, args.join
-    )
-    settings = {
+
+def clips_of(args: argparse.Namespace) -> tuple[Clips, list[np.ndarray]]:
+    """The clips that the options name, as `read_clips` gives them."""
+    return read_clips(args.data, args.split, args.language, args.max_clips, args.max_seconds, args.join)
+
+
+def settings_of(args: argparse.Namespace, clips: Clips, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What a file of results says of the dense model and the clips."""
+    return {
         "model": portable(args.model),
         "data": Path(args.data).name,
         "split": args.split,
@@ -240,10 +234,32 @@ def main() -> None:
         "max_seconds": args.max_seconds,
         "join_seconds": args.join,
         "audio_seconds": round(sum(map(len, samples)) / SAMPLING_RATE, 2),
-        "threads": args.threads,
-        "timed": not args.words_only,
         "transcripts": hashlib.sha256("\n".join(clips.references).encode()).hexdigest()[:16],
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_clip_options(parser)
+    parser.add_argument("--threads", type=int, default=2, help="threads of each system")
+    parser.add_argument(
+        "--words_only", action="store_true", help="leaves out speed and memory, as when other jobs run beside"
+    )
+    parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
+    parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
+    args = parser.parse_args()
+    check_clip_options(parser, args)
+
+    model = resolve_pretrained(args.model)
+    pythons = interpreters_of(args.python)
+    systems: dict[str, Runtime] = {
+        system: create(system, model, args.language, args.threads) for system in args.systems
+    }
+    clips, samples = clips_of(args)
+    settings = {**settings_of(args, clips, samples), "threads": args.threads, "timed": not args.words_only}
     results = Results(args.output, settings)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clips.npz"

@@ -13,7 +13,6 @@ token, and the share of tokens at which the system's first choice is not the den
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_runtimes import Results, digest, read_clips
+from compare_runtimes import (
+    Results,
+    add_clip_options,
+    check_clip_options,
+    clips_of,
+    digest,
+    settings_of,
+)
 from pretrained import resolve_pretrained
 from runtimes import SAMPLING_RATE, TorchRuntime, create
 from runtimes_report import DENSE, MB, SAMPLES, bootstrap_samples, with_interval
 from tqdm.auto import tqdm
 
-from hf_residual_transformer.compression.inputs import Batch, inputs_of, with_labels, without_memory
+from hf_residual_transformer.compression.inputs import Batch, with_labels, without_memory
+from hf_residual_transformer.compression.measurement import log_chances
 from hf_residual_transformer.layers import unpacked_weights
-from hf_residual_transformer.provenance import portable, provenance
+from hf_residual_transformer.provenance import provenance
 
 
 def transcripts(dense: TorchRuntime, samples: Sequence[np.ndarray]) -> list[Batch]:
@@ -46,8 +53,7 @@ def compare(dense: Any, model: Any, batches: Sequence[Batch], name: str) -> dict
     found: dict[str, list[float]] = {"divergence": [], "differ": [], "tokens": []}
     with unpacked_weights(model):
         for batch in tqdm(batches, desc=name, unit="clip"):
-            wanted = dense(**inputs_of(dense, batch)).logits[0].log_softmax(-1)
-            own = model(**inputs_of(model, without_memory(batch))).logits[0].log_softmax(-1)
+            wanted, own = log_chances(dense, batch), log_chances(model, without_memory(batch))
             found["divergence"].append((wanted.exp() * (wanted - own)).sum().item())
             found["differ"].append((wanted.argmax(-1) != own.argmax(-1)).sum().item())
             found["tokens"].append(len(wanted))
@@ -126,20 +132,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="openai/whisper-base", help="id or folder of the dense Whisper")
-    parser.add_argument("--data", required=True, help="folder with recordings and transcripts")
-    parser.add_argument("--split", default="test", help="split of the data")
-    parser.add_argument("--max_clips", type=int, help="so many clips, evenly spread; by default all")
-    parser.add_argument(
-        "--join", type=float, metavar="SECONDS", help="joins adjacent clips up to this length"
-    )
-    parser.add_argument("--language", default="en", help="language of the clips")
+    add_clip_options(parser)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument(
         "--systems", nargs="+", required=True, help="`ours:FOLDER`, `q4_0-rounded` and others"
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
     args = parser.parse_args()
+    check_clip_options(parser, args)
     model = resolve_pretrained(args.model)
     runtimes: list[TorchRuntime] = []
     for system in args.systems:
@@ -147,19 +147,9 @@ def main() -> None:
         if not isinstance(runtime, TorchRuntime):
             parser.error(f"--systems must run in PyTorch, got {runtime.name!r}, which gives no probabilities")
         runtimes.append(runtime)
-    clips, samples = read_clips(args.data, args.split, args.language, args.max_clips, 30.0, args.join)
+    clips, samples = clips_of(args)
     dense: Any = create(DENSE, model, args.language, args.threads)
-    settings = {
-        "model": portable(args.model),
-        "data": Path(args.data).name,
-        "split": args.split,
-        "language": args.language,
-        "clips": len(samples),
-        "join_seconds": args.join,
-        "audio_seconds": round(sum(map(len, samples)) / SAMPLING_RATE, 2),
-        "dense_mb": dense.file_bytes() / MB,
-        "transcripts": hashlib.sha256("\n".join(clips.references).encode()).hexdigest()[:16],
-    }
+    settings = {**settings_of(args, clips, samples), "dense_mb": dense.file_bytes() / MB}
     results = Results(args.output, settings)
     dense.load()
     known: list[Batch] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +33,8 @@ from transformers import (
 
 import hrt_cli
 from hf_residual_transformer import ResidualWav2Vec2Config, ResidualWhisperConfig
+
+REPO = Path(hrt_cli.__file__).parents[1]  # or the folder of installed packages
 
 torch.set_num_threads(1)
 
@@ -262,3 +266,30 @@ def compressed(dense_whisper, dense_wav2vec2, tmp_path_factory) -> dict[str, Pat
         ]
         assert hrt_cli.main([*map(str, words), "--out", str(outputs[family])]) == 0
     return outputs
+
+
+def add_adapter_or_skip(model, config) -> None:
+    """Adds an adapter as transformers does, or skips the test where it refuses the version of PEFT that is there."""
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def fresh_process(words, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A finished Python process with these arguments, which runs in a folder and finds this package.
+
+    The code of remote models goes into a new folder.
+    """
+    known = {"PYTHONPATH": str(REPO), "HF_MODULES_CACHE": str(folder / "modules")}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        env={**os.environ, **known, **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )

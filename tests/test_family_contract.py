@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_
+from conftest import REPO, fresh_process, randomize_
 from family_table import table
 from safetensors.torch import load_file
 from tiny_families import SETTINGS, dense_model, inputs_for
@@ -54,7 +50,6 @@ CHANGED_BY_PADDING = (
     "moonshine",
     "moonshine_streaming",
 )
-REPO = Path(hrt.__file__).parents[1]
 ENCODER = {"parts": ("encoder",), "progress": False, "iterations": 1}
 
 
@@ -219,9 +214,7 @@ def test_a_fresh_process_loads_every_kind(tmp_path):
         randomize_(model).save_pretrained(tmp_path / name)
         torch.save(case(name).inputs, tmp_path / f"{name}.pt")
         expected[name] = outputs_of(model, name)
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", FRESH, str(tmp_path), *names]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = fresh_process(["-c", FRESH, tmp_path, *names], tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     for name in names:
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.out"), expected[name], rtol=1e-5, atol=1e-5)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import speech
+from conftest import fresh_process, speech
 from fake_hub import USER, metadata_errors, running_hub
 from huggingface_hub import ModelCard, RepoCard
-from test_remote_code import ABSENT, CODE_FILES, REPO, recognizer
+from test_remote_code import ABSENT, CODE_FILES, recognizer
 from transformers import pipeline
 
 import hf_residual_transformer as hrt
@@ -76,17 +73,8 @@ def hub():
 
 def start(hub, tmp_path, command, **environment):
     """A finished process for which the server is the Hub; its caches are new."""
-    homes = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    known = {**os.environ, **hub.environment, **homes, "PYTHONPATH": str(REPO), **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=known,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    homes = {"HF_HOME": str(tmp_path / "home")}
+    return fresh_process(command, tmp_path, **{**hub.environment, **homes, **environment})
 
 
 def succeed(*args, **environment):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
     SAMPLING_RATE,
+    add_adapter_or_skip,
+    fresh_process,
     randomize_,
     speech,
     tiny_whisper_config,
@@ -28,7 +27,6 @@ from hf_residual_transformer import ResidualConfig, classes
 from hf_residual_transformer.families import FAMILIES
 from hf_residual_transformer.folders import CODE
 
-REPO = Path(hrt.__file__).parents[1]
 CODE_FILES = {
     f"{name}.py"
     for name in (
@@ -64,22 +62,7 @@ else:
 
 def run_python(code: str, tmp_path: Path, *words: object) -> str:
     """What a fresh process prints, whose code of remote models is in a new folder."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    done = fresh_process(["-c", code, *words], tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -314,11 +297,6 @@ def test_the_code_of_a_class_from_elsewhere_is_refused(tmp_path):
 def test_an_adapter_has_no_code(tmp_path):
     peft = pytest.importorskip("peft")
     model = recognizer("whisper", tmp_path)
-    try:
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    except ValueError as error:
-        if "version of PEFT" not in str(error):
-            raise
-        pytest.skip(f"this transformers adds no adapter of peft {peft.__version__}")
+    add_adapter_or_skip(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="`with_code` must be False for a model with an adapter"):
         model.save_pretrained(tmp_path / "adapter", with_code=True)

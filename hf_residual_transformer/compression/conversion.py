@@ -75,11 +75,8 @@ ENCODER, DECODER = "encoder", "decoder"
 PARTS = (ENCODER, DECODER, EMBEDDING)
 # Beside a decoder, so many windows are enough for an encoder: a window has 1,500 frames, but only tens of tokens.
 ENCODER_WINDOWS = 16
-COMPONENT_NAMES = (
-    "residual_A",
-    "residual_B",
-    "diagonal",
-)  # parameters of a `ResidualLinear` that no dense model has
+# Parameters of a `ResidualLinear` that no dense model has.
+COMPONENT_NAMES = ("residual_A", "residual_B", "diagonal")
 # The default budget by `shared_bits`: bytes relative to dense with matrices of few bits, otherwise parameters.
 BUDGETS: dict[Any, float] = {BITS: 0.31, None: 0.7}
 

@@ -84,6 +84,15 @@ def replaced(roundings: Sequence[Rounding]) -> Iterator[None]:
                 linear.bias = bias
 
 
+def log_chances(model: Any, batch: Batch) -> Tensor:
+    """Log-probabilities of every token at each token of the labels that is no padding, (number, vocabulary).
+
+    They are in float64, since a divergence is of second order in differences that cancel to first order.
+    """
+    logits: Tensor = model(**inputs_of(model, batch)).logits
+    return logits[is_token(batch).to(logits.device)].double().log_softmax(-1)
+
+
 class Divergence:
     """Measures how far the token distributions of a model are from what they are now, in nats for each token.
 
@@ -95,18 +104,13 @@ class Divergence:
 
     def __init__(self, model: Any, batches: Sequence[Batch], processes: Processes = ALONE) -> None:
         self.model, self.batches, self.processes = model, batches, processes
-        self.reference = [self._log_chances(batch) for batch in batches]
-
-    def _log_chances(self, batch: Batch) -> Tensor:
-        logits = self.model(**inputs_of(self.model, batch)).logits
-        # In float64, since the divergence is of second order in differences that cancel to first order.
-        return logits[is_token(batch).to(logits.device)].double().log_softmax(-1)
+        self.reference = [log_chances(model, batch) for batch in batches]
 
     def __call__(self, of_encoder: bool) -> float:
         """The mean over all tokens of the labels; the encoder runs again only if the change is one `of_encoder`."""
         batches = [without_memory(batch) for batch in self.batches] if of_encoder else self.batches
         total = sum(
-            (reference.exp() * (reference - self._log_chances(batch))).sum().item()
+            (reference.exp() * (reference - log_chances(self.model, batch))).sum().item()
             for reference, batch in zip(self.reference, batches)
         )
         counts = [total, sum(map(len, self.reference))]
