@@ -124,7 +124,7 @@ def _config_class(family: Family) -> type[ResidualConfigMixin]:
             model_type = f"{MODEL_TYPE_PREFIX}{family.name}"
             residual_config: ResidualConfig | dict | None = None
             decoder_residual_config: ResidualConfig | dict | None = None
-            embedding_bits: int | None = None
+            embedding_bits: int | list | None = None
 
     Config.code_map = _code_map(family)
     Config.__doc__ = f"`{dense.__name__}` with settings of the compact parts; see `ResidualConfigMixin`."

@@ -32,6 +32,8 @@ FILE_FIELDS = ("residual_format", "residual_sharing")
 # checkpoint, whose compact matrices they would leave random.
 GUARD_FIELDS = ("init_std", "initializer_range", "vocab_size", "hidden_size", "durations")
 GUARD = " (this checkpoint is compact: import hf_residual_transformer, and load it with an Auto class)"
+# A number of bits for all tokens, or for each range of tokens the id at which it ends, exclusive, and its bits.
+EmbeddingBits = int | list[list[int]] | None
 DIAGONALS = ("none", "square", "all")
 
 
@@ -261,7 +263,8 @@ class ResidualConfigMixin(DenseConfig):
 
     Classes with a decoder have two fields more. `decoder_residual_config` is the decoder's, or None where its layers
     stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays
-    dense; its blocks have the `block_size` of the decoder, or else of the encoder.
+    dense, or such pairs as `[[4096, 5], [51865, 3]]`: tokens below 4096 have five bits, and those from there to 51865
+    have three. Its blocks have the `block_size` of the decoder, or else of the encoder.
 
     A config with an `auto_map`, whatever it says, is saved with the code that opens it; see `carry_code`.
 
@@ -271,7 +274,7 @@ class ResidualConfigMixin(DenseConfig):
 
     residual_config: Any
     decoder_residual_config: Any
-    embedding_bits: int | None
+    embedding_bits: EmbeddingBits
     # By Auto class, the module and class that open a checkpoint which carries its code.
     code_map: ClassVar[dict[str, str]]
 
@@ -320,8 +323,8 @@ class ResidualConfigMixin(DenseConfig):
             value = ResidualConfig() if value is None else ResidualConfig.from_dict(value)
         if name == "decoder_residual_config" and value is not None and not isinstance(value, ResidualConfig):
             value = ResidualConfig.from_dict(value)
-        if name == "embedding_bits" and value is not None and not _is_int(value, FEWEST, MOST):
-            raise ValueError(f"`embedding_bits` must be from {FEWEST} to {MOST} or None, got {value!r}")
+        if name == "embedding_bits" and value is not None:
+            value = checked_embedding_bits(value)
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -387,6 +390,38 @@ class ResidualConfigMixin(DenseConfig):
         for name in RESIDUAL_FIELDS:
             values.pop(name, None)
         return self.dense_class()(**values)
+
+
+def checked_embedding_bits(value: Any) -> int | list[list[int]]:
+    """`embedding_bits` as a config keeps it. Neighbouring ranges with the same bits become one.
+
+    Raises:
+        ValueError: for anything but a number of bits, or ascending ends with numbers of bits.
+    """
+    if isinstance(value, (list, tuple)):
+        merged: list[list[int]] = []
+        for pair in value:
+            last = merged[-1][0] if merged else 0
+            if not (
+                isinstance(pair, (list, tuple))
+                and len(pair) == 2
+                and _is_int(pair[0], last + 1)
+                and _is_int(pair[1], FEWEST, MOST)
+            ):
+                raise ValueError(
+                    "`embedding_bits` must have pairs of an id at which a range of tokens ends, each greater than the "
+                    f"last, and of bits from {FEWEST} to {MOST}, got {pair!r}"
+                )
+            if merged and merged[-1][1] == pair[1]:
+                merged.pop()
+            merged.append(list(pair))
+        if merged:
+            return merged
+    elif _is_int(value, FEWEST, MOST):
+        return value  # type: ignore[no-any-return]
+    raise ValueError(
+        f"`embedding_bits` must be from {FEWEST} to {MOST}, or ranges of tokens, or None, got {value!r}"
+    )
 
 
 def _portable(config: DenseConfig) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 `SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
 `ResidualLinear` holds the components that belong to one layer. `QuantizedEmbedding` holds the vectors of tokens in few
-bits, and `TiedOutput` computes logits with it. `ChannelsFirst` gives a Conformer's point-wise convolutions the same
+bits, `MixedEmbedding` holds those of some tokens in more bits than those of others, and `TiedOutput` computes logits
+with either. `ChannelsFirst` gives a Conformer's point-wise convolutions the same
 forms. `modeling.py` puts them into a model.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,15 +170,18 @@ class QuantizedEmbedding(QuantizedWeight):
         dense: the embedding that it takes the place of.
         bits: of each weight, from 2 to 8.
         block_size: the number of weights that have one scale.
+        num_embeddings: rows, where it takes the place of some of those of `dense`; by default all.
     """
 
-    def __init__(self, dense: nn.Embedding, bits: int, block_size: int = BLOCK) -> None:
+    def __init__(
+        self, dense: nn.Embedding, bits: int, block_size: int = BLOCK, num_embeddings: int | None = None
+    ) -> None:
         weight = dense.weight
+        self.num_embeddings = dense.num_embeddings if num_embeddings is None else num_embeddings
         super().__init__(
-            dense.embedding_dim, dense.num_embeddings, weight.device, weight.dtype, bits, block_size
+            dense.embedding_dim, self.num_embeddings, weight.device, weight.dtype, bits, block_size
         )
-        self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
-        self.padding_idx = dense.padding_idx
+        self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
@@ -191,8 +195,55 @@ class QuantizedEmbedding(QuantizedWeight):
         return output
 
 
+class MixedEmbedding(nn.Module):
+    """A table of token vectors in which ranges of tokens have numbers of bits of their own.
+
+    Tokenizers give low ids to frequent tokens, whose vectors are worth more bits.
+
+    Args:
+        dense: the embedding that it takes the place of.
+        ranges: for each range of token ids, in order, the id at which it ends, exclusive, and its bits.
+        block_size: the number of weights that have one scale.
+    """
+
+    def __init__(self, dense: nn.Embedding, ranges: Sequence[Sequence[int]], block_size: int = BLOCK) -> None:
+        super().__init__()
+        ends = [end for end, _ in ranges]
+        self.starts = [0, *ends[:-1]]
+        self.parts = nn.ModuleList(
+            QuantizedEmbedding(dense, bits, block_size, end - start)
+            for start, (end, bits) in zip(self.starts, ranges)
+        )
+        self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
+        self.padding_idx = dense.padding_idx
+
+    @property
+    def ranges(self) -> list[tuple[int, QuantizedEmbedding]]:
+        """The first token of each range, with the vectors of its tokens."""
+        return list(zip(self.starts, self.parts))  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (num_tokens, hidden_size), computed at each access."""
+        return torch.cat([part.weight for _, part in self.ranges])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids of any shape to vectors, (..., hidden_size)."""
+        found: Tensor | None = None
+        for start, part in self.ranges:
+            # Every range looks up every token, so that no shape depends on the ids.
+            rows = part((input_ids - start).clamp(0, part.num_embeddings - 1))
+            found = rows if found is None else torch.where((input_ids >= start).unsqueeze(-1), rows, found)
+        assert found is not None
+        return found
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
+        return torch.cat([part.logits(hidden_states) for _, part in self.ranges], -1)
+
+
 class TiedOutput(nn.Module):
-    """The output projection that is tied to a `QuantizedEmbedding`, and has no weights of its own.
+    """The output projection that is tied to an embedding in few bits, and has no weights of its own.
 
     Args:
         model: the model that owns the embedding; it is looked up at each call, and not registered here.

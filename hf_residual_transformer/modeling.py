@@ -32,6 +32,7 @@ from .layers import (
     SHARED,
     ChannelsFirst,
     LowRankLinear,
+    MixedEmbedding,
     PointwiseLowRank,
     PointwiseResidual,
     QuantizedEmbedding,
@@ -112,8 +113,8 @@ class ResidualMixin(DenseModel):
             self._quantize_embedding(config.embedding_bits, config.embedding_block_size)
         self.post_init()
 
-    def _quantize_embedding(self, bits: int, block_size: int) -> None:
-        """Puts a `QuantizedEmbedding` in the place of the token embedding, and of the output that is tied to it."""
+    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int) -> None:
+        """Puts few bits in the place of the token embedding, and of the output that is tied to it."""
         embedding: Any = self.get_input_embeddings()
         output = self.get_output_embeddings()
         if output is not None and not self.config.tie_word_embeddings:
@@ -125,7 +126,14 @@ class ResidualMixin(DenseModel):
                 f"`embedding_bits` must be None for an embedding of {embedding.embedding_dim} columns, which is no "
                 f"multiple of {block_size}, got {bits}"
             )
-        self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size))
+        if isinstance(bits, int):
+            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size))
+        else:
+            if bits[-1][0] != embedding.num_embeddings:
+                raise ValueError(
+                    f"`embedding_bits` must end at {embedding.num_embeddings}, the number of tokens, got {bits}"
+                )
+            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size))
         if output is not None:
             self.set_output_embeddings(TiedOutput(self))
             self._tied_weights_keys = {}  # the output has no weight that could be tied
@@ -338,7 +346,8 @@ class ResidualMixin(DenseModel):
             if bias is not None:
                 weights[f"{path}.bias"] = bias.clone()
         for path, module in self.named_modules():
-            if isinstance(module, (QuantizedEmbedding, TiedOutput)):
+            # Those in the ranges of a `MixedEmbedding` have names that no dense model has.
+            if isinstance(module, (QuantizedEmbedding, MixedEmbedding, TiedOutput)) and ".parts." not in path:
                 weights[f"{path}.weight"] = module.weight.clone()
         with init.no_init_weights():
             dense = self.dense_class()(self.config.to_dense_config())

@@ -18,6 +18,7 @@ BITS = 4  # by default
 FEWEST, MOST = 2, 8
 BLOCK = 32  # the number of weights that have one scale, by default
 SWEEPS = 4
+ROWS = 4096  # rounded at a time, since a token embedding takes many times its memory otherwise
 BLOCKS = (32, 64, 128)  # those that MatMulNBits of ONNX Runtime also has
 # Candidate scales, relative to the scale that maps the weight of the largest magnitude to the lowest integer. Smaller
 # scales clip that weight and make finer steps; negative scales map it to the highest integer.
@@ -81,25 +82,31 @@ def quantize(
         block_size: the number of weights that have one scale.
         sweeps: with a covariance, how often all scales and then all integers are improved, after the first rounding.
     """
-    weight = weight.double()
-    codes, scales = _round_onward(weight, covariance, bits, block_size)
+    onward, dtype = None, torch.float64  # row j: how later columns compensate for the error of column j
     if covariance is not None:
-        for _ in range(sweeps):
-            scales = _best_scales(weight, codes, scales, covariance)
-            codes = _best_codes(weight, codes, scales, covariance, bits)
-    return Quantized(_pack((codes - lowest(bits)).to(torch.uint8), bits), scales, bits)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        # Errors in float32 are small beside those of rounding, and it takes half the time.
+        dtype = torch.float32
+        onward, covariance = torch.linalg.cholesky(inverse, upper=True).to(dtype), covariance.to(dtype)
+    packed, found = [], []
+    for rows in weight.split(ROWS):  # which are independent of one another
+        rows = rows.to(dtype)
+        codes, scales = _round_onward(rows, covariance, onward, bits, block_size)
+        if covariance is not None:
+            for _ in range(sweeps):
+                scales = _best_scales(rows, codes, scales, covariance)
+                codes = _best_codes(rows, codes, scales, covariance, bits)
+        packed.append(_pack((codes - lowest(bits)).to(torch.uint8), bits))
+        found.append(scales.double())
+    return Quantized(torch.cat(packed), torch.cat(found), bits)
 
 
 def _round_onward(
-    weight: Tensor, covariance: Tensor | None, bits: int, block_size: int
+    weight: Tensor, covariance: Tensor | None, onward: Tensor | None, bits: int, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Integers, (out_features, in_features), and scales, by rounding one column after another, as in GPTQ."""
     weight = weight.clone()
     matter = torch.ones_like(weight[0]) if covariance is None else covariance.diagonal()
-    onward = None  # row j: how later columns compensate for the error of column j
-    if covariance is not None:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-        onward = torch.linalg.cholesky(inverse, upper=True)
     codes, scales = torch.empty_like(weight), []
     for start in range(0, weight.shape[1], block_size):
         end = start + block_size
@@ -133,7 +140,7 @@ def _best_scales(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tens
     wanted = ((weight @ covariance).unflatten(1, (scales.shape[1], -1)) * blocks).sum(2)
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    found = torch.linalg.solve(gram, wanted).half().to(scales)
+    found = torch.linalg.solve(gram.double(), wanted.double()).half().to(scales)
     return torch.where(found.isfinite() & (found != 0), found, scales)
 
 

@@ -133,7 +133,9 @@ def size_report(model: nn.Module) -> SizeReport:
             number = module.out_features * module.in_features
             scales = module.weight_scale.numel()
             in_bytes = module.weight_packed.nbytes + scales * FLOAT_BITS // 8
-            parts["token embedding"] = Count(in_bytes, number * FLOAT_BITS // 8)
+            of_part = Count(in_bytes, number * FLOAT_BITS // 8)
+            known = parts.get("token embedding", Count(0, 0))
+            parts["token embedding"] = Count(known.unique + of_part.unique, known.dense + of_part.dense)
             parameters.append(Count(number + scales, number))
     dense_saved = saved + sum(count.dense - count.unique for count in parts.values())
     unique = sum(parameter.numel() for parameter in model.parameters()) + quantized_weights(model).total()

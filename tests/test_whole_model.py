@@ -104,8 +104,21 @@ def test_the_config_comes_back_and_says_what_each_part_is(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"embedding_bits": 1}, "`embedding_bits` must be from 2 to 8 or None, got 1"),
-        ({"embedding_bits": True}, "`embedding_bits` must be from 2 to 8 or None, got True"),
+        ({"embedding_bits": 1}, "`embedding_bits` must be from 2 to 8, or ranges of tokens, or None, got 1"),
+        (
+            {"embedding_bits": True},
+            "`embedding_bits` must be from 2 to 8, or ranges of tokens, or None, got True",
+        ),
+        ({"embedding_bits": []}, r"`embedding_bits` must be .*, or ranges of tokens, or None, got \[\]"),
+        (
+            {"embedding_bits": [[9, 4], [9, 5]]},
+            r"`embedding_bits` must have pairs .* greater than the last.*\[9, 5\]",
+        ),
+        (
+            {"embedding_bits": [[9, 4], [19, 9]]},
+            r"`embedding_bits` must have pairs .* from 2 to 8, got \[19, 9\]",
+        ),
+        ({"embedding_bits": [7]}, "`embedding_bits` must have pairs .*, got 7"),
         ({"decoder_residual_config": {"rank": -1}}, "`rank` must be"),
         ({"decoder_residual_config": {"bits_pattern": {"fc1": 9}}}, r"`bits_pattern\['fc1'\]` must be"),
         ({"decoder_residual_config": {"block_size": 48}}, "`block_size` must be one of 32, 64, 128, got 48"),
@@ -134,6 +147,10 @@ def test_fields_that_cannot_be_are_refused_by_name(fields, message):
         (
             {"embedding_bits": 4, "d_model": 48},
             "`embedding_bits` must be None for an embedding of 48 columns",
+        ),
+        (
+            {"embedding_bits": [[9, 4], [300, 5]]},
+            r"`embedding_bits` must end at \d+, the number of tokens, got \[\[9, 4\], \[300, 5\]\]",
         ),
     ],
 )
@@ -397,7 +414,7 @@ def test_the_error_estimate_is_what_small_changes_do_to_the_distributions():
     noise = 1e-2 * torch.randn(dense.proj_out.weight.shape, generator=torch.Generator().manual_seed(1))
     perturbed(changed.proj_out, noise, None)
     moved = 2 * divergence_of(changed, dense, batches)
-    assert table.error(noise.double()) == pytest.approx(moved, rel=0.7)
+    assert table.errors(noise.double()).sum().item() == pytest.approx(moved, rel=0.7)
 
 
 def divergence_of(model, dense, batches):

@@ -29,6 +29,7 @@ HALVINGS = 50  # in the search for the price of a parameter
 REFERENCE_BITS = 3  # errors with other bits are estimated from those with this number
 SAMPLED_ROWS = 8  # every eighth row of a matrix is enough to compare numbers of bits
 EMBEDDING = "embed_tokens"
+TOKEN_RANGES = (1024, 4096, 16384)
 
 
 @dataclass(frozen=True)
@@ -339,22 +340,41 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
     return found
 
 
+def token_ranges(num_tokens: int, end_token: int | None) -> list[int]:
+    """Ends of the ranges of tokens whose numbers of bits are chosen apart.
+
+    Byte-pair encodings number tokens in the order in which they were merged, so that low ids are frequent. The token
+    that ends a text and those after it, of tasks, languages and times, are a range where they come last.
+    """
+    ends = {*TOKEN_RANGES, end_token or 0}
+    return [*sorted(end for end in ends if min(TOKEN_RANGES) <= end < num_tokens), num_tokens]
+
+
 def embedding_curves(
-    table: Tensor, statistics: EmbeddingStatistics, numbers: Sequence[int], block_size: int
+    table: Tensor,
+    statistics: EmbeddingStatistics,
+    ranges: Sequence[tuple[int, Sequence[int]]],
+    block_size: int,
 ) -> list[Curve]:
-    """The error of a token embedding for each number of bits."""
-    group = Group(EMBEDDING, 1, (0,), EMBEDDING)
-    metric = statistics.metric()
-    reference = REFERENCE_BITS if REFERENCE_BITS in numbers else numbers[0]
-    rounded = quantize_for(table, metric, reference, block_size, sweeps=0).weight()
-    error = statistics.error(rounded - table.double())
-    ratios = rounding_ratios(table, metric.diagonal(), numbers, reference, block_size)
-    return [
-        Curve(
-            group, bits, np.array([ratio * error]), 0, quantized_parameters(table.numel(), bits, block_size)
-        )
-        for bits, ratio in ratios.items()
-    ]
+    """The errors of ranges of tokens, of which the ends and possible bits are given, for each number of bits.
+
+    The end of a range is the layer of its group.
+    """
+    starts, rounded = [0, *(end for end, _ in ranges)], []
+    metrics = [statistics.metric(start, end) for start, (end, _) in zip(starts, ranges)]
+    references = [REFERENCE_BITS if REFERENCE_BITS in numbers else numbers[0] for _, numbers in ranges]
+    for start, (end, _), metric, reference in zip(starts, ranges, metrics, references):
+        quantized = quantize_for(table[start:end], metric, reference, block_size, sweeps=0)
+        rounded.append(quantized.weight().to(table))
+    errors = statistics.errors(torch.cat(rounded) - table)
+    found = []
+    for start, (end, numbers), metric, reference in zip(starts, ranges, metrics, references):
+        group, weight = Group(EMBEDDING, 1, (end,), EMBEDDING), table[start:end]
+        error = errors[start:end].sum().item()
+        for bits, ratio in rounding_ratios(weight, metric.diagonal(), numbers, reference, block_size).items():
+            size = quantized_parameters(weight.numel(), bits, block_size)
+            found.append(Curve(group, bits, np.array([ratio * error]), 0, size))
+    return found
 
 
 def rounding_ratios(

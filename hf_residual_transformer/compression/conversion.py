@@ -25,9 +25,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from ..configuration import ResidualConfig
+from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bits
 from ..families import Family, LayerStack
-from ..layers import as_linear, is_linear, is_of_torchao
+from ..layers import MixedEmbedding, as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
 from ..reporting import ConversionReport, ModuleError, saved_tensors
@@ -42,6 +42,7 @@ from .allocation import (
     config_of,
     curves_of,
     embedding_curves,
+    token_ranges,
     unranked_parameters,
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
@@ -87,11 +88,11 @@ class Plan:
 
     Args:
         configs: settings by the name of the stack; stacks that are not there stay dense.
-        embedding_bits: bits of the token embedding; None where it stays dense.
+        embedding_bits: of the token embedding, as in the config; None where it stays dense.
     """
 
     configs: dict[str, ResidualConfig]
-    embedding_bits: int | None = None
+    embedding_bits: EmbeddingBits = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def convert(
     calibration: Iterable[Any] | None = None,
     *,
     decoder_residual_config: ResidualConfig | None = None,
-    embedding_bits: int | None = None,
+    embedding_bits: EmbeddingBits = None,
     parts: Sequence[str] | None = None,
     start: str = "calibrated",
     budget: float | None = None,
@@ -144,7 +145,7 @@ def convert(
             will hear. Masked frames do not count. The "svd" start uses them for its report alone. A decoder also reads
             token ids of transcripts, `labels`; by default the dense model transcribes the recordings.
         decoder_residual_config: the same for the decoder's layers.
-        embedding_bits: bits of the token embedding.
+        embedding_bits: bits of the token embedding, or of ranges of tokens, as in the config.
         parts: those of "encoder", "decoder" and "embed_tokens" that become compact, where `budget` chooses everything.
             By default all that the model has, or the encoder alone with `shared_bits=None`, which leaves the embedding
             dense.
@@ -207,7 +208,7 @@ def convert(
 
 
 def _given_plan(
-    residual_config: Any, decoder_residual_config: Any, embedding_bits: int | None
+    residual_config: Any, decoder_residual_config: Any, embedding_bits: EmbeddingBits
 ) -> Plan | None:
     """The settings that the user gives; None where `budget` chooses all."""
     configs = {}
@@ -222,6 +223,8 @@ def _given_plan(
             "`residual_config`, which is that of the encoder, must be given beside `decoder_residual_config` or "
             "`embedding_bits`, got None"
         )
+    if embedding_bits is not None:
+        embedding_bits = checked_embedding_bits(embedding_bits)
     return Plan(configs, embedding_bits) if configs else None
 
 
@@ -444,16 +447,27 @@ class _Conversion:
         if ENCODER in self.parts:
             errors += self._fit(self.parts[ENCODER], model, plan)
         if plan.embedding_bits:
-            table, block_size = self.dense.get_input_embeddings(), model.config.embedding_block_size
-            metric = embedding.metric() if embedding is not None else torch.eye(table.embedding_dim).double()
-            quantized = quantize_for(table.weight, metric, plan.embedding_bits, block_size)
-            model.get_input_embeddings().write(quantized)
+            self._fit_embedding(embedding, model.get_input_embeddings())
         if DECODER in self.parts:
             errors += self._fit(self.parts[DECODER], model, plan)
         return model, errors
 
+    def _fit_embedding(self, statistics: EmbeddingStatistics | None, embedding: Any) -> None:
+        """Writes the token vectors in few bits."""
+        table, start = self.dense.get_input_embeddings().weight, 0
+        parts = (
+            [part for _, part in embedding.ranges] if isinstance(embedding, MixedEmbedding) else [embedding]
+        )
+        for part in parts:
+            end = start + part.num_embeddings
+            metric = (
+                torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
+            )
+            part.write(quantize_for(table[start:end], metric, part.bits, part.block_size))
+            start = end
+
     def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
-        request, budget = self.request, self.request.budget
+        budget = self.request.budget
         assert budget is not None
         curves: list[Curve] = []
         divergence = self._divergence()
@@ -468,18 +482,17 @@ class _Conversion:
             else sum(tensor.numel() for tensor in saved_tensors(self.dense))
         )
         fixed = dense - of_layers + sum(unranked_parameters(part.search) for part in self.parts.values())
-        given_bits = None if request.plan is None else request.plan.embedding_bits
         if EMBEDDING in self.names:
             assert embedding is not None
             table = self.dense.get_input_embeddings().weight
-            numbers = (given_bits,) if given_bits else request.numbers or ()
+            ranges = self._token_ranges(len(table))
             # As `embedding_block_size` of the config will say.
             block_size = self.parts.get(DECODER, self.parts[ENCODER]).search.config.block_size
-            of_table = embedding_curves(table, embedding, numbers, block_size)
+            of_table = embedding_curves(table, embedding, ranges, block_size)
             weight = quantize(table, None, CHECK_BITS, block_size).weight().to(table)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
             roundings: list[Rounding] = [(end, weight, None) for end in ends if end is not None]
-            plain = PlainRounding(roundings, embedding.error((weight - table).double()))
+            plain = PlainRounding(roundings, embedding.errors(weight - table).sum().item())
             curves += _scaled(of_table, plain, divergence, False)
             fixed -= table.numel()
         try:
@@ -494,7 +507,21 @@ class _Conversion:
         for choice in choices:
             by_stack.setdefault(choice.group.stack, []).append(choice)
         configs = {name: config_of(part.search, by_stack[name]) for name, part in self.parts.items()}
-        return Plan(configs, by_stack[EMBEDDING][0].bits if EMBEDDING in by_stack else None)
+        chosen = sorted((choice.group.layers[0], choice.bits) for choice in by_stack.get(EMBEDDING, []))
+        if len({bits for _, bits in chosen}) < 2:
+            return Plan(configs, chosen[0][1] if chosen else None)
+        return Plan(configs, checked_embedding_bits(chosen))
+
+    def _token_ranges(self, num_tokens: int) -> list[tuple[int, Sequence[int]]]:
+        """The ends of ranges of tokens, and the bits that each may have."""
+        given = None if self.request.plan is None else self.request.plan.embedding_bits
+        if isinstance(given, int):
+            return [(num_tokens, (given,))]
+        if given is not None:
+            return [(end, (bits,)) for end, bits in given]
+        end_token = self.dense.config.eos_token_id
+        ends = token_ranges(num_tokens, end_token if isinstance(end_token, int) else None)
+        return [(end, self.request.numbers or ()) for end in ends]
 
     def _divergence(self) -> Divergence | None:
         """Measures on a few of the windows; None where one part alone is compressed, or has no logits."""
@@ -667,7 +694,7 @@ def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
         tables = [dense.get_input_embeddings(), dense.get_output_embeddings()]
         replaced |= {f"{names[table]}.weight" for table in tables if table is not None}
         path = names[tables[0]]
-        banks += [f"{path}.weight_packed", f"{path}.weight_scale"]
+        banks.append(f"{path}.")
     unused = [key for key in weights if key not in own and key not in replaced]
     missing = [
         key

@@ -23,7 +23,7 @@ from ..reporting import ModuleError
 from .fitting import fit_group
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
 from .processes import ALONE, Processes
-from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, importance_of
+from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, Weights, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
 Calls = dict[str, tuple[Tensor, Tensor]]  # inputs and outputs of each module of a layer, by path
@@ -40,12 +40,13 @@ class CrossMoments(WeightedMoments):
 
     def add_pairs(self, inputs: Tensor, wanted: Tensor, weights: Tensor) -> None:
         """Adds (number, in_features) with (number, out_features), each with its weight, (number,)."""
-        self.add(inputs, weights)
-        wanted = wanted.double()
-        weighted = wanted * weights[:, None]
-        self.wanted_sum += weighted.sum(0)
-        self.cross.addmm_(weighted.T, inputs.double())
-        self.squares += (weighted * wanted).sum()
+        of_batch = Weights(weights)
+        inputs, mean = self._add(inputs, of_batch)
+        self.squares += (of_batch.weights @ wanted.double().square()).sum()
+        wanted, total, _ = of_batch.about_mean(wanted)
+        self.wanted_sum += total
+        self.cross += (wanted.T @ inputs.to(wanted)).double() * of_batch.scale
+        self.cross.addr_(total, mean)
 
     def sums(self) -> list[Tensor]:
         return [*super().sums(), self.wanted_sum, self.cross, self.squares]

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..families import LayerStack
 from ..layers import rows_last
 from ..modeling import forward_as
+from ..quantization import ROWS
 from .inputs import MEMORY, Batch, decoder_ids, is_token, main_input, mask_of, output_of, to_model
 from .processes import ALONE, Processes
 
@@ -31,10 +32,36 @@ GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
 
 
-class WeightedMoments:
-    """First and second moments of vectors, summed in float64, since float32 loses positive definiteness.
+class Weights:
+    """The weights of the vectors of one batch.
 
-    The sums do not depend on how the vectors are divided into batches.
+    Args:
+        weights: none negative, (number,).
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        weights = weights.double()
+        self.sum, self.squares = weights.sum(), weights.square().sum()
+        # Roots are relative to that of the largest weight, so that float32 holds the products of any gradients.
+        self.scale = torch.cat([weights, weights.new_tensor([TINY])]).max()
+        self.weights, self.roots = weights, (weights / self.scale).sqrt()
+
+    def about_mean(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For vectors, (number, features): these about their mean, times the root of the weight relative to `scale`;
+        their weighted sum, (features,), and their mean, (features,), in float64.
+        """
+        vectors = at_least_float32(vectors)
+        total = self.weights @ vectors.double()
+        mean = total / self.sum.clamp_min(TINY)
+        return (vectors - mean.to(vectors)) * self.roots.to(vectors)[:, None], total, mean
+
+
+class WeightedMoments:
+    """First and second moments of vectors.
+
+    Products within a batch are computed in the dtype of its vectors, or float32 if that is finer, about the batch's
+    mean: far from the mean, float32 would lose positive definiteness. The sums over batches are in float64. But for
+    rounding, they do not depend on how the vectors are divided into batches.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -44,12 +71,17 @@ class WeightedMoments:
 
     def add(self, vectors: Tensor, weights: Tensor) -> None:
         """Adds vectors, (number, features), each with its weight, (number,)."""
-        roots = weights.double().sqrt()[:, None]
-        vectors = vectors.double() * roots
-        self.weight += weights.double().sum()
-        self.squared_weight += weights.double().square().sum()
-        self.sum += (vectors * roots).sum(0)
-        add_gram(self.products, vectors)
+        self._add(vectors, Weights(weights))
+
+    def _add(self, vectors: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Adds vectors. Returns them about their mean, as `Weights.about_mean` does, and this mean."""
+        self.weight += weights.sum
+        self.squared_weight += weights.squares
+        found, total, mean = weights.about_mean(vectors)
+        self.sum += total
+        add_gram(self.products, found, weights.scale)
+        self.products.addr_(total, mean)
+        return found, mean
 
     def sums(self) -> list[Tensor]:
         """Everything that is summed over vectors."""
@@ -109,10 +141,11 @@ class MatrixStatistics(WeightedMoments):
 
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
         """Adds frames, (num_frames, in_features), with the gradients at them, (num_frames, out_features)."""
-        gradients = gradients.double()
-        self.frame_weights.append(gradients.square().sum(1))
-        self.add(inputs, self.frame_weights[-1])
-        add_gram(self.gradients, gradients)
+        self.frame_weights.append(gradients.double().square().sum(1))
+        weights = Weights(self.frame_weights[-1])
+        self._add(inputs, weights)
+        gradients = at_least_float32(gradients)
+        add_gram(self.gradients, gradients / weights.scale.sqrt().to(gradients), weights.scale)
 
     def metric(self) -> Tensor:
         """`C` times the sum of the weights, damped to be positive definite, (in_features, in_features)."""
@@ -127,14 +160,19 @@ class MatrixStatistics(WeightedMoments):
         self.gradients = self.gradients[order][:, order]
 
 
-def add_gram(total: Tensor, vectors: Tensor) -> None:
-    """Adds `Xᵀ X` of vectors, (number, features), to `total`, (features, features).
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in their own dtype, or in float32 if that is finer."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    The sum is symmetric, so each pair of mirrored blocks is computed once.
+
+def add_gram(total: Tensor, vectors: Tensor, scale: Tensor) -> None:
+    """Adds `scale Xᵀ X` of vectors, (number, features), to `total`, (features, features), which is symmetric.
+
+    Each pair of mirrored blocks is computed once.
     """
     for start in range(0, len(total), GRAM_BLOCK):
         end = start + GRAM_BLOCK
-        total[start:end, start:].addmm_(vectors[:, start:end].T, vectors[:, start:])
+        total[start:end, start:] += (vectors[:, start:end].T @ vectors[:, start:]).double() * scale
         total[end:, start:end] = total[start:end, end:].T
 
 
@@ -217,13 +255,12 @@ class EmbeddingStatistics(WeightedMoments):
     def __init__(self, num_tokens: int, hidden_size: int, device: torch.device) -> None:
         super().__init__(hidden_size, device)
         self.use = torch.zeros(num_tokens, dtype=torch.float64, device=device)
-        self.gradients = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
         self.looked_up: list[
             tuple[Tensor, Tensor]
         ] = []  # ids, (number,), and gradients, (number, hidden_size)
 
     def sums(self) -> list[Tensor]:
-        return [*super().sums(), self.use, self.gradients]
+        return [*super().sums(), self.use]
 
     def unite(self, processes: Processes) -> None:
         """Makes these the statistics of the batches of all processes."""
@@ -243,26 +280,32 @@ class EmbeddingStatistics(WeightedMoments):
 
     def add_lookup(self, ids: Tensor, gradients: Tensor) -> None:
         """Adds tokens, (number,), with the gradients at their vectors, (number, hidden_size)."""
-        gradients = gradients.double()
-        self.looked_up.append((ids, gradients))
-        add_gram(self.gradients, gradients)
+        self.looked_up.append((ids, gradients.double()))
 
-    def metric(self) -> Tensor:
-        """The metric of an average row of the table, positive definite, (hidden_size, hidden_size)."""
-        return damp(self.products / self.weight.clamp_min(TINY) * self.use.sum() + self.gradients)
+    def metric(self, start: int, end: int) -> Tensor:
+        """The metric of an average row of a range of tokens, positive definite, (hidden_size, hidden_size)."""
+        found = self.products / self.weight.clamp_min(TINY) * self._smooth_use()[start:end].sum()
+        for ids, gradients in self.looked_up:
+            of_range = gradients[(ids >= start) & (ids < end)]
+            found = found + of_range.T @ of_range
+        return damp(found)
 
-    def error(self, difference: Tensor) -> float:
-        """The estimated effect of an error of the table, in the unit of `MatrixStatistics`.
+    def errors(self, difference: Tensor) -> Tensor:
+        """The estimated effect of the error of each row of the table, (num_tokens,), in the unit of `MatrixStatistics`.
 
         Args:
             difference: the error, (num_tokens, hidden_size).
         """
-        # Tokens that were not heard matter too.
-        use = 0.9 * self.use + 0.1 * self.use.mean()
         covariance = self.products / self.weight.clamp_min(TINY)
-        of_logits = (use * ((difference @ covariance) * difference).sum(1)).sum()
-        of_inputs = [(difference[ids] * found).sum(1).square().sum() for ids, found in self.looked_up]
-        return (of_logits + sum(of_inputs)).item()
+        squares = [((rows @ covariance) * rows).sum(1) for rows in map(Tensor.double, difference.split(ROWS))]
+        found = self._smooth_use() * torch.cat(squares)
+        for ids, gradients in self.looked_up:
+            found.index_add_(0, ids, (difference[ids] * gradients).sum(1).square())
+        return found
+
+    def _smooth_use(self) -> Tensor:
+        """Tokens that were not heard matter too."""
+        return 0.9 * self.use + 0.1 * self.use.mean()
 
 
 class StatesObjective:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layers import QuantizedWeight
+from ..layers import MixedEmbedding, QuantizedWeight
 from ..modeling import residual_linears
 from .graph import repacked
 
@@ -136,7 +136,9 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
     for path, linear in _matrices(model):
         weight = getattr(linear, "shared", linear)
         problem = None
-        if not isinstance(weight, QuantizedWeight):
+        if isinstance(weight, MixedEmbedding):
+            problem = "has more bits for some tokens than for others"
+        elif not isinstance(weight, QuantizedWeight):
             problem = "is in floating point"
         elif weight.bits > 4:
             problem = f"has {weight.bits} bits"

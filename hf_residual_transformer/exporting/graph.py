@@ -89,6 +89,12 @@ class Graph:
         self.initializers[name] = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
         return name
 
+    def whole(self, value: int) -> str:
+        """A constant integer."""
+        name = f"whole_{value}"
+        self.initializers[name] = numpy_helper.from_array(np.array(value, dtype=np.int64), name)
+        return name
+
     def number(self, value: float) -> str:
         """A constant number in float32."""
         name = f"number_{value}"

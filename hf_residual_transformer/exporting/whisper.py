@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from ..layers import QuantizedEmbedding, TiedOutput
+from ..layers import MixedEmbedding, QuantizedEmbedding, TiedOutput
 from .graph import CONTRIB, Graph
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -153,13 +153,31 @@ def feed_forward(graph: Graph, layer: Any, x: str, activation: str) -> str:
 def look_up(graph: Graph, embedding: nn.Module, ids: str) -> str:
     if isinstance(embedding, QuantizedEmbedding):
         return graph.rows(embedding, ids)
+    if isinstance(embedding, MixedEmbedding):
+        return _look_up_in_parts(graph, embedding, ids)
     stored = graph.stored(f"{graph.path(embedding)}.weight", embedding.weight)  # type: ignore[arg-type]
     return graph.add("Cast", graph.add("Gather", stored, ids), to=FLOAT)
+
+
+def _look_up_in_parts(graph: Graph, embedding: MixedEmbedding, ids: str) -> str:
+    """As `MixedEmbedding.forward`."""
+    found = None
+    for start, part in embedding.ranges:
+        low, last = graph.whole(0), graph.whole(part.num_embeddings - 1)
+        rows = graph.rows(part, graph.add("Clip", graph.add("Sub", ids, graph.whole(start)), low, last))
+        if found is not None:
+            is_here = graph.add("GreaterOrEqual", ids, graph.whole(start))
+            rows = graph.add("Where", graph.add("Unsqueeze", is_here, graph.integers(-1)), rows, found)
+        found = rows
+    assert found is not None
+    return found
 
 
 def logits_of(graph: Graph, model: Any, x: str) -> str:
     """Logits from the embedding itself where the output is tied to it, so that it is stored once."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, MixedEmbedding):
+        return graph.add("Concat", *(graph.product(part, x) for _, part in embedding.ranges), axis=-1)
     if isinstance(output, TiedOutput):
         return graph.product(embedding, x)
     if output.weight is embedding.weight and output.bias is None:
