@@ -3,6 +3,11 @@ r"""Measures the memory that a conversion takes, over the model's depth and the 
     python research/benchmark_conversion.py --size large-v3 --layers 2 4 8 --windows 1 4 16 \
         --output results/conversion-memory.json
 
+Its encoder alone is converted; `--decoder_layers 4` gives large-v3-turbo's decoder and token embedding too:
+
+    python research/benchmark_conversion.py --size large-v3 --decoder_layers 4 --layers 2 4 --windows 1 \
+        --output results/conversion-memory-turbo.json
+
 This shorter run takes about a minute on a CPU:
 
     python research/benchmark_conversion.py --size tiny --layers 2 4 --windows 1 2 \
@@ -10,7 +15,7 @@ This shorter run takes about a minute on a CPU:
 
 Weights and inputs are random, because memory does not depend on them. `from_dense(..., budget=...)` converts a model of
 each depth with the fewest windows, and the shallowest model with each number of windows. Each conversion is a fresh
-process that holds only the encoder; a whole Whisper also has the weights of its decoder. The C library returns freed
+process. The C library returns freed
 memory at once (MALLOC_MMAP_THRESHOLD_), because the memory that it keeps otherwise differs from run to run. "beside the
 models" is the peak memory of the process minus the weights of the dense and of the converted encoder. The script writes
 the file at `--output` and a table beside it (.md) after each result.
@@ -31,6 +36,7 @@ from common import environment_with_fixed_malloc, json_of_fresh_process
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.conversion import BUDGETS
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.quantization import BITS
@@ -50,6 +56,11 @@ class ConversionArguments:
     windows: list[int] = field(
         default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of windows of 30 seconds to measure."}
     )
+    decoder_layers: int = field(
+        default=0,
+        metadata={"help": "Decoder layers of a whole Whisper; 0 measures an encoder alone."},
+    )
+    tokens: int = field(default=60, metadata={"help": "Tokens of a window's transcript, for a decoder."})
     budget: float = field(default=BUDGETS[BITS], metadata={"help": "As --size of `hrt compress`."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch's choice."})
     output: str = field(
@@ -70,6 +81,8 @@ class ConversionArguments:
             values = getattr(self, name)
             if not values or min(values) < 1:
                 raise ValueError(f"`{name}` must be numbers of at least 1, got {values}")
+        if self.decoder_layers < 0 or (self.decoder_layers and SIZES[self.size].family != "whisper"):
+            raise ValueError(f"`decoder_layers` must be 0, or more for a Whisper, got {self.decoder_layers}")
         if self.alone and (len(self.layers) > 1 or len(self.windows) > 1):
             raise ValueError(
                 f"`alone` must come with one depth, got {self.layers} layers, {self.windows} windows"
@@ -88,11 +101,18 @@ def measure(args: ConversionArguments, layers: int, windows: int) -> Result:
     """Measures the bytes and seconds of one conversion in this process."""
     shape = replace(SIZES[args.size], layers=layers)
     residual_class = ENCODERS[shape.family]
-    values = shape.config_values() | ({"decoder_layers": 1} if shape.family == "whisper" else {})
+    values = shape.config_values()
+    if shape.family == "whisper":
+        values["decoder_layers"] = args.decoder_layers or 1
+    if args.decoder_layers:
+        residual_class = hrt.ResidualWhisperForConditionalGeneration
     config = residual_class.config_class(**values).to_dense_config()
     dense = residual_class.dense_class()(config).eval()
     name = "input_features" if shape.family == "whisper" else "input_values"
     inputs = [{name: random_inputs(dense, 30.0, 1)} for _ in range(windows)]
+    if args.decoder_layers:
+        for batch in inputs:
+            batch["labels"] = torch.randint(0, 1000, (1, args.tokens))
     before, start = resident()["RSS"], time.perf_counter()
     with PeakMemory() as peak:
         model = residual_class.from_dense(dense, calibration=inputs, budget=args.budget, progress=False)
@@ -129,7 +149,8 @@ def save(args: ConversionArguments, results: list[Result]) -> None:
     settings = {name: value for name, value in asdict(args).items() if name not in ("output", "alone")}
     contents: dict[str, Any] = {"settings": settings, "results": results, **provenance()}
     output.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    title = f"Conversion to a budget of {args.budget}, encoders of the width of {args.size}, float32"
+    what = f"Whispers with {args.decoder_layers} decoder layers" if args.decoder_layers else "encoders"
+    title = f"Conversion to a budget of {args.budget}, {what} of the width of {args.size}, float32"
     output.with_suffix(".md").write_text(f"{title}\n\n{table(results)}\n", encoding="utf-8")
 
 
@@ -148,6 +169,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     options = [f"--size={args.size}", f"--budget={args.budget}", "--alone"]
+    options += [f"--decoder_layers={args.decoder_layers}", f"--tokens={args.tokens}"]
     options += [f"--threads={args.threads}"] if args.threads else []
     for layers, windows in tqdm(args.points(), unit="conversion"):
         command = [__file__, *options, f"--layers={layers}", f"--windows={windows}"]
