@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ FORMS: dict[str, dict[str, Any]] = {
         "embedding_bits": 4,
     },
     "embedding of six bits": {"residual_config": ResidualConfig(group_size=1), "embedding_bits": 6},
+    "embedding in ranges": {
+        "residual_config": ResidualConfig(group_size=1),
+        "embedding_bits": [[40, 5], [200, 3], [len(WHISPER_VOCAB), 4]],
+    },
 }
 
 
@@ -311,6 +316,15 @@ def test_what_is_more_than_blocks_is_refused_for_whisper_cpp(options, problem, t
     with pytest.raises(ValueError, match=f"`format` must be onnx for this model, got ggml.*{problem}"):
         exported(blocks_alone(**options), tmp_path, format="ggml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranges_of_tokens_are_refused_for_whisper_cpp(tmp_path):
+    model = blocks_alone()
+    config = copy.deepcopy(model.config)
+    config.embedding_bits = [[40, 4], [len(WHISPER_VOCAB), 3]]
+    model = randomize_(type(model)(config))
+    with pytest.raises(ValueError, match="embed_tokens has more bits for some tokens than for others"):
+        exported(model, tmp_path, format="ggml")
 
 
 def test_a_failed_export_leaves_a_folder_that_held_files_as_it_was(tmp_path, monkeypatch):
