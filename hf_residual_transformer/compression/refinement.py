@@ -91,16 +91,17 @@ class Streams:
     ) -> None:
         self.source, self.target, self.processes = dense, residual, processes
         same = dense.stack.same_arguments
-        first = [
-            [
-                calls_of(model, list(stack.layers), inputs_of(model, batch), same_arguments=same)
-                for batch in inputs
+        with unpacked_weights(models[1]):  # the decoder's batches go through the whole encoder
+            first = [
+                [
+                    calls_of(model, list(stack.layers), inputs_of(model, batch), same_arguments=same)
+                    for batch in inputs
+                ]
+                for stack, model, inputs in (
+                    (dense, models[0], batches),
+                    (residual, models[1], [without_memory(batch) for batch in batches]),
+                )
             ]
-            for stack, model, inputs in (
-                (dense, models[0], batches),
-                (residual, models[1], [without_memory(batch) for batch in batches]),
-            )
-        ]
         # By batch and layer. A decoder's contexts hold the final states of its own model's encoder.
         self.dense_contexts, self.residual_contexts = ([context for _, context in calls] for calls in first)
         self.dense_states, self.residual_states = ([states for states, _ in calls] for calls in first)
