@@ -7,7 +7,7 @@ model have the same unit of error, so that one search serves encoder, decoder an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ REFERENCE_BITS = 3  # errors with other bits are estimated from those with this 
 SAMPLED_ROWS = 8  # every eighth row of a matrix is enough to compare numbers of bits
 EMBEDDING = "embed_tokens"
 TOKEN_RANGES = (1024, 4096, 16384)
+MOST_MEASURED_BITS = 4  # of ranges of tokens; more bits do what the ratios of rounding errors say
 
 
 @dataclass(frozen=True)
@@ -355,25 +356,38 @@ def embedding_curves(
     statistics: EmbeddingStatistics,
     ranges: Sequence[tuple[int, Sequence[int]]],
     block_size: int,
+    measure: Callable[[Tensor], float] | None = None,
 ) -> list[Curve]:
-    """The errors of ranges of tokens, of which the ends and possible bits are given, for each number of bits.
+    """The errors of ranges of tokens for each number of bits. The end of a range is the layer of its group.
 
-    The end of a range is the layer of its group.
+    Errors of logits count by their exponentials, so that those of two or three bits do several times what statistics
+    of second order say. They are measured.
+
+    Args:
+        table: the vectors of all tokens, (num_tokens, hidden_size).
+        statistics: of the table.
+        ranges: for each range of tokens, its end and the bits that it may have, in ascending order.
+        block_size: the number of weights that have one scale.
+        measure: gives the effect of another table; by default it is estimated.
     """
-    starts, rounded = [0, *(end for end, _ in ranges)], []
-    metrics = [statistics.metric(start, end) for start, (end, _) in zip(starts, ranges)]
-    references = [REFERENCE_BITS if REFERENCE_BITS in numbers else numbers[0] for _, numbers in ranges]
-    for start, (end, _), metric, reference in zip(starts, ranges, metrics, references):
-        quantized = quantize_for(table[start:end], metric, reference, block_size, sweeps=0)
-        rounded.append(quantized.weight().to(table))
-    errors = statistics.errors(torch.cat(rounded) - table)
-    found = []
-    for start, (end, numbers), metric, reference in zip(starts, ranges, metrics, references):
-        group, weight = Group(EMBEDDING, 1, (end,), EMBEDDING), table[start:end]
-        error = errors[start:end].sum().item()
-        for bits, ratio in rounding_ratios(weight, metric.diagonal(), numbers, reference, block_size).items():
-            size = quantized_parameters(weight.numel(), bits, block_size)
-            found.append(Curve(group, bits, np.array([ratio * error]), 0, size))
+    found, start = [], 0
+    for end, numbers in ranges:
+        rows, metric = table[start:end], statistics.metric(start, end)
+        errors: dict[int, float] = {}
+        for bits in [number for number in numbers if number <= MOST_MEASURED_BITS] or numbers[:1]:
+            rounded = table.clone()
+            rounded[start:end] = quantize_for(rows, metric, bits, block_size, sweeps=0).weight()
+            errors[bits] = measure(rounded) if measure else statistics.errors(rounded - table).sum().item()
+        last = max(errors)
+        others = [last, *(bits for bits in numbers if bits not in errors)]
+        for bits, ratio in rounding_ratios(rows, metric.diagonal(), others, last, block_size).items():
+            errors[bits] = ratio * errors[last]
+        for bits, error in errors.items():
+            size = quantized_parameters(rows.numel(), bits, block_size)
+            found.append(
+                Curve(Group(EMBEDDING, 1, (end,), EMBEDDING), bits, np.array([max(error, 0.0)]), 0, size)
+            )
+        start = end
     return found
 
 

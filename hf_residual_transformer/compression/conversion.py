@@ -29,7 +29,7 @@ from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bit
 from ..families import Family, LayerStack
 from ..layers import MixedEmbedding, as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
-from ..quantization import BITS, BLOCK, FEWEST, MOST, quantize
+from ..quantization import BITS, BLOCK, FEWEST, MOST
 from ..reporting import ConversionReport, ModuleError, saved_tensors
 from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
@@ -48,11 +48,9 @@ from .allocation import (
 from .fitting import ITERATIONS, fit_group, quantize_for
 from .inputs import Batch, as_batches, frozen_view, main_input, refuse_adapter, with_labels, without_memory
 from .measurement import (
-    CHECK_BITS,
     CHECK_WINDOWS,
     Divergence,
     PlainRounding,
-    Rounding,
     replaced,
     round_plainly,
 )
@@ -470,7 +468,7 @@ class _Conversion:
         budget = self.request.budget
         assert budget is not None
         curves: list[Curve] = []
-        divergence = self._divergence()
+        divergence = self._divergence(self.check_places)
         for name, part in self.parts.items():
             for found, plain in _curves_by_path(part, rounds=divergence is not None).values():
                 curves += _scaled(found, plain, divergence, name == ENCODER)
@@ -488,12 +486,17 @@ class _Conversion:
             ranges = self._token_ranges(len(table))
             # As `embedding_block_size` of the config will say.
             block_size = self.parts.get(DECODER, self.parts[ENCODER]).search.config.block_size
-            of_table = embedding_curves(table, embedding, ranges, block_size)
-            weight = quantize(table, None, CHECK_BITS, block_size).weight().to(table)
+            of_table = self._divergence(self.encoder_places)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
-            roundings: list[Rounding] = [(end, weight, None) for end in ends if end is not None]
-            plain = PlainRounding(roundings, embedding.errors(weight - table).sum().item())
-            curves += _scaled(of_table, plain, divergence, False)
+
+            def measure(weight: torch.Tensor) -> float:
+                assert of_table is not None
+                with replaced([(end, weight, None) for end in ends if end is not None]):
+                    return of_table(of_encoder=False)
+
+            curves += embedding_curves(
+                table, embedding, ranges, block_size, None if of_table is None else measure
+            )
             fixed -= table.numel()
         try:
             choices = choose(curves, budget * dense - fixed)
@@ -523,11 +526,11 @@ class _Conversion:
         ends = token_ranges(num_tokens, end_token if isinstance(end_token, int) else None)
         return [(end, self.request.numbers or ()) for end in ends]
 
-    def _divergence(self) -> Divergence | None:
-        """Measures on a few of the windows; None where one part alone is compressed, or has no logits."""
+    def _divergence(self, places: Sequence[int]) -> Divergence | None:
+        """Measures on some of the windows; None where one part alone is compressed, or has no logits."""
         if len(self.names) == 1 or self.dense.get_output_embeddings() is None:
             return None
-        own = [self.batches[DECODER][place] for place in self.check_places if place in self.own[DECODER]]
+        own = [self.batches[DECODER][place] for place in places if place in self.own[DECODER]]
         return Divergence(self.dense, own, self.request.processes)
 
     def _fit(self, part: _Part, model: Any, plan: Plan) -> list[ModuleError]:
