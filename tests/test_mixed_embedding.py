@@ -147,3 +147,24 @@ def test_a_budget_may_give_ranges_of_tokens_different_bits(monkeypatch):
     assert isinstance(found, (MixedEmbedding, QuantizedEmbedding))
     with torch.no_grad():
         assert model.eval()(**inputs()).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_few_bits_are_measured_and_more_bits_follow_from_them():
+    table = torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    statistics = EmbeddingStatistics(100, 32, torch.device("cpu"))
+    statistics.add_logits(table[:50], (table[:50] @ table.T).softmax(-1))
+    seen = []
+
+    def measure(other):
+        changed = (other != table).any(1)
+        seen.append((changed[:40].all().item(), changed[40:].all().item()))
+        assert changed.any() and not changed.all()  # one range at a time
+        return (other - table).square().sum().item() ** 2  # not of second order
+
+    curves = embedding_curves(table, statistics, [(40, (2, 3, 5)), (100, (2, 3, 5))], 32, measure)
+    assert seen == [(True, False)] * 2 + [(False, True)] * 2
+    for end in (40, 100):
+        two, three, five = (curve.errors[0] for curve in curves if curve.group.layers == (end,))
+        assert two > 8 * three  # the square of about four
+        assert 4 < three / five < 40  # of second order again
