@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,14 +117,17 @@ def run_in_fresh_process(command: Sequence[str], threads: int, watch: bool = Tru
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(command, stdout=said, stderr=complaints, env=environment)
         peak, watched = 0, psutil.Process(process.pid)
-        if not watch:
-            process.wait()
-        while process.poll() is None:
-            try:
-                peak = max(peak, watched.memory_full_info().uss)
-            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+        try:
+            if not watch:
                 process.wait()
-            time.sleep(SECONDS_BETWEEN_READINGS)
+            while process.poll() is None:
+                try:
+                    peak = max(peak, watched.memory_full_info().uss)
+                except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                    process.wait()
+                time.sleep(SECONDS_BETWEEN_READINGS)
+        finally:
+            process.kill()  # or else it would go on, and slow what is measured next
         if process.returncode:
             complaints.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{complaints.read()[-2000:]}")
@@ -291,4 +295,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # So that a process which is told to end ends the system that it runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()
