@@ -64,7 +64,7 @@ class Calibration:
             cosines[index].append(functional.cosine_similarity(args[0], output, dim=-1).flatten())
 
         def watch(entry: WeightedMoments, _module: nn.Module, args: Any) -> None:
-            frames = args[0].flatten(0, -2)
+            frames = args[0].flatten(0, -2).double()  # the covariance of outputs is factored without damping
             entry.add(frames, frames.new_ones(len(frames)))
 
         handles = [
