@@ -3,8 +3,8 @@
 `SharedLinear` holds the weight that a group of layers shares, `QuantizedSharedLinear` holds it in few bits, and
 `ResidualLinear` holds the components that belong to one layer. `QuantizedEmbedding` holds the vectors of tokens in few
 bits, `MixedEmbedding` holds those of some tokens in more bits than those of others, and `TiedOutput` computes logits
-with either. `ChannelsFirst` gives a Conformer's point-wise convolutions the same
-forms. `modeling.py` puts them into a model.
+with either. `ChannelsFirst` gives a Conformer's point-wise convolutions the same forms. `modeling.py` puts them into a
+model.
 """
 
 from __future__ import annotations
@@ -182,6 +182,11 @@ class QuantizedEmbedding(QuantizedWeight):
             dense.embedding_dim, self.num_embeddings, weight.device, weight.dtype, bits, block_size
         )
         self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
+
+    @property
+    def ranges(self) -> list[tuple[int, QuantizedEmbedding]]:
+        """As in `MixedEmbedding`, with one range that has all tokens."""
+        return [(0, self)]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
@@ -588,6 +593,11 @@ class PointwiseResidual(ChannelsFirst, ResidualLinear):
 
 class PointwiseLowRank(ChannelsFirst, LowRankLinear):
     """A `LowRankLinear` in the place of a point-wise convolution."""
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in their own dtype, or in float32 if that is finer."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -194,8 +194,8 @@ def interpreters_of(values: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def add_clip_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the dense model and the clips."""
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that every comparison has: the dense model, the clips, threads, and the file of results."""
     parser.add_argument("--model", default="openai/whisper-base", help="id or folder of the dense Whisper")
     parser.add_argument("--data", required=True, help="folder with recordings and transcripts")
     parser.add_argument("--split", default="test", help="split of the data")
@@ -208,6 +208,8 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
         help="joins adjacent clips of a folder up to this length; at most 30",
     )
     parser.add_argument("--language", default="en", help="language of the clips")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each system")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
 
 
 def check_clip_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -246,14 +248,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_clip_options(parser)
-    parser.add_argument("--threads", type=int, default=2, help="threads of each system")
+    add_common_options(parser)
     parser.add_argument(
         "--words_only", action="store_true", help="leaves out speed and memory, as when other jobs run beside"
     )
     parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
     parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
     args = parser.parse_args()
     check_clip_options(parser, args)
 

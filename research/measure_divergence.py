@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from compare_runtimes import (
     Results,
-    add_clip_options,
+    add_common_options,
     check_clip_options,
     clips_of,
     digest,
@@ -132,12 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_clip_options(parser)
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    add_common_options(parser)
     parser.add_argument(
         "--systems", nargs="+", required=True, help="`ours:FOLDER`, `q4_0-rounded` and others"
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; table and plot lie beside it")
     args = parser.parse_args()
     check_clip_options(parser, args)
     model = resolve_pretrained(args.model)

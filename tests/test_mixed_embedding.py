@@ -7,9 +7,11 @@ import torch
 from conftest import randomize_, tiny_whisper_config
 from safetensors.torch import load_file
 from test_conversion import dense_whisper, whisper_inputs
+from test_whole_model import labelled
 from transformers import AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.compression import allocation
 from hf_residual_transformer.compression.allocation import embedding_curves, token_ranges
 from hf_residual_transformer.compression.statistics import EmbeddingStatistics
 from hf_residual_transformer.layers import MixedEmbedding, QuantizedEmbedding, unpacked_weights
@@ -116,8 +118,6 @@ def test_errors_of_ranges_add_up_to_that_of_the_table_and_follow_their_use():
 
 
 def test_given_ranges_are_kept_whether_ranks_are_given_or_chosen():
-    from test_whole_model import labelled
-
     for options in ({}, {"budget": 0.6}):
         model = Whisper.from_dense(
             dense_whisper(),
@@ -135,10 +135,6 @@ def test_given_ranges_are_kept_whether_ranks_are_given_or_chosen():
 
 
 def test_a_budget_may_give_ranges_of_tokens_different_bits(monkeypatch):
-    from test_whole_model import labelled
-
-    from hf_residual_transformer.compression import allocation
-
     monkeypatch.setattr(allocation, "TOKEN_RANGES", (16, 64))
     model = Whisper.from_dense(dense_whisper(), calibration=labelled(), budget=0.4, progress=False)
     report = hrt.size_report(model)

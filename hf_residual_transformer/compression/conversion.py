@@ -27,7 +27,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bits
 from ..families import Family, LayerStack
-from ..layers import MixedEmbedding, as_linear, is_linear, is_of_torchao
+from ..layers import as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
 from ..quantization import BITS, BLOCK, FEWEST, MOST
 from ..reporting import ConversionReport, ModuleError, saved_tensors
@@ -452,17 +452,13 @@ class _Conversion:
 
     def _fit_embedding(self, statistics: EmbeddingStatistics | None, embedding: Any) -> None:
         """Writes the token vectors in few bits."""
-        table, start = self.dense.get_input_embeddings().weight, 0
-        parts = (
-            [part for _, part in embedding.ranges] if isinstance(embedding, MixedEmbedding) else [embedding]
-        )
-        for part in parts:
+        table = self.dense.get_input_embeddings().weight
+        for start, part in embedding.ranges:
             end = start + part.num_embeddings
             metric = (
                 torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
             )
             part.write(quantize_for(table[start:end], metric, part.bits, part.block_size))
-            start = end
 
     def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
         budget = self.request.budget

@@ -11,6 +11,7 @@ of the compressed model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ class Streams:
     ) -> None:
         self.source, self.target, self.processes = dense, residual, processes
         same = dense.stack.same_arguments
-        with unpacked_weights(models[1]):  # the decoder's batches go through the whole encoder
+        # The batches of a decoder go through the whole encoder. Those of an encoder end before its layers.
+        encoder = models[1].family.find_encoder(models[1])
+        with nullcontext() if encoder is residual.owner else unpacked_weights(encoder):
             first = [
                 [
                     calls_of(model, list(stack.layers), inputs_of(model, batch), same_arguments=same)

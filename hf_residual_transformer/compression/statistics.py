@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..families import LayerStack
-from ..layers import rows_last
+from ..layers import at_least_float32, rows_last
 from ..modeling import forward_as
 from ..quantization import ROWS
 from .inputs import MEMORY, Batch, decoder_ids, is_token, main_input, mask_of, output_of, to_model
@@ -158,11 +158,6 @@ class MatrixStatistics(WeightedMoments):
     def reorder_outputs(self, order: Tensor) -> None:
         """Gives the statistics that the outputs would have in this order, (out_features,)."""
         self.gradients = self.gradients[order][:, order]
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Values in their own dtype, or in float32 if that is finer."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def add_gram(total: Tensor, vectors: Tensor, scale: Tensor) -> None:

@@ -176,10 +176,9 @@ def _look_up_in_parts(graph: Graph, embedding: MixedEmbedding, ids: str) -> str:
 def logits_of(graph: Graph, model: Any, x: str) -> str:
     """Logits from the embedding itself where the output is tied to it, so that it is stored once."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, MixedEmbedding):
-        return graph.add("Concat", *(graph.product(part, x) for _, part in embedding.ranges), axis=-1)
     if isinstance(output, TiedOutput):
-        return graph.product(embedding, x)
+        products = [graph.product(part, x) for _, part in embedding.ranges]
+        return products[0] if len(products) == 1 else graph.add("Concat", *products, axis=-1)
     if output.weight is embedding.weight and output.bias is None:
         table = graph.tensor(f"{graph.path(embedding)}.weight", embedding.weight)
         return graph.add("FusedMatMul", x, table, domain=CONTRIB, transB=1)
@@ -200,7 +199,7 @@ def causal(graph: Graph, past: str, total: str) -> tuple[str, str]:
     """Positions of the new tokens, (seq_len,), and what is added to their scores, (1, 1, seq_len, total)."""
     axis = graph.integers(0)
     start, end = graph.add("Squeeze", past, axis), graph.add("Squeeze", total, axis)
-    zero, one = (graph.add("Squeeze", graph.integers(value), axis) for value in (0, 1))
+    zero, one = graph.whole(0), graph.whole(1)
     new, every = graph.add("Range", start, end, one), graph.add("Range", zero, end, one)
     is_seen = graph.add("LessOrEqual", every, graph.add("Unsqueeze", new, graph.integers(1)))
     mask = graph.add("Where", is_seen, graph.number(0.0), graph.number(torch.finfo(torch.float32).min))

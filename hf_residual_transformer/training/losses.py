@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers import at_least_float32
+
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number of at least 0."""
@@ -71,7 +73,7 @@ class HiddenStateLoss(nn.Module):
 
     def _relative_error(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         """The error of each clip in one layer, of shape (batch_size,)."""
-        student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+        student, teacher = at_least_float32(student), at_least_float32(teacher)
         if mask is None:
             mask = student.new_ones(student.shape[:2])
         padding = ~mask.bool().unsqueeze(-1)
@@ -81,10 +83,6 @@ class HiddenStateLoss(nn.Module):
         variance = (teacher - mean).masked_fill(padding, 0).square().sum((1, 2))
         floor = self.ENERGY_FLOOR * teacher.square().sum((1, 2))
         return (student - teacher).square().sum((1, 2)) / variance.maximum(floor).clamp(min=1e-12)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class LogitsLoss(nn.Module):
@@ -119,7 +117,7 @@ class LogitsLoss(nn.Module):
             )
         if mask is not None:
             student, teacher = student[mask.bool()], teacher[mask.bool()]
-        log_q = F.log_softmax(_at_least_float32(student) / self.temperature, dim=-1)
-        log_p = F.log_softmax(_at_least_float32(teacher) / self.temperature, dim=-1)
+        log_q = F.log_softmax(at_least_float32(student) / self.temperature, dim=-1)
+        log_p = F.log_softmax(at_least_float32(teacher) / self.temperature, dim=-1)
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         return self.temperature**2 * divergence.sum() / max(divergence.numel(), 1)
