@@ -50,6 +50,7 @@ from .inputs import Batch, as_batches, frozen_view, main_input, refuse_adapter, 
 from .measurement import (
     CHECK_WINDOWS,
     Divergence,
+    Keeps,
     PlainRounding,
     replaced,
     round_plainly,
@@ -466,8 +467,10 @@ class _Conversion:
         curves: list[Curve] = []
         divergence = self._divergence(self.check_places)
         for name, part in self.parts.items():
-            for found, plain in _curves_by_path(part, rounds=divergence is not None).values():
-                curves += _scaled(found, plain, divergence, name == ENCODER)
+            read_memory = {path for block in part.search.source.stack.blocks for path in block.memory}
+            for path, (found, plain) in _curves_by_path(part, rounds=divergence is not None).items():
+                of_decoder = Keeps.STATES if path in read_memory else Keeps.KEYS
+                curves += _scaled(found, plain, divergence, of_decoder if name == DECODER else Keeps.NOTHING)
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         dense = (
@@ -488,7 +491,7 @@ class _Conversion:
             def measure(weight: torch.Tensor) -> float:
                 assert of_table is not None
                 with replaced([(end, weight, None) for end in ends if end is not None]):
-                    return of_table(of_encoder=False)
+                    return of_table(Keeps.KEYS)
 
             curves += embedding_curves(
                 table, embedding, ranges, block_size, None if of_table is None else measure
@@ -569,13 +572,13 @@ def _curves_of_run(
 
 
 def _scaled(
-    curves: list[Curve], plain: PlainRounding, divergence: Divergence | None, of_encoder: bool
+    curves: list[Curve], plain: PlainRounding, divergence: Divergence | None, keeps: Keeps
 ) -> list[Curve]:
     """The curves of some matrices, in the unit of a measured divergence."""
     if divergence is None or plain.estimate <= 0:
         return curves
     with replaced(plain.roundings):
-        scale = divergence(of_encoder) / plain.estimate
+        scale = divergence(keeps) / plain.estimate
     return [replace(curve, errors=curve.errors * max(scale, 0.0)) for curve in curves]
 
 

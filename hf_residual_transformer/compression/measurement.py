@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..families import LayerStack
 from ..quantization import quantize
@@ -25,6 +27,7 @@ from .statistics import TINY, MatrixStatistics
 
 CHECK_BITS = 4
 CHECK_WINDOWS = 6
+CACHE_BYTES = 1e9  # of keys and values that are kept, about
 # A linear module, its rounded weight, and its bias to go with it.
 Rounding = tuple[Any, Tensor, Tensor | None]
 
@@ -84,17 +87,44 @@ def replaced(roundings: Sequence[Rounding]) -> Iterator[None]:
                 linear.bias = bias
 
 
-def log_chances(model: Any, batch: Batch) -> Tensor:
+def log_chances(model: Any, batch: Batch, keys: Cache | None = None) -> Tensor:
     """Log-probabilities of every token at each token of the labels that is no padding, (number, vocabulary).
 
     They are in float64, since a divergence is of second order in differences that cancel to first order.
+
+    Args:
+        model: with a decoder.
+        batch: inputs with labels.
+        keys: what `cross_keys` has given for the batch.
     """
-    logits: Tensor = model(**inputs_of(model, batch)).logits
+    inputs = inputs_of(model, batch)
+    if keys is not None:
+        inputs |= {"past_key_values": EncoderDecoderCache(DynamicCache(), keys), "use_cache": True}
+    logits: Tensor = model(**inputs).logits
     return logits[is_token(batch).to(logits.device)].double().log_softmax(-1)
+
+
+def cross_keys(model: Any, batch: Batch) -> Cache | None:
+    """Keys and values of the cross-attention over what a batch holds; None for a model that keeps them otherwise."""
+    inputs = inputs_of(model, batch) | {"use_cache": True}
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1]
+    cache = model(**inputs).past_key_values
+    return cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else None
+
+
+class Keeps(Enum):
+    """What a change of the model leaves as it is, so that it need not be computed again."""
+
+    NOTHING = 0
+    STATES = 1  # of the encoder
+    KEYS = 2  # and values of the cross-attention over these states
 
 
 class Divergence:
     """Measures how far the token distributions of a model are from what they are now, in nats for each token.
+
+    Keys and values of the cross-attention, which take most of the time of a short transcript, are kept for as many
+    batches as `CACHE_BYTES` have room for.
 
     Args:
         model: a dense model with a decoder.
@@ -105,14 +135,21 @@ class Divergence:
     def __init__(self, model: Any, batches: Sequence[Batch], processes: Processes = ALONE) -> None:
         self.model, self.batches, self.processes = model, batches, processes
         self.reference = [log_chances(model, batch) for batch in batches]
+        self.keys: list[Cache | None] = []
+        self.kept_bytes = 0
+        for batch in batches:
+            keys = cross_keys(model, batch) if self.kept_bytes < CACHE_BYTES else None
+            self.keys.append(keys)
+            for layer in keys.layers if keys is not None else ():
+                self.kept_bytes += layer.keys.nbytes + layer.values.nbytes
 
-    def __call__(self, of_encoder: bool) -> float:
-        """The mean over all tokens of the labels; the encoder runs again only if the change is one `of_encoder`."""
-        batches = [without_memory(batch) for batch in self.batches] if of_encoder else self.batches
-        total = sum(
-            (reference.exp() * (reference - log_chances(self.model, batch))).sum().item()
-            for reference, batch in zip(self.reference, batches)
-        )
+    def __call__(self, keeps: Keeps) -> float:
+        """The mean over all tokens of the labels, with a change of the model that keeps this."""
+        total = 0.0
+        for batch, reference, keys in zip(self.batches, self.reference, self.keys):
+            batch = without_memory(batch) if keeps is Keeps.NOTHING else batch
+            found = log_chances(self.model, batch, keys if keeps is Keeps.KEYS else None)
+            total += (reference.exp() * (reference - found)).sum().item()
         counts = [total, sum(map(len, self.reference))]
         sums = torch.tensor(counts, dtype=torch.float64, device=self.model.device)
         self.processes.total([sums])
