@@ -106,14 +106,22 @@ def digest(paths: Sequence[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def run_in_fresh_process(command: Sequence[str], threads: int, watch: bool = True) -> Result:
+def run_in_fresh_process(
+    command: Sequence[str], threads: int, watch: bool = True, variables: Mapping[str, str] | None = None
+) -> Result:
     """Runs a command, and returns the JSON in its last line, with the `peak_uss` of the process if `watch`.
+
+    Args:
+        command: the program and its arguments.
+        threads: the number of threads.
+        watch: whether to measure the memory.
+        variables: further environment variables.
 
     Raises:
         RuntimeError: the command failed; the message has the end of what it said.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+    environment = {**os.environ, **dict.fromkeys(names, str(threads)), **(variables or {})}
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(command, stdout=said, stderr=complaints, env=environment)
         peak, watched = 0, psutil.Process(process.pid)
@@ -280,7 +288,9 @@ def main() -> None:
             ]
             command += ["--system", system, "--model", model, "--clips", str(path)]
             command += ["--language", args.language, "--threads", str(args.threads)]
-            measured = run_in_fresh_process(command, args.threads, watch=not args.words_only)
+            measured = run_in_fresh_process(
+                command, args.threads, watch=not args.words_only, variables=runtime.environment
+            )
             print(f"{runtime.name}: {measured['seconds']:.0f} s", flush=True)
             about = {"system": runtime.name, "kind": runtime.kind, "rounded": runtime.rounded}
             if args.words_only:

@@ -26,13 +26,14 @@ the clock starts.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ggml_blocks import FORMATS, round_to_blocks
@@ -62,6 +63,7 @@ class Runtime:
     rounded = (
         False  # whether it stands for another system's numbers, so that its speed and memory say nothing
     )
+    environment: ClassVar[dict[str, str]] = {}  # variables that its process gets
 
     @property
     def files(self) -> list[Path]:
@@ -220,10 +222,15 @@ class WhisperCppRuntime(Runtime):
 
 
 class OnnxRuntime(Runtime):
-    """Graphs of optimum's layout. Mel spectrograms come from faster-whisper, which has them in NumPy."""
+    """Graphs of optimum's layout, with the settings for little memory that docs/deploy.md names.
+
+    Mel spectrograms come from a file of faster-whisper that needs NumPy alone; the rest of faster-whisper is not
+    loaded. Tokens become text by the vocabulary, as in onnx-asr, since a whole tokenizer takes 30 MB.
+    """
 
     encoder: Any
     decoder: Any
+    environment: ClassVar = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # the C library gives large blocks back
 
     @property
     def folder(self) -> Path:
@@ -240,20 +247,22 @@ class OnnxRuntime(Runtime):
 
     def load(self) -> None:
         import onnxruntime
-        from faster_whisper.feature_extractor import FeatureExtractor
-        from tokenizers import Tokenizer
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
+        options.enable_cpu_mem_arena = False
         self.encoder, self.decoder = (
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             for path in self.files[:2]
         )
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        tokenizer = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+        self.pieces = {index: piece for piece, index in tokenizer["model"]["vocab"].items()}
         self.frames = 2 * config["max_source_positions"]  # of 10 ms
-        self.extractor = FeatureExtractor(feature_size=config["num_mel_bins"])
+        self.extractor = module_alone("faster_whisper", "feature_extractor").FeatureExtractor(
+            feature_size=config["num_mel_bins"]
+        )
         self.prompt = [generation["decoder_start_token_id"]]
         if generation.get("is_multilingual", True):
             ids = generation["lang_to_id"][f"<|{self.language}|>"], generation["task_to_id"]["transcribe"]
@@ -288,9 +297,33 @@ class OnnxRuntime(Runtime):
             if ids[0] == self.end:
                 break
             tokens += ids
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = "".join(self.pieces[token] for token in tokens if token < self.end)
+        return bytes(map(BYTES.__getitem__, text)).decode("utf-8", errors="replace")
 
 
+def module_alone(package: str, name: str) -> Any:
+    """A module of a package, without what importing the package loads."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    path = Path(found.submodule_search_locations[0]) / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{package}.{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: printable Latin-1 characters stand for
+    themselves, and the other bytes have the characters from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+BYTES = _bytes_of_characters()
 KINDS: dict[str, type[Runtime]] = {
     "torch-dense": DenseRuntime,
     "ours": TorchRuntime,

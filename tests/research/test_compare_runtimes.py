@@ -22,6 +22,7 @@ from conftest import (
     whisper_processor,
 )
 from ggml_reader import read_ggml
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperForConditionalGeneration
 
 import hf_residual_transformer as hrt
@@ -328,8 +329,7 @@ def test_onnx_runtime_writes_the_words_that_pytorch_writes(dense_folder, scripts
             return self.own(samples, sampling_rate=16_000)["input_features"][0]
 
     module = SimpleNamespace(FeatureExtractor=FeatureExtractor)
-    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(feature_extractor=module))
-    monkeypatch.setitem(sys.modules, "faster_whisper.feature_extractor", module)
+    monkeypatch.setattr(scripts.runtimes, "module_alone", lambda package, name: module)
     monkeypatch.setattr(scripts.runtimes, "MAX_NEW_TOKENS", 8)
     hrt.export(str(dense_folder), tmp_path / "onnx", floats="float32")
     clips = {str(index): speech(0.7, seed=index).numpy() for index in range(2)}
@@ -372,6 +372,29 @@ def test_a_run_that_is_continued_adds_the_new_systems_and_keeps_the_old_results(
     with pytest.raises(ValueError, match="results of the same settings"):
         run("torch-dense", max_clips=3)
     assert json.loads(output.read_text(encoding="utf-8")) == second
+
+
+def test_tokens_become_the_text_that_the_tokenizer_writes(scripts):
+    text = "Ärger, naïve 你好 ½ \n\t don't…"
+    found = "".join(piece for piece, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text))
+    assert bytes(map(scripts.runtimes.BYTES.__getitem__, found)).decode() == text
+    assert sorted(scripts.runtimes.BYTES.values()) == list(range(256))
+
+
+def test_a_module_loads_without_its_package(scripts, tmp_path, monkeypatch):
+    (tmp_path / "heavy").mkdir()
+    (tmp_path / "heavy" / "__init__.py").write_text("raise SystemExit('the package is loaded')")
+    (tmp_path / "heavy" / "light.py").write_text("ANSWER = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert scripts.runtimes.module_alone("heavy", "light").ANSWER == 42
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        scripts.runtimes.module_alone("no_such_package", "light")
+
+
+def test_a_process_gets_the_variables_of_its_system(scripts):
+    command = [sys.executable, "-c", "import json, os; print(json.dumps({'found': os.environ['GIVEN']}))"]
+    found = scripts.compare_runtimes.run_in_fresh_process(command, 1, variables={"GIVEN": "here"})
+    assert found["found"] == "here"
 
 
 def test_a_file_of_another_kind_is_refused_and_stays(scripts, tmp_path):
