@@ -28,10 +28,22 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def reach(config: Any) -> Any:
-    """A `LoraConfig` whose `target_modules` also reach the matrices of residual layers; it is changed in place.
+    """A `LoraConfig` for `get_peft_model(model, reach(config))`, whose `target_modules` also reach the matrices of
+    residual layers. It is changed in place. `add_adapter`, `load_adapter` and the Auto classes need no such call.
 
-    `add_adapter`, `load_adapter` and the Auto classes need no such call. `get_peft_model(model, reach(config))` does.
+    Raises:
+        ValueError: for a `task_type`, with which `get_peft_model` would pass `input_ids` to the model.
     """
+    if config.task_type is not None:
+        raise ValueError(
+            "`task_type` must be None for a speech model, since PEFT would pass `input_ids` to it, got "
+            f"{config.task_type!r}"
+        )
+    return reaching(config)
+
+
+def reaching(config: Any) -> Any:
+    """The same where no model of PEFT is made, so that a `task_type` does nothing."""
     from .lora import ResidualLora
 
     config._register_custom_module({ResidualLinear: ResidualLora})
@@ -52,11 +64,6 @@ def add_lora(model: Any, rank: int, **options: Any) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    if options.get("task_type") is not None:
-        raise ValueError(
-            "`task_type` must be None for a speech model, since PEFT would pass `input_ids` to it, got "
-            f"{options['task_type']!r}"
-        )
     family = FAMILIES.get(model.config.model_type)
     if "target_modules" not in options and family is not None:
         readers = [block.readers for block in family.encoder.blocks if len(block.readers) == 3]

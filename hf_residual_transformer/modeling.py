@@ -311,7 +311,7 @@ class ResidualMixin(DenseModel):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """As in transformers, where adapters reach the matrices of residual layers too."""
-        super().add_adapter(_of_package("adapters").reach(adapter_config), adapter_name)
+        super().add_adapter(_of_package("adapters").reaching(adapter_config), adapter_name)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, where adapters reach the matrices of residual layers too."""
@@ -322,7 +322,7 @@ class ResidualMixin(DenseModel):
         if config is None:
             options = kwargs.get("adapter_kwargs") or {}
             config = importlib.import_module("peft").PeftConfig.from_pretrained(peft_model_id, **options)
-        config = _of_package("adapters").reach(config)
+        config = _of_package("adapters").reaching(config)
         load: Any = PeftAdapterMixin.load_adapter
         return load(self, peft_model_id, *args, peft_config=config, **kwargs)
 

@@ -214,6 +214,10 @@ def test_adapters_that_cannot_become_a_low_rank_are_refused_by_name(tmp_path):
         from_lora(build("wav2vec2"), tmp_path)
     with pytest.raises(ValueError, match="`task_type` must be None"):
         add_lora(build("whisper"), 2, task_type="SEQ_2_SEQ_LM")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ValueError, match="`task_type` must be None"):
+        reach(config)
+    build("whisper").add_adapter(config)  # where no model of PEFT stands around it, it does no harm
     save_adapter(build("wav2vec2"), tmp_path / "plain", "base")
     with pytest.raises(ValueError, match="`base` must be a dense model with a residual form"):
         from_lora(torch.nn.Linear(2, 2), tmp_path / "plain")
