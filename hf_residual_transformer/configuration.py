@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .folders import save_code
-from .quantization import BLOCK, BLOCKS, FEWEST, MOST
+from .quantization import BLOCK, BLOCKS, FEWEST, MOST, SCALE_BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as DenseConfig
@@ -25,7 +25,8 @@ else:
 
 RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits")
 # 1 is that of version 0.1.0, which wrote no number. 2 has decoders, embeddings, numbers of bits, and what is shared.
-FORMAT = 2
+# 3 has scales in 8 bits.
+FORMAT = 3
 # What only the file of a config has, beside its fields: the format, and by stack and module the sizes of its groups.
 FILE_FIELDS = ("residual_format", "residual_sharing")
 # The first of these fields that a dense config class checks is a text in the file. So the dense classes refuse the
@@ -100,13 +101,15 @@ class ResidualConfig:
         bits_pattern: bits of `U` that differ from `shared_bits`, in the same form. A group has the bits of its first
             layer.
         block_size: the number of weights in a row of a quantised `U` that have one scale: 32, 64 or 128.
+        scale_bits: the bits of each of these scales: 16, or 8, beside which each row has one scale in the model's
+            dtype. A compression whose `size` or `budget` chooses all settings takes 8.
         diagonal: the matrices that have a `D_l`: "none", "square" or "all". In a rectangular matrix, `D_l` has
             one entry for each position of the main diagonal.
         share_biases: whether the layers of a group share one bias, rather than having one each.
         shared_bits: the number of bits, from 2 to 8, of each weight of `U`; None keeps `U` in the model's dtype.
-            Training moves only the scales of a quantised `U`, and `B_l A_l + D_l` compensates for a part of the
-            rounding, which is its only use with a `group_size` of 1. A dict gives a number by module name; modules
-            that it does not name keep `U` in the model's dtype.
+            Training moves only the scales of a quantised `U`, or with a `scale_bits` of 8 those of its rows, and
+            `B_l A_l + D_l` compensates for a part of the rounding, which is its only use with a `group_size` of 1. A
+            dict gives a number by module name; modules that it does not name keep `U` in the model's dtype.
         target_modules: names of the modules that are shared; the others stay dense. By default, these are the modules
             that `group_size` names, or else all linear modules of an encoder layer.
 
@@ -123,6 +126,7 @@ class ResidualConfig:
     shared_bits: int | dict[str, int] | None = None
     bits_pattern: dict[str, int] = field(default_factory=dict)
     block_size: int = BLOCK
+    scale_bits: int = SCALE_BITS[0]
 
     def __post_init__(self) -> None:
         sizes = values_of(self.group_size)
@@ -138,6 +142,10 @@ class ResidualConfig:
         if self.block_size not in BLOCKS or isinstance(self.block_size, bool):
             raise ValueError(
                 f"`block_size` must be one of {', '.join(map(str, BLOCKS))}, got {self.block_size!r}"
+            )
+        if self.scale_bits not in SCALE_BITS or isinstance(self.scale_bits, bool):
+            raise ValueError(
+                f"`scale_bits` must be one of {', '.join(map(str, SCALE_BITS))}, got {self.scale_bits!r}"
             )
         if self.diagonal not in DIAGONALS:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
@@ -264,7 +272,7 @@ class ResidualConfigMixin(DenseConfig):
     Classes with a decoder have two fields more. `decoder_residual_config` is the decoder's, or None where its layers
     stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays
     dense, or such pairs as `[[4096, 5], [51865, 3]]`: tokens below 4096 have five bits, and those from there to 51865
-    have three. Its blocks have the `block_size` of the decoder, or else of the encoder.
+    have three. Its blocks have the `block_size` and `scale_bits` of the decoder, or else of the encoder.
 
     A config with an `auto_map`, whatever it says, is saved with the code that opens it; see `carry_code`.
 
@@ -370,9 +378,10 @@ class ResidualConfigMixin(DenseConfig):
         return found
 
     @property
-    def embedding_block_size(self) -> int:
-        """The number of weights of the token embedding that have one scale."""
-        return (self.residual_config_of("decoder") or self.residual_config).block_size
+    def embedding_blocks(self) -> tuple[int, int]:
+        """The number of weights of the token embedding that have one scale, and the bits of a scale."""
+        config = self.residual_config_of("decoder") or self.residual_config
+        return config.block_size, config.scale_bits
 
     @classmethod
     def dense_class(cls) -> type[DenseConfig]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .quantization import BITS, BLOCK, Quantized, dequantize, lowest
+from .quantization import BITS, BLOCK, LEVELS, SCALE_BITS, Quantized, dequantize, levels_of, lowest
 
 
 class SharedLinear(nn.Linear):
@@ -69,19 +69,23 @@ class QuantizedWeight(nn.Module):
     """A matrix that is kept in few bits (`quantization.py`).
 
     Training moves the scales and leaves the whole numbers, as in PEQA (https://arxiv.org/abs/2305.14152, section 3).
+    Where the scales of blocks have 8 bits, they are whole numbers, too: `weight_levels`, in parts of the row's
+    `weight_scale`. Training then moves the scale of each row, and with it those of its blocks in proportion.
     It is not an `nn.Linear`, so that adapters which would be merged into its weight are refused.
 
     Args:
         in_features: number of columns, a multiple of `block_size`.
         out_features: number of rows.
         device: of its tensors.
-        dtype: of the scales, and so of the dequantised weight. float16 holds the scales that `quantize` finds
+        dtype: of `weight_scale`, and so of the dequantised weight. float16 holds the scales that `quantize` finds
             exactly.
         bits: of each weight, from 2 to 8.
         block_size: the number of weights in a row that have one scale.
+        scale_bits: of each such scale: 16, a float in the dtype, or 8, an integer beside the scale of the row.
     """
 
     weight_packed: Tensor
+    weight_levels: Tensor | None
 
     def __init__(
         self,
@@ -91,17 +95,17 @@ class QuantizedWeight(nn.Module):
         dtype: torch.dtype,
         bits: int = BITS,
         block_size: int = BLOCK,
+        scale_bits: int = SCALE_BITS[0],
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bits, self.block_size = (
-            in_features,
-            out_features,
-            bits,
-            block_size,
-        )
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.block_size, self.scale_bits = bits, block_size, scale_bits
         shape = (out_features, in_features * bits // 8)
         self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
         shape = (out_features, in_features // block_size)
+        levels = torch.empty(shape, device=device, dtype=torch.int8) if scale_bits == 8 else None
+        self.register_buffer("weight_levels", levels)
+        shape = shape if levels is None else (out_features, 1)
         self.weight_scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._unpacked: Tensor | None = None  # see `unpacked_weights`
 
@@ -110,28 +114,45 @@ class QuantizedWeight(nn.Module):
         """The matrix, (out_features, in_features), computed at each access unless it is unpacked."""
         if self._unpacked is not None:
             return self._unpacked
-        return dequantize(self.weight_packed, self.weight_scale, self.bits)
+        return dequantize(self.weight_packed, self.scale(), self.bits)
+
+    def scale(self, rows: Tensor | None = None) -> Tensor:
+        """The scale of each block in the dtype of `weight_scale`, (out_features, num_blocks), or those of some rows.
+
+        Gradients reach `weight_scale`.
+        """
+        scale, levels = self.weight_scale, self.weight_levels
+        if rows is not None:
+            scale, levels = scale[rows], None if levels is None else levels[rows]
+        return scale if levels is None else (levels.float() / LEVELS * scale).to(scale.dtype)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """`packed` and `scale`, or the matrix and None while it is unpacked."""
-        return (self.weight_packed, self.weight_scale) if self._unpacked is None else (self._unpacked, None)
+        return (self.weight_packed, self.scale()) if self._unpacked is None else (self._unpacked, None)
 
     @torch.no_grad()
     def write(self, quantized: Quantized) -> None:
-        """Copies a quantised matrix of the same shape, bits and block size into the tensors."""
+        """Copies a quantised matrix of the same shape, bits, block size and bits of the scales into the tensors."""
         self.weight_packed.copy_(quantized.packed)
-        self.weight_scale.copy_(quantized.scale)
+        if self.weight_levels is None:
+            self.weight_scale.copy_(quantized.scale)
+            return
+        assert quantized.row_scale is not None
+        self.weight_levels.copy_(levels_of(quantized.scale, quantized.row_scale))
+        self.weight_scale.copy_(quantized.row_scale)
 
     def reset_parameters(self) -> None:
         """Random numbers of about the size that `nn.Linear` begins with; loaded ones are left alone."""
         init.copy_(self.weight_packed, torch.randint_like(self.weight_packed, 256))
         init.constant_(self.weight_scale, self.in_features**-0.5 / -lowest(self.bits))
+        if self.weight_levels is not None:
+            init.copy_(self.weight_levels, torch.randint_like(self.weight_levels, LEVELS // 2, LEVELS))
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"block_size={self.block_size}"
+            f"block_size={self.block_size}, scale_bits={self.scale_bits}"
         )
 
 
@@ -170,16 +191,28 @@ class QuantizedEmbedding(QuantizedWeight):
         dense: the embedding that it takes the place of.
         bits: of each weight, from 2 to 8.
         block_size: the number of weights that have one scale.
+        scale_bits: of each such scale, 16 or 8.
         num_embeddings: rows, where it takes the place of some of those of `dense`; by default all.
     """
 
     def __init__(
-        self, dense: nn.Embedding, bits: int, block_size: int = BLOCK, num_embeddings: int | None = None
+        self,
+        dense: nn.Embedding,
+        bits: int,
+        block_size: int = BLOCK,
+        scale_bits: int = SCALE_BITS[0],
+        num_embeddings: int | None = None,
     ) -> None:
         weight = dense.weight
         self.num_embeddings = dense.num_embeddings if num_embeddings is None else num_embeddings
         super().__init__(
-            dense.embedding_dim, self.num_embeddings, weight.device, weight.dtype, bits, block_size
+            dense.embedding_dim,
+            self.num_embeddings,
+            weight.device,
+            weight.dtype,
+            bits,
+            block_size,
+            scale_bits,
         )
         self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
 
@@ -191,7 +224,7 @@ class QuantizedEmbedding(QuantizedWeight):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
         ids = input_ids.flatten()
-        rows = dequantize(self.weight_packed[ids], self.weight_scale[ids], self.bits)
+        rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
         return rows.unflatten(0, input_ids.shape)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -209,14 +242,21 @@ class MixedEmbedding(nn.Module):
         dense: the embedding that it takes the place of.
         ranges: for each range of token ids, in order, the id at which it ends, exclusive, and its bits.
         block_size: the number of weights that have one scale.
+        scale_bits: of each such scale, 16 or 8.
     """
 
-    def __init__(self, dense: nn.Embedding, ranges: Sequence[Sequence[int]], block_size: int = BLOCK) -> None:
+    def __init__(
+        self,
+        dense: nn.Embedding,
+        ranges: Sequence[Sequence[int]],
+        block_size: int = BLOCK,
+        scale_bits: int = SCALE_BITS[0],
+    ) -> None:
         super().__init__()
         ends = [end for end, _ in ranges]
         self.starts = [0, *ends[:-1]]
         self.parts = nn.ModuleList(
-            QuantizedEmbedding(dense, bits, block_size, end - start)
+            QuantizedEmbedding(dense, bits, block_size, scale_bits, end - start)
             for start, (end, bits) in zip(self.starts, ranges)
         )
         self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
@@ -295,12 +335,19 @@ SHARED = (SharedLinear, QuantizedSharedLinear)
 OLD_NAMES = {"lora_A": "residual_A", "lora_B": "residual_B"}
 
 
-def quantized_weights(module: nn.Module) -> Counter[int]:
-    """Number of weights that `module` holds in few bits, by these bits. For torch, only the scales are parameters."""
+def quantized_weights(module: nn.Module, scales: bool = False) -> Counter[int]:
+    """Number of weights that `module` holds in few bits, by these bits. For torch, they are no parameters.
+
+    Args:
+        module: any module.
+        scales: whether scales that are integers of 8 bits count, too.
+    """
     found: Counter[int] = Counter()
     for part in module.modules():
         if isinstance(part, QuantizedWeight):
             found[part.bits] += part.out_features * part.in_features
+            if scales and part.weight_levels is not None:
+                found[8] += part.weight_levels.numel()
     return found
 
 

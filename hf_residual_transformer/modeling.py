@@ -55,9 +55,10 @@ MOST_LAYERS = 1000  # a broken config must not build layers until the memory end
 LARGEST = 1e15  # no trained weight is near it, and float32 cannot hold the squares of much larger ones
 # The dtypes of weights, as torch and as safetensors call them.
 PACKED = {"torch.uint8": "U8"}
+LEVELS = {"torch.int8": "I8"}
 COUNTS = {"torch.int64": "I64"}
-# By the end of a weight's name. The second is what a batch norm counts.
-OTHER_DTYPES = {"weight_packed": PACKED, "num_batches_tracked": COUNTS}
+# By the end of a weight's name. The last is what a batch norm counts.
+OTHER_DTYPES = {"weight_packed": PACKED, "weight_levels": LEVELS, "num_batches_tracked": COUNTS}
 FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")  # of `push_to_hub`
@@ -110,10 +111,10 @@ class ResidualMixin(DenseModel):
             and self.family.decoder
             and self.family.decoder.is_in(self)
         ):
-            self._quantize_embedding(config.embedding_bits, config.embedding_block_size)
+            self._quantize_embedding(config.embedding_bits, *config.embedding_blocks)
         self.post_init()
 
-    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int) -> None:
+    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int, scale_bits: int) -> None:
         """Puts few bits in the place of the token embedding, and of the output that is tied to it."""
         embedding: Any = self.get_input_embeddings()
         output = self.get_output_embeddings()
@@ -127,13 +128,13 @@ class ResidualMixin(DenseModel):
                 f"multiple of {block_size}, got {bits}"
             )
         if isinstance(bits, int):
-            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size))
+            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size, scale_bits))
         else:
             if bits[-1][0] != embedding.num_embeddings:
                 raise ValueError(
                     f"`embedding_bits` must end at {embedding.num_embeddings}, the number of tokens, got {bits}"
                 )
-            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size))
+            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size, scale_bits))
         if output is not None:
             self.set_output_embeddings(TiedOutput(self))
             self._tied_weights_keys = {}  # the output has no weight that could be tied
@@ -228,8 +229,9 @@ class ResidualMixin(DenseModel):
             _check_finite(checkpoint, name, value)
         for module in model.modules():
             if isinstance(module, QuantizedWeight) and not module.weight_packed.is_meta:
-                # It is not cast to another dtype, so that without a copy it would keep the whole file mapped.
-                module.weight_packed = module.weight_packed.clone()
+                # They are not cast to another dtype, so that without a copy they would keep the whole file mapped.
+                for buffer_name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, buffer_name, buffer.clone())
         return loaded if wants_info else model
 
     @staticmethod
@@ -572,7 +574,7 @@ def _shared_like(
             f"`shared_bits` must be None for {module_path}, whose {dense.in_features} inputs are no multiple of "
             f"{config.block_size}, got {bits}"
         )
-    return QuantizedSharedLinear(*shape, bits, config.block_size)
+    return QuantizedSharedLinear(*shape, bits, config.block_size, config.scale_bits)
 
 
 def _checked_rank(config: ResidualConfig, path: str, shape: Sequence[int], least: int) -> int:

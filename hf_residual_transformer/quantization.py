@@ -4,6 +4,9 @@ Integers of four bits range from -8 to 7, and blocks of 32 then hold the same nu
 row are packed without gaps, from the lowest bits of the first byte on. Columns are rounded one after another, and later
 columns compensate for the error that rounding a column makes in the outputs, as in GPTQ
 (https://arxiv.org/abs/2210.17323, section 3). Then scales and integers are improved in turns.
+
+A scale has 16 bits of its own, or 8: it is then a signed integer, and each row has one scale in float16, of which the
+scales of its blocks are multiples of the 128th part. The k-quants of llama.cpp have two levels of scales, too.
 """
 
 from __future__ import annotations
@@ -20,6 +23,12 @@ BLOCK = 32  # the number of weights that have one scale, by default
 SWEEPS = 4
 ROWS = 4096  # rounded at a time, since a token embedding takes many times its memory otherwise
 BLOCKS = (32, 64, 128)  # those that MatMulNBits of ONNX Runtime also has
+SCALE_BITS = (16, 8)  # of the scale of a block; the first is that of configs which say nothing
+LEVELS = (
+    128  # of the scale of a row is the unit of the 8-bit scales of its blocks, which reach from -127 to 127
+)
+# The scale of a row beside the largest plain scale of its blocks, since scales that are improved may become larger.
+HEADROOM = 1.1
 # Candidate scales, relative to the scale that maps the weight of the largest magnitude to the lowest integer. Smaller
 # scales clip that weight and make finer steps; negative scales map it to the highest integer.
 CANDIDATES = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, -1.0, -0.9, -0.8)
@@ -32,15 +41,18 @@ class Quantized(NamedTuple):
         packed: the packed integers as uint8, of shape (out_features, in_features * bits / 8).
         scale: the scale of each block, of shape (out_features, in_features / block_size).
         bits: the bits of each weight.
+        row_scale: the scale of each row, of shape (out_features, 1), if the scales of blocks have 8 bits; `scale` then
+            has whole multiples of `row_scale / LEVELS`.
     """
 
     packed: Tensor
     scale: Tensor
     bits: int
+    row_scale: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The matrix, of shape (out_features, in_features), in the dtype of `scale`."""
-        return dequantize(*self)
+        return dequantize(self.packed, self.scale, self.bits)
 
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -71,8 +83,9 @@ def quantize(
     bits: int = BITS,
     block_size: int = BLOCK,
     sweeps: int = SWEEPS,
+    scale_bits: int = SCALE_BITS[0],
 ) -> Quantized:
-    """Quantises a matrix. float16 holds the scales exactly.
+    """Quantises a matrix. float16 holds the scales, or with `scale_bits=8` those of the rows, exactly.
 
     Args:
         weight: a matrix of shape (out_features, in_features); `in_features` must be a multiple of `block_size`.
@@ -81,6 +94,7 @@ def quantize(
         bits: the bits of each weight, from FEWEST to MOST.
         block_size: the number of weights that have one scale.
         sweeps: with a covariance, how often all scales and then all integers are improved, after the first rounding.
+        scale_bits: the bits of each scale, 16 or 8. The integers are rounded with the scales that are stored.
     """
     onward, dtype = None, torch.float64  # row j: how later columns compensate for the error of column j
     if covariance is not None:
@@ -88,21 +102,54 @@ def quantize(
         # Errors in float32 are small beside those of rounding, and it takes half the time.
         dtype = torch.float32
         onward, covariance = torch.linalg.cholesky(inverse, upper=True).to(dtype), covariance.to(dtype)
-    packed, found = [], []
+    packed, found, of_rows = [], [], []
     for rows in weight.split(ROWS):  # which are independent of one another
         rows = rows.to(dtype)
-        codes, scales = _round_onward(rows, covariance, onward, bits, block_size)
+        row_scale = _row_scale(rows, bits) if scale_bits == 8 else None
+        codes, scales = _round_onward(rows, covariance, onward, bits, block_size, row_scale)
         if covariance is not None:
             for _ in range(sweeps):
-                scales = _best_scales(rows, codes, scales, covariance)
+                scales = _best_scales(rows, codes, scales, covariance, row_scale)
                 codes = _best_codes(rows, codes, scales, covariance, bits)
         packed.append(_pack((codes - lowest(bits)).to(torch.uint8), bits))
         found.append(scales.double())
-    return Quantized(torch.cat(packed), torch.cat(found), bits)
+        if row_scale is not None:
+            of_rows.append(row_scale.double())
+    return Quantized(torch.cat(packed), torch.cat(found), bits, torch.cat(of_rows) if of_rows else None)
+
+
+def levels_of(scale: Tensor, row_scale: Tensor) -> Tensor:
+    """The integers, (out_features, num_blocks), that stand for the nearest scales; none is 0, which would lose a block.
+
+    Args:
+        scale: the scale of each block, of shape (out_features, num_blocks).
+        row_scale: the scale of each row, of shape (out_features, 1).
+    """
+    levels = (scale / row_scale * LEVELS).round().clamp(1 - LEVELS, LEVELS - 1)
+    return torch.where(levels == 0, torch.where(scale < 0, -1.0, 1.0).to(levels), levels)
+
+
+def _row_scale(weight: Tensor, bits: int) -> Tensor:
+    """The scale of each row, which float16 holds exactly, of shape (out_features, 1)."""
+    largest = weight.abs().amax(1, keepdim=True) / -lowest(bits)
+    found = (HEADROOM * largest).half().to(weight)
+    return torch.where(found == 0, torch.ones_like(found), found)
+
+
+def _storable(scales: Tensor, row_scale: Tensor | None) -> Tensor:
+    """The nearest scales that can be stored: in float16, or beside the scale of a row in 8 bits."""
+    if row_scale is None:
+        return scales.half().to(scales)
+    return levels_of(scales, row_scale) * (row_scale / LEVELS)
 
 
 def _round_onward(
-    weight: Tensor, covariance: Tensor | None, onward: Tensor | None, bits: int, block_size: int
+    weight: Tensor,
+    covariance: Tensor | None,
+    onward: Tensor | None,
+    bits: int,
+    block_size: int,
+    row_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Integers, (out_features, in_features), and scales, by rounding one column after another, as in GPTQ."""
     weight = weight.clone()
@@ -110,7 +157,7 @@ def _round_onward(
     codes, scales = torch.empty_like(weight), []
     for start in range(0, weight.shape[1], block_size):
         end = start + block_size
-        scale = _scale(weight[:, start:end], matter[start:end], bits)
+        scale = _scale(weight[:, start:end], matter[start:end], bits, row_scale)
         scales.append(scale)
         if onward is None:
             codes[:, start:end] = _round(weight[:, start:end], scale.unsqueeze(1), bits)
@@ -126,10 +173,12 @@ def _round_onward(
     return codes, torch.stack(scales, dim=1)
 
 
-def _best_scales(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tensor) -> Tensor:
+def _best_scales(
+    weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tensor, row_scale: Tensor | None
+) -> Tensor:
     """The scales that leave the smallest error of the outputs with these integers, by least squares for each row.
 
-    A scale that float16 cannot hold, or that would vanish, stays as it was.
+    They are rounded to what can be stored. A scale that float16 cannot hold, or that would vanish, stays as it was.
     """
     blocks = codes.unflatten(1, (scales.shape[1], -1))  # (out_features, num_blocks, block_size)
     rows = covariance.unflatten(0, (scales.shape[1], -1))  # (num_blocks, block_size, in_features)
@@ -140,7 +189,7 @@ def _best_scales(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tens
     wanted = ((weight @ covariance).unflatten(1, (scales.shape[1], -1)) * blocks).sum(2)
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    found = torch.linalg.solve(gram.double(), wanted.double()).half().to(scales)
+    found = _storable(torch.linalg.solve(gram.double(), wanted.double()).to(scales), row_scale)
     return torch.where(found.isfinite() & (found != 0), found, scales)
 
 
@@ -204,17 +253,18 @@ def _clamp(codes: Tensor, bits: int) -> Tensor:
     return codes.clamp(lowest(bits), -lowest(bits) - 1)
 
 
-def _scale(block: Tensor, matter: Tensor, bits: int) -> Tensor:
+def _scale(block: Tensor, matter: Tensor, bits: int, row_scale: Tensor | None) -> Tensor:
     """The candidate scale with the smallest squared error for each row, of shape (out_features,).
 
     Args:
         block: the weights of one block, of shape (out_features, block_size).
         matter: the weight of each column in the error, of shape (block_size,).
         bits: the bits of each weight.
+        row_scale: the scale of each row, of shape (out_features, 1), if those of blocks have 8 bits.
     """
     largest = block.gather(1, block.abs().argmax(1, keepdim=True))
     scales = largest / lowest(bits) * block.new_tensor(CANDIDATES)  # (out_features, candidates)
-    scales = scales.half().to(block)
+    scales = _storable(scales, row_scale)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     rounded = _round(block.unsqueeze(1), scales.unsqueeze(2), bits) * scales.unsqueeze(2)
     errors = ((rounded - block.unsqueeze(1)).square() * matter).sum(2)

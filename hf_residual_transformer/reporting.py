@@ -43,7 +43,7 @@ class SizeReport:
     """The size of a residual model beside that of its dense form. `print` shows two tables, bytes first.
 
     Bytes are those of the tensors in a saved file: 16 bits for each number that is not quantised, and the packed bytes
-    of the quantised weights. Parameters include the quantised weights, each of which counts as one.
+    of the quantised weights. Parameters include the quantised weights and their scales, each of which counts as one.
 
     Args:
         model_bytes: bytes of the whole saved model.
@@ -131,14 +131,17 @@ def size_report(model: nn.Module) -> SizeReport:
     for module in model.modules():
         if isinstance(module, QuantizedEmbedding):
             number = module.out_features * module.in_features
-            scales = module.weight_scale.numel()
-            in_bytes = module.weight_packed.nbytes + scales * FLOAT_BITS // 8
+            in_bytes = sum(map(_saved_bytes, saved_tensors(module)))
             of_part = Count(in_bytes, number * FLOAT_BITS // 8)
             known = parts.get("token embedding", Count(0, 0))
             parts["token embedding"] = Count(known.unique + of_part.unique, known.dense + of_part.dense)
-            parameters.append(Count(number + scales, number))
+            own = module.weight_scale.numel() + quantized_weights(module, scales=True).total()
+            parameters.append(Count(own, number))
     dense_saved = saved + sum(count.dense - count.unique for count in parts.values())
-    unique = sum(parameter.numel() for parameter in model.parameters()) + quantized_weights(model).total()
+    unique = (
+        sum(parameter.numel() for parameter in model.parameters())
+        + quantized_weights(model, scales=True).total()
+    )
     dense = unique + sum(count.dense - count.unique for count in parameters)
     return SizeReport(Count(saved, dense_saved), parts, Count(unique, dense), parameters[0], components[0])
 
@@ -147,7 +150,7 @@ def _layers_report(owner: Any) -> tuple[Count, Count, dict[str, Count]]:
     """Parameters and bytes of the layers of a stack and of the matrices that they share; parameters by component."""
     unique = dict.fromkeys(COMPONENTS, 0)
     dense = dict.fromkeys(COMPONENTS, 0)
-    quantized = quantized_weights(owner.shared)
+    quantized = quantized_weights(owner.shared, scales=True)
     for module in _modules(owner.layers, owner.shared):
         for name, parameter in module.named_parameters(recurse=False):
             component = _component(module, name)
@@ -178,10 +181,10 @@ def _saved_bytes(tensor: Tensor) -> int:
 
 
 def quantized_size(weights: Mapping[int, int]) -> float:
-    """The size of quantised weights without their scales, as a number of 16-bit parameters.
+    """The size of integers in few bits, without scales in floating point, as a number of 16-bit parameters.
 
     Args:
-        weights: numbers of weights by their bits, as `quantized_weights` counts them.
+        weights: numbers of integers by their bits, as `quantized_weights` counts them.
     """
     return sum(number * bits for bits, number in weights.items()) / FLOAT_BITS
 

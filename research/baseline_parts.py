@@ -92,7 +92,7 @@ def encoder_parameters(model: Any) -> int:
     encoder = model.get_encoder()
     parts = nn.ModuleList([encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])])
     plain = sum(parameter.numel() for parameter in parts.parameters())
-    return plain + round(quantized_size(quantized_weights(parts)))
+    return plain + round(quantized_size(quantized_weights(parts, scales=True)))
 
 
 def check_size(parameters: float, dense: Any, budget: float) -> None:

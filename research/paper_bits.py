@@ -43,7 +43,7 @@ def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
             covariance = covariances[id(module)]
             covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
             del weights[f"{path}.weight"]
-            packed, scale, _ = quantize(module.weight, covariance, BITS)
+            packed, scale, *_ = quantize(module.weight, covariance, BITS)
             weights |= {f"{path}.weight_packed": packed, f"{path}.weight_scale": scale.float()}
     small.load_state_dict(weights)
     small.generation_config = source.generation_config

@@ -76,6 +76,16 @@ def test_packed_weights_of_another_dtype_are_refused_and_not_cast_to_bytes(dtype
         model_class.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+def test_scales_in_8_bits_of_another_dtype_are_refused_and_not_cast(dtype, tmp_path):
+    few = hrt.ResidualConfig(group_size=2, rank=2, shared_bits=4, scale_bits=8)
+    hrt.ResidualWhisperModel(tiny_whisper_config(residual_config=few)).save_pretrained(tmp_path)
+    key = "encoder.shared.fc1.0.weight_levels"
+    retype(tmp_path, key, dtype)
+    with pytest.raises(ValueError, match=f"'{key}' of the checkpoint must be of dtype int8, got"):
+        hrt.ResidualWhisperModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_other_weights_of_a_dtype_that_they_do_not_have_are_refused_and_not_cast(dtype, tmp_path):
     model_class = saved(tmp_path, "whisper")

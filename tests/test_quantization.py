@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,17 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer.compression import conversion
 from hf_residual_transformer.layers import QuantizedSharedLinear, ResidualLinear, SharedLinear
 from hf_residual_transformer.modeling import residual_linears
-from hf_residual_transformer.quantization import BLOCK, FEWEST, MOST, dequantize, quantize
+from hf_residual_transformer.quantization import (
+    BLOCK,
+    BLOCKS,
+    FEWEST,
+    LEVELS,
+    MOST,
+    SCALE_BITS,
+    dequantize,
+    levels_of,
+    quantize,
+)
 
 EACH = hrt.ResidualConfig(group_size=1, rank=2, diagonal="none", shared_bits=4)
 
@@ -73,7 +84,7 @@ def test_every_bit_more_leaves_a_third_of_the_error_or_less():
 
 def test_rounding_is_nearer_than_that_of_q4_0_and_scales_are_exact_in_16_bits():
     weight = matrix()
-    packed, scale, bits = quantize(weight)
+    packed, scale, bits, _ = quantize(weight)
     error = (dequantize(packed, scale, bits) - weight).square().sum()
     assert error < 0.97 * (nearest(weight) - weight).square().sum()
     assert packed.shape == (24, 32) and packed.dtype == torch.uint8 and scale.shape == (24, 2)
@@ -96,12 +107,53 @@ def test_what_is_zero_stays_so():
     assert not quantize(torch.zeros(4, 32)).weight().any()
 
 
-def twins(bias, rank, diagonal, bits=4):
+def spread(features=64):
+    """A matrix of which some blocks and rows are many times as large as others."""
+    weight = matrix(48, features, seed=3)
+    of_blocks = 10 ** torch.rand(48, features // BLOCK, generator=torch.Generator().manual_seed(4))
+    return weight * of_blocks.repeat_interleave(BLOCK, 1) * torch.logspace(-3, 0, 48)[:, None]
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_in_8_bits_are_integers_beside_one_float16_for_each_row(bits, block_size):
+    weight = spread(256)
+    weight[5, :block_size] = 0
+    weight[6] = 0
+    weight[7, block_size:] /= 1e4  # smaller than the smallest scale beside that of the row
+    for covariance in (None, correlated(256)):
+        found = quantize(weight, covariance, bits, block_size, scale_bits=8)
+        assert found.scale.shape == (48, 256 // block_size) and found.row_scale.shape == (48, 1)
+        assert torch.equal(found.row_scale.half().double(), found.row_scale)
+        levels = levels_of(found.scale, found.row_scale)
+        assert torch.equal(levels.to(torch.int8) * (found.row_scale / LEVELS), found.scale)
+        assert levels.abs().min() >= 1 and levels.abs().max() <= 127
+        assert not found.weight()[6].any() and torch.isfinite(found.weight()).all()
+        if covariance is None:
+            assert not found.weight()[5, :block_size].any()
+
+
+@pytest.mark.parametrize("make", [matrix, spread])
+@pytest.mark.parametrize(("bits", "most"), [(2, 1.02), (3, 1.02), (4, 1.03)])
+def test_scales_in_8_bits_add_little_to_the_error_of_rounding(bits, most, make):
+    weight = torch.cat([make(), -make()]) if make is spread else make(96)
+    errors = []
+    for covariance in (None, correlated()):
+        for scale_bits in SCALE_BITS:
+            found = quantize(weight, covariance, bits, scale_bits=scale_bits).weight() - weight
+            found = found / weight.norm(dim=1, keepdim=True)  # so that all rows count
+            errors.append((found.square() if covariance is None else (found @ covariance) * found).sum())
+    assert errors[1] < most * errors[0] and errors[3] < most * errors[2]
+
+
+def twins(bias, rank, diagonal, bits=4, scale_bits=16):
     """Two layers over a quantised `U`, and the same over a plain one of equal weight."""
     groups = []
     for quantised in (True, False):
         options = (64, 24, bias == "shared", torch.device("cpu"), torch.float32)
-        shared = QuantizedSharedLinear(*options, bits) if quantised else SharedLinear(*options)
+        shared = (
+            QuantizedSharedLinear(*options, bits, BLOCK, scale_bits) if quantised else SharedLinear(*options)
+        )
         layers = [ResidualLinear(nn.ModuleList([shared]), 0, rank, diagonal, bias == "own") for _ in range(2)]
         for module in (shared, *layers):
             module.reset_parameters()
@@ -114,9 +166,12 @@ def twins(bias, rank, diagonal, bits=4):
 @pytest.mark.parametrize(
     ("bias", "rank", "diagonal", "bits"), [("own", 3, True, 4), ("shared", 0, False, 4), ("own", 3, False, 3)]
 )
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
 @pytest.mark.parametrize("frames", [3, 200])
-def test_outputs_and_gradients_are_those_over_the_same_plain_weight(frames, bias, rank, diagonal, bits):
-    found, groups = [], twins(bias, rank, diagonal, bits)
+def test_outputs_and_gradients_are_those_over_the_same_plain_weight(
+    frames, scale_bits, bias, rank, diagonal, bits
+):
+    found, groups = [], twins(bias, rank, diagonal, bits, scale_bits)
     for group in groups:
         inputs = matrix(2 * frames, 64, seed=2).reshape(2, frames, 64).requires_grad_()
         outputs = [layer(inputs) for layer in group["layers"]]
@@ -125,8 +180,10 @@ def test_outputs_and_gradients_are_those_over_the_same_plain_weight(frames, bias
         found.append((*outputs, inputs.grad, gradients))
     torch.testing.assert_close(found[0], found[1])
     quantised, plain = (group["shared"] for group in groups)
-    numbers = dequantize(quantised.weight_packed, torch.ones_like(quantised.weight_scale), bits)
+    numbers = dequantize(quantised.weight_packed, torch.ones_like(quantised.scale()), bits)
     of_scale = (plain.weight.grad * numbers).unflatten(1, (-1, BLOCK)).sum(2)
+    if scale_bits == 8:
+        of_scale = (of_scale * quantised.weight_levels / LEVELS).sum(1, keepdim=True)
     torch.testing.assert_close(quantised.weight_scale.grad, of_scale, rtol=1e-4, atol=1e-4)
 
 
@@ -139,9 +196,9 @@ def test_backward_keeps_no_full_weight():
     assert any(tensor.dtype == torch.uint8 for tensor in kept)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits):
-    group, _ = twins("own", 3, False, bits)
+@pytest.mark.parametrize(("bits", "scale_bits"), [(3, 16), (4, 16), (3, 8)])
+def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits, scale_bits):
+    group, _ = twins("own", 3, False, bits, scale_bits)
     network = Alone(group["shared"], group["layers"][0])
     frames = torch.export.Dim("frames", min=2, max=4096)
     exported = torch.export.export(network, (matrix(50, 64)[None],), dynamic_shapes=({1: frames},))
@@ -152,22 +209,24 @@ def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits):
     assert sum(tensor.nbytes for tensor in kept) == sum(t.nbytes for t in network.state_dict().values())
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_a_compiled_layer_is_one_graph(bits):
-    group, _ = twins("own", 3, False, bits)
+@pytest.mark.parametrize(("bits", "scale_bits"), [(3, 16), (4, 16), (3, 8)])
+def test_a_compiled_layer_is_one_graph(bits, scale_bits):
+    group, _ = twins("own", 3, False, bits, scale_bits)
     compiled = torch.compile(group["layers"][0], fullgraph=True, backend="aot_eager")
     for frames in (3, 700):
         torch.testing.assert_close(compiled(matrix(frames, 64)), group["layers"][0](matrix(frames, 64)))
 
 
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
 @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
-def test_models_are_saved_loaded_halved_and_merged(family, tmp_path):
+def test_models_are_saved_loaded_halved_and_merged(family, scale_bits, tmp_path):
+    each = replace(EACH, scale_bits=scale_bits)
     if family == "whisper":
-        model = hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH))
+        model = hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=each))
         inputs = {"input_features": whisper_inputs()[:2], "labels": torch.tensor([[72, 73], [80, 81]])}
         auto = AutoModelForSpeechSeq2Seq
     else:
-        model = hrt.ResidualWav2Vec2ForCTC(tiny_wav2vec2_config(residual_config=EACH))
+        model = hrt.ResidualWav2Vec2ForCTC(tiny_wav2vec2_config(residual_config=each))
         inputs = {"input_values": matrix(2, 800), "labels": torch.tensor([[5, 6], [8, 9]])}
         auto = AutoModelForCTC
     randomize_(model)
@@ -188,8 +247,10 @@ def test_models_are_saved_loaded_halved_and_merged(family, tmp_path):
     assert sizes[1] < 0.7 * sizes[0]
 
 
-def test_initialising_again_leaves_loaded_codes_alone(tmp_path):
-    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH)))
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_initialising_again_leaves_loaded_codes_alone(scale_bits, tmp_path):
+    config = tiny_whisper_config(residual_config=replace(EACH, scale_bits=scale_bits))
+    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(config))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
     loaded.init_weights()
@@ -205,6 +266,15 @@ def test_a_checkpoint_that_is_not_quantised_does_not_fit(tmp_path):
     config = hrt.ResidualWhisperConfig.from_pretrained(tmp_path, residual_config=EACH)
     with pytest.raises(ValueError, match=r"lacks '.*shared.*weight_packed'"):
         hrt.ResidualWhisperForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_a_checkpoint_with_scales_in_other_bits_does_not_fit(scale_bits, tmp_path):
+    configs = [tiny_whisper_config(residual_config=replace(EACH, scale_bits=bits)) for bits in SCALE_BITS]
+    other = configs.pop(SCALE_BITS.index(scale_bits))
+    hrt.ResidualWhisperForConditionalGeneration(configs[0]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit .*residual_config"):
+        hrt.ResidualWhisperForConditionalGeneration.from_pretrained(tmp_path, config=other)
 
 
 def states_error(model, dense, inputs):
@@ -226,13 +296,14 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
     assert {2, 3, 4} >= set(chosen.bits_pattern.values()) and 1 in chosen.group_size.values()
+    assert chosen.scale_bits == 8
     report = hrt.size_report(model)
     assert 0.57 < report.encoder_bytes.ratio <= 0.6
     encoder = model.half().model.encoder
     kept = [*encoder.layers.state_dict().values(), *encoder.shared.state_dict().values()]
     assert report.encoder_bytes.unique == sum(tensor.nbytes for tensor in kept)
     model.float()
-    bare = from_dense(dense, hrt.ResidualConfig(1, 0, diagonal="none", shared_bits=4), **given)
+    bare = from_dense(dense, hrt.ResidualConfig(1, 0, diagonal="none", shared_bits=4, scale_bits=8), **given)
     by_rank = from_dense(dense, budget=0.6, shared_bits=None, **given)
     assert states_error(model, dense, inputs) < 0.5 * states_error(bare, dense, inputs)
     assert states_error(model, dense, inputs) < states_error(by_rank, dense, inputs)
@@ -298,8 +369,10 @@ def test_layers_may_share_a_quantised_u():
     assert full_rank < 1e-3 * states_error(model, dense, inputs)
 
 
-def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone():
-    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=EACH)))
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(scale_bits):
+    config = tiny_whisper_config(residual_config=replace(EACH, scale_bits=scale_bits))
+    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(config))
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(input_features=whisper_inputs()[:2], labels=torch.tensor([[72, 73], [80, 81]])).loss.backward()
@@ -315,6 +388,8 @@ def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(
     ("make", "message"),
     [
         (lambda: hrt.ResidualConfig(shared_bits=9), "`shared_bits` must be from 2 to 8, None, or .* got 9"),
+        (lambda: hrt.ResidualConfig(scale_bits=4), "`scale_bits` must be one of 16, 8, got 4"),
+        (lambda: hrt.ResidualConfig(scale_bits="8"), "`scale_bits` must be one of 16, 8, got '8'"),
         (lambda: hrt.ResidualConfig(shared_bits=True), "`shared_bits` must be from 2 to 8, .* got True"),
         (lambda: hrt.ResidualConfig(shared_bits={"fc1": 1}), "`shared_bits` must be from 2 to 8, .*'fc1': 1"),
         (

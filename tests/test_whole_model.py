@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import random
 import subprocess
@@ -30,7 +31,7 @@ from hf_residual_transformer.compression.statistics import (
 )
 from hf_residual_transformer.families import WHISPER, LayerStack
 from hf_residual_transformer.layers import QuantizedEmbedding, TiedOutput, unpacked_weights
-from hf_residual_transformer.quantization import BLOCKS, quantize
+from hf_residual_transformer.quantization import BLOCKS, LEVELS, SCALE_BITS, quantize
 
 DECODER = WHISPER.stacks[1]
 FORM = {
@@ -121,6 +122,7 @@ def test_the_config_comes_back_and_says_what_each_part_is(tmp_path):
         ({"embedding_bits": [7]}, "`embedding_bits` must have pairs .*, got 7"),
         ({"decoder_residual_config": {"rank": -1}}, "`rank` must be"),
         ({"decoder_residual_config": {"bits_pattern": {"fc1": 9}}}, r"`bits_pattern\['fc1'\]` must be"),
+        ({"decoder_residual_config": {"scale_bits": 12}}, "`scale_bits` must be one of 16, 8, got 12"),
         ({"decoder_residual_config": {"block_size": 48}}, "`block_size` must be one of 32, 64, 128, got 48"),
     ],
 )
@@ -209,15 +211,41 @@ def test_there_is_one_table_for_look_up_and_for_logits(tmp_path):
     assert report.model.dense == sum(parameter.numel() for parameter in names.values())
 
 
-def test_gradients_of_the_scales_come_from_both_uses_of_the_table():
-    model, batch = whole(), inputs()
+def test_the_table_has_scales_in_the_bits_of_the_decoder(tmp_path):
+    decoder = dataclasses.replace(FORM["decoder_residual_config"], scale_bits=8)
+    config = tiny_whisper_config(**FORM | {"decoder_residual_config": decoder}, d_model=64)
+    model, batch = randomize_(Whisper(config)).half(), inputs()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    own = {key.rpartition(".")[2]: value for key, value in saved.items() if "embed_tokens" in key}
+    vocabulary, hidden = config.vocab_size, config.d_model
+    assert own["weight_levels"].shape == (vocabulary, hidden // 32)
+    assert own["weight_levels"].dtype == torch.int8 and own["weight_scale"].shape == (vocabulary, 1)
+    in_bytes = vocabulary * (hidden * 5 // 8 + hidden // 32 + 2)
+    report = hrt.size_report(model)
+    assert report.parts["token embedding"].unique == in_bytes == sum(v.nbytes for v in own.values())
+    assert report.model_bytes.unique == sum(value.nbytes for value in saved.values())
+    again, model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, dtype=torch.float32), model.float()
+    with torch.no_grad():
+        logits = model(**batch).logits
+        torch.testing.assert_close(again(**batch).logits, logits, rtol=0, atol=0)
+        torch.testing.assert_close(model.merge()(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_gradients_of_the_scales_come_from_both_uses_of_the_table(scale_bits):
+    decoder = dataclasses.replace(FORM["decoder_residual_config"], scale_bits=scale_bits)
+    config = tiny_whisper_config(**FORM | {"decoder_residual_config": decoder}, d_model=64)
+    model, batch = randomize_(Whisper(config)), inputs()
     model(**batch).logits.square().sum().backward()
     table = model.get_input_embeddings()
     plain = copy.deepcopy(model.merge()).requires_grad_()
     plain(**batch).logits.square().sum().backward()
     gradient = plain.get_input_embeddings().weight.grad
-    numbers = (table.weight / table.weight_scale.repeat_interleave(32, 1)).detach()
+    numbers = (table.weight / table.scale().repeat_interleave(32, 1)).detach()
     expected = (gradient * numbers).unflatten(1, (-1, 32)).sum(2)
+    if scale_bits == 8:
+        expected = (expected * table.weight_levels / LEVELS).sum(1, keepdim=True)
     torch.testing.assert_close(table.weight_scale.grad, expected, rtol=1e-3, atol=1e-2)
     assert table.weight_packed.grad is None
 
@@ -227,6 +255,8 @@ def test_a_size_is_that_of_the_whole_saved_file(size, tmp_path):
     model = Whisper.from_dense(dense_whisper(), calibration=labelled(), budget=size, progress=False)
     report = hrt.size_report(model)
     assert size - 0.02 < report.model_bytes.ratio <= size
+    configs = model.config.residual_config, model.config.decoder_residual_config
+    assert [config.scale_bits for config in configs] == [8, 8]
     model.half().save_pretrained(tmp_path)
     saved = sum(value.nbytes for value in load_file(tmp_path / "model.safetensors").values())
     assert saved == report.model_bytes.unique
@@ -529,4 +559,4 @@ def test_without_labels_a_training_moves_scales_and_factors_of_both_stacks_and_n
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     for part in ("encoder.shared", "decoder.shared", "embed_tokens.weight_scale"):
         assert any(part in key for key in moved), part
-    assert not [key for key in moved if key.endswith("weight_packed")]
+    assert not [key for key in moved if key.endswith(("weight_packed", "weight_levels"))]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..configuration import ResidualConfig
 from ..families import LayerStack, groups_of
-from ..quantization import BLOCK, quantize
+from ..quantization import BLOCK, SCALE_BITS, quantize
 from ..reporting import quantized_size
 from .fitting import quantize_for
 from .statistics import TINY, EmbeddingStatistics, Group, Statistics, metric_of, parallel_sum
@@ -282,9 +282,13 @@ def unranked_parameters(search: Search) -> int:
     return total
 
 
-def quantized_parameters(number: int, bits: int, block_size: int = BLOCK) -> float:
-    """Size of so many weights of a quantised `U`, scales included, in parameters of 16 bits."""
-    return quantized_size({bits: number}) + number / block_size
+def quantized_parameters(
+    shape: Sequence[int], bits: int, block_size: int = BLOCK, scale_bits: int = SCALE_BITS[0]
+) -> float:
+    """Size of a quantised `U` of this shape, scales included, in parameters of 16 bits."""
+    number = math.prod(shape)
+    of_blocks = quantized_size({scale_bits: number // block_size})
+    return quantized_size({bits: number}) + of_blocks + (shape[0] if scale_bits == 8 else 0)
 
 
 def rank_pattern_of(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
@@ -337,7 +341,8 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
         left = _tails(missing, inputs) if alone else ((missing @ inputs) * missing).sum()
         for bits, ratio in rounding_ratios(mean, inputs.diagonal(), few, reference, block_size).items():
             of_bits = (ratio * left if alone else errors + ratio * left).cpu().numpy()
-            found.append(Curve(group, bits, of_bits, cost, quantized_parameters(number, bits, block_size)))
+            size = quantized_parameters(mean.shape, bits, block_size, search.config.scale_bits)
+            found.append(Curve(group, bits, of_bits, cost, size))
     return found
 
 
@@ -357,6 +362,7 @@ def embedding_curves(
     ranges: Sequence[tuple[int, Sequence[int]]],
     block_size: int,
     measure: Callable[[Tensor], float] | None = None,
+    scale_bits: int = SCALE_BITS[0],
 ) -> list[Curve]:
     """The errors of ranges of tokens for each number of bits. The end of a range is the layer of its group.
 
@@ -369,6 +375,7 @@ def embedding_curves(
         ranges: for each range of tokens, its end and the bits that it may have, in ascending order.
         block_size: the number of weights that have one scale.
         measure: gives the effect of another table; by default it is estimated.
+        scale_bits: the bits of each scale, 16 or 8.
     """
     found, start = [], 0
     for end, numbers in ranges:
@@ -383,7 +390,7 @@ def embedding_curves(
         for bits, ratio in rounding_ratios(rows, metric.diagonal(), others, last, block_size).items():
             errors[bits] = ratio * errors[last]
         for bits, error in errors.items():
-            size = quantized_parameters(rows.numel(), bits, block_size)
+            size = quantized_parameters(rows.shape, bits, block_size, scale_bits)
             found.append(
                 Curve(Group(EMBEDDING, 1, (end,), EMBEDDING), bits, np.array([max(error, 0.0)]), 0, size)
             )

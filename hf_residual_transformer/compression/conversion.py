@@ -29,7 +29,7 @@ from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bit
 from ..families import Family, LayerStack
 from ..layers import as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
-from ..quantization import BITS, BLOCK, FEWEST, MOST
+from ..quantization import BITS, BLOCK, FEWEST, MOST, SCALE_BITS
 from ..reporting import ConversionReport, ModuleError, saved_tensors
 from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
@@ -75,6 +75,7 @@ ENCODER, DECODER = "encoder", "decoder"
 PARTS = (ENCODER, DECODER, EMBEDDING)
 # Beside a decoder, so many windows are enough for an encoder: a window has 1,500 frames, but only tens of tokens.
 ENCODER_WINDOWS = 16
+CHOSEN_SCALE_BITS = 8  # of the scales where `budget` chooses all settings
 # Parameters of a `ResidualLinear` that no dense model has.
 COMPONENT_NAMES = ("residual_A", "residual_B", "diagonal")
 # The default budget by `shared_bits`: bytes relative to dense with matrices of few bits, otherwise parameters.
@@ -388,6 +389,7 @@ class _Conversion:
                 diagonal="none",
                 shared_bits=None if request.numbers is None else request.numbers[-1],
                 block_size=request.block_size,
+                scale_bits=CHOSEN_SCALE_BITS,
             )
             search = Search(source, config, request.numbers, is_open=True)
         groups = search.groups()
@@ -459,7 +461,10 @@ class _Conversion:
             metric = (
                 torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
             )
-            part.write(quantize_for(table[start:end], metric, part.bits, part.block_size))
+            quantized = quantize_for(
+                table[start:end], metric, part.bits, part.block_size, scale_bits=part.scale_bits
+            )
+            part.write(quantized)
 
     def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
         budget = self.request.budget
@@ -483,8 +488,8 @@ class _Conversion:
             assert embedding is not None
             table = self.dense.get_input_embeddings().weight
             ranges = self._token_ranges(len(table))
-            # As `embedding_block_size` of the config will say.
-            block_size = self.parts.get(DECODER, self.parts[ENCODER]).search.config.block_size
+            # As `embedding_blocks` of the config will say.
+            blocks = self.parts.get(DECODER, self.parts[ENCODER]).search.config
             of_table = self._divergence(self.encoder_places)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
 
@@ -494,7 +499,12 @@ class _Conversion:
                     return of_table(Keeps.KEYS)
 
             curves += embedding_curves(
-                table, embedding, ranges, block_size, None if of_table is None else measure
+                table,
+                embedding,
+                ranges,
+                blocks.block_size,
+                None if of_table is None else measure,
+                blocks.scale_bits,
             )
             fixed -= table.numel()
         try:
@@ -632,6 +642,7 @@ def _fit_group(
         shared=shared is not None,
         bits=None if shared is None else shared.bits,
         block_size=BLOCK if shared is None or shared.bits is None else shared.block_size,
+        scale_bits=SCALE_BITS[0] if shared is None or shared.bits is None else shared.scale_bits,
         iterations=request.iterations if calibrated else 0,
     )
     biases, errors = [], []

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..layers import ResidualLinear
-from ..quantization import BLOCK, SWEEPS, Quantized, quantize
+from ..quantization import BLOCK, SCALE_BITS, SWEEPS, Quantized, quantize
 from .statistics import damp, parallel_sum
 
 ITERATIONS = 30
@@ -90,6 +90,7 @@ def fit_group(
     shared: bool = True,
     bits: int | None = None,
     block_size: int = BLOCK,
+    scale_bits: int = SCALE_BITS[0],
     iterations: int = ITERATIONS,
 ) -> list[Components]:
     """Minimises `sum_l tr(G E_l C_l E_lᵀ)`, `E_l = W_l - U - B_l A_l - D_l`, by alternating closed forms.
@@ -110,6 +111,7 @@ def fit_group(
         bits: the number of bits that `U` is rounded to; the other components are then fitted again. None leaves `U` as
             it is.
         block_size: the number of weights of a rounded `U` that have one scale.
+        scale_bits: the number of bits of each such scale, 16 or 8.
         iterations: rounds after the first.
     """
     out_features, in_features = weights[0].shape
@@ -144,7 +146,7 @@ def fit_group(
             ]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
         elif bits is not None:
-            quantized = quantize_for(U, total @ total.T, bits, block_size)
+            quantized = quantize_for(U, total @ total.T, bits, block_size, scale_bits=scale_bits)
             U = quantized.weight()
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.quantized = U if shared else None, quantized
@@ -161,10 +163,15 @@ def fit_group(
 
 
 def quantize_for(
-    shared: Tensor, covariance: Tensor, bits: int, block_size: int = BLOCK, sweeps: int = SWEEPS
+    shared: Tensor,
+    covariance: Tensor,
+    bits: int,
+    block_size: int = BLOCK,
+    sweeps: int = SWEEPS,
+    scale_bits: int = SCALE_BITS[0],
 ) -> Quantized:
     """A `U` in few bits, for inputs of that covariance, which need not be damped."""
-    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits, block_size, sweeps)
+    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits, block_size, sweeps, scale_bits)
 
 
 def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

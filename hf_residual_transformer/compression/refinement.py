@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..families import LayerStack, Stage
 from ..layers import ResidualLinear, rows_last, unpacked_weights
-from ..quantization import BLOCK
+from ..quantization import BLOCK, SCALE_BITS
 from ..reporting import ModuleError
 from .fitting import fit_group
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
@@ -214,6 +214,7 @@ class Streams:
             shared=begins,
             bits=shared.bits if begins else None,
             block_size=shared.block_size if begins and shared.bits else BLOCK,
+            scale_bits=shared.scale_bits if begins and shared.bits else SCALE_BITS[0],
             iterations=iterations,
         )
         for index, fitted in zip(members, fits):

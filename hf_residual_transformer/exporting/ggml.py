@@ -142,6 +142,8 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
             problem = "is in floating point"
         elif weight.bits > 4:
             problem = f"has {weight.bits} bits"
+        elif weight.scale_bits != 16:
+            problem = f"has scales in {weight.scale_bits} bits, of which float16 would be a rounding"
         elif getattr(linear, "residual_A", None) is not None and linear.residual_A.shape[0]:
             problem = f"has a low rank of {linear.residual_A.shape[0]}"
         elif getattr(linear, "diagonal", None) is not None:
@@ -149,8 +151,8 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
         if problem is not None:
             raise ValueError(
                 f"`format` must be onnx for this model, got ggml, whose q4_0 is blocks of four bits alone: {path} "
-                f"{problem}. Compress with rank=0, shared_bits=4 and embedding_bits=4 in the encoder and the decoder, "
-                "or merge() the model for whisper.cpp's own tools"
+                f"{problem}. Compress with rank=0, shared_bits=4, scale_bits=16 and embedding_bits=4 in the encoder "
+                "and the decoder, or merge() the model for whisper.cpp's own tools"
             )
         found[path.removeprefix("model.")] = weight
     return found
@@ -171,6 +173,6 @@ def q4_0_bytes(weight: QuantizedWeight) -> bytes:
     """
     packed = repacked(weight.weight_packed.cpu(), weight.bits, 4).numpy()
     integers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, BLOCK)
-    scales = weight.weight_scale.detach().float().cpu().repeat_interleave(weight.block_size // BLOCK, dim=1)
+    scales = weight.scale().detach().float().cpu().repeat_interleave(weight.block_size // BLOCK, dim=1)
     halves = scales.reshape(-1, 1).numpy().astype("<f2").view(np.uint8)
     return np.hstack([halves, integers[:, : BLOCK // 2] | (integers[:, BLOCK // 2 :] << 4)]).tobytes()

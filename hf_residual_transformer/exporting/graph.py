@@ -2,7 +2,8 @@
 
 `MatMulNBits` of ONNX Runtime multiplies with a matrix in blocks. Rows of an embedding are looked up in the same tensor
 and unpacked by standard operators, so that an embedding that is tied to the output is stored once, and so is a `U` that
-several layers share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file.
+several layers share. Matrices in floating point are stored in 16 bits and cast when a runtime loads the file. Scales
+in 8 bits are multiplied with those of the rows at that time, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from ..layers import LowRankLinear, QuantizedWeight, ResidualLinear
-from ..quantization import lowest
+from ..quantization import LEVELS, lowest
 
 OPSET = 17
 CONTRIB = "com.microsoft"  # operators that ONNX Runtime has beside the standard ones
@@ -39,7 +40,7 @@ class Graph:
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self.initializers: dict[str, Any] = {}
-        self.casts: list[Any] = []
+        self.folded: list[Any] = []  # nodes that depend on stored tensors alone
         self.widened: Counter[tuple[int, int]] = (
             Counter()
         )  # matrices by their bits and by those of the operator
@@ -120,10 +121,17 @@ class Graph:
         """The same in float32; runtimes cast it once, when they load the file."""
         if self.stored(name, tensor) and self.initializers[name].data_type == TensorProto.FLOAT:
             return name
-        value = f"{name}:float32"
-        if all(value != cast.output[0] for cast in self.casts):
-            self.casts.append(helper.make_node("Cast", [name], [value], name=value, to=TensorProto.FLOAT))
-        return value
+        return self._cast(name)
+
+    def _cast(self, name: str) -> str:
+        """A stored tensor in float32."""
+        return self._once("Cast", name, name=f"{name}:float32", to=TensorProto.FLOAT)
+
+    def _once(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """The output, `name`, of an operator that a runtime computes from stored tensors when it loads the file."""
+        if all(name != node.output[0] for node in self.folded):
+            self.folded.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
 
     def linear(self, module: Any, x: str) -> str:
         """The output of a linear module, dense or residual, for the value `x`, (..., in_features)."""
@@ -164,8 +172,9 @@ class Graph:
     def product(self, weight: QuantizedWeight, x: str, bias: str | None = None) -> str:
         """The product of `x` with a matrix in few bits, and its bias added."""
         packed, bits = self._packed(weight)
-        scale = self.tensor(f"{self.path(weight)}.weight_scale", weight.weight_scale)
-        inputs = (x, packed, scale) if bias is None else (x, packed, scale, "", "", bias)
+        inputs = (x, packed, self._scale(weight))
+        if bias is not None:
+            inputs = (*inputs, "", "", bias)
         return self.add(
             "MatMulNBits",
             *inputs,
@@ -184,7 +193,6 @@ class Graph:
         nothing.
         """
         packed, bits = self._packed(weight)
-        scale = self.tensor(f"{self.path(weight)}.weight_scale", weight.weight_scale)
         found = self.add("Gather", packed, ids)  # (batch_size, seq_len, blocks, bytes of a block)
         parts = []
         for place in range(0, 8, bits):
@@ -193,9 +201,21 @@ class Graph:
         codes = self.add("Cast", self.add("Concat", *parts, axis=-1), to=TensorProto.FLOAT)
         codes = self.add("Reshape", codes, self.integers(0, 0, 0, weight.block_size))
         integers = self.add("Add", codes, self.number(float(lowest(bits))))
-        scales = self.add("Unsqueeze", self.add("Gather", scale, ids), self.integers(-1))
+        scales = self.add("Unsqueeze", self.add("Gather", self._scale(weight), ids), self.integers(-1))
         scaled = self.add("Mul", integers, scales)
         return self.add("Reshape", scaled, self.integers(0, 0, weight.in_features))
+
+    def _scale(self, weight: QuantizedWeight) -> str:
+        """The scale of each block in float32, (out_features, blocks)."""
+        path = self.path(weight)
+        scale = self.tensor(f"{path}.weight_scale", weight.weight_scale)
+        if weight.weight_levels is None:
+            return scale
+        levels = f"{path}.weight_levels"
+        values = weight.weight_levels.cpu().numpy()
+        self.initializers[levels] = numpy_helper.from_array(values, levels)
+        unit = self._once("Mul", scale, self.number(1 / LEVELS), name=f"{path}.unit")
+        return self._once("Mul", self._cast(levels), unit, name=f"{path}.scale")
 
     def _shifted(self, value: str, places: int, direction: str) -> str:
         """Bytes shifted by so many bits; what is shifted out is lost."""
@@ -243,7 +263,7 @@ class Graph:
     def model(self, name: str) -> Any:
         """The finished ONNX model."""
         graph = helper.make_graph(
-            self.casts + self.nodes, name, self.inputs, self.outputs, list(self.initializers.values())
+            self.folded + self.nodes, name, self.inputs, self.outputs, list(self.initializers.values())
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="hf-residual-transformer")

@@ -47,6 +47,13 @@ FORMS: dict[str, dict[str, Any]] = {
         "decoder_residual_config": ResidualConfig(group_size=2, rank=3, shared_bits=5, diagonal="none"),
         "embedding_bits": 4,
     },
+    "scales in 8 bits": {
+        "residual_config": ResidualConfig(group_size=2, rank=2, shared_bits=3, diagonal="none", scale_bits=8),
+        "decoder_residual_config": ResidualConfig(
+            group_size=1, rank=0, shared_bits=4, diagonal="none", scale_bits=8
+        ),
+        "embedding_bits": [[40, 5], [len(WHISPER_VOCAB), 3]],
+    },
     "embedding of six bits": {"residual_config": ResidualConfig(group_size=1), "embedding_bits": 6},
     "embedding in ranges": {
         "residual_config": ResidualConfig(group_size=1),
@@ -155,13 +162,39 @@ def test_a_shared_matrix_and_a_tied_embedding_are_stored_once(tmp_path):
     assert sorted(packed) == sorted(f"{path}.weight_packed" for path in held)
 
 
-def test_the_file_is_as_small_as_the_tensors(tmp_path):
+def test_scales_in_8_bits_are_multiplied_when_a_runtime_loads_the_file(tmp_path):
+    folder = exported(whisper("scales in 8 bits"), tmp_path, floats="float16")
+    for name in ("encoder_model", "decoder_model_merged"):
+        graph = onnx.load(folder / "onnx" / f"{name}.onnx").graph
+        assert any(tensor.data_type == onnx.TensorProto.INT8 for tensor in graph.initializer)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx", options)
+        optimised = onnx.load(tmp_path / "optimised.onnx").graph
+        held = {tensor.name for tensor in optimised.initializer}
+        products = [node for node in nodes_of(optimised) if node.op_type == "MatMulNBits"]
+        assert len(products) >= 2 and all(node.input[2] in held for node in products)
+        assert not [tensor for tensor in optimised.initializer if tensor.name.endswith("weight_levels")]
+
+
+def nodes_of(graph: Any) -> Any:
+    """All nodes, also those of branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
+
+
+@pytest.mark.parametrize("scale_bits", [16, 8])
+def test_the_file_is_as_small_as_the_tensors(scale_bits, tmp_path):
+    few = ResidualConfig(group_size=1, rank=0, shared_bits=4, diagonal="none", scale_bits=scale_bits)
     config = tiny_whisper_config(
         d_model=128,
         encoder_ffn_dim=512,
         decoder_ffn_dim=512,
-        residual_config=ResidualConfig(group_size=1, rank=0, shared_bits=4, diagonal="none"),
-        decoder_residual_config=ResidualConfig(group_size=1, rank=0, shared_bits=4, diagonal="none"),
+        residual_config=few,
+        decoder_residual_config=few,
         embedding_bits=4,
     )
     model = randomize_(ResidualWhisperForConditionalGeneration(config))
@@ -170,7 +203,9 @@ def test_the_file_is_as_small_as_the_tensors(tmp_path):
         tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in model.state_dict().values()
     )
     files = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
-    nodes = 130_000  # names and attributes, which do not grow with the matrices
+    nodes = (
+        130_000 if scale_bits == 16 else 190_000
+    )  # names and attributes, which do not grow with the matrices
     assert weights < files < weights + nodes
 
 
@@ -308,6 +343,7 @@ def test_blocks_alone_are_written_for_whisper_cpp_without_rounding_again(options
     [
         ({"rank": 3}, "has a low rank of 3"),
         ({"shared_bits": 5}, "has 5 bits"),
+        ({"scale_bits": 8}, "has scales in 8 bits"),
         ({"diagonal": "all"}, "has a diagonal"),
         ({"shared_bits": None}, "is in floating point"),
     ],
