@@ -121,10 +121,11 @@ class QuantizedWeight(nn.Module):
 
         Gradients reach `weight_scale`.
         """
-        scale, levels = self.weight_scale, self.weight_levels
-        if rows is not None:
-            scale, levels = scale[rows], None if levels is None else levels[rows]
-        return scale if levels is None else (levels.float() / LEVELS * scale).to(scale.dtype)
+        scale: Tensor = self.weight_scale if rows is None else self.weight_scale[rows]
+        if self.weight_levels is None:
+            return scale
+        levels = self.weight_levels if rows is None else self.weight_levels[rows]
+        return (levels.float() / LEVELS * scale).to(scale.dtype)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """`packed` and `scale`, or the matrix and None while it is unpacked."""

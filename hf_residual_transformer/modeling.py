@@ -55,10 +55,10 @@ MOST_LAYERS = 1000  # a broken config must not build layers until the memory end
 LARGEST = 1e15  # no trained weight is near it, and float32 cannot hold the squares of much larger ones
 # The dtypes of weights, as torch and as safetensors call them.
 PACKED = {"torch.uint8": "U8"}
-LEVELS = {"torch.int8": "I8"}
+INTEGERS = {"torch.int8": "I8"}
 COUNTS = {"torch.int64": "I64"}
 # By the end of a weight's name. The last is what a batch norm counts.
-OTHER_DTYPES = {"weight_packed": PACKED, "weight_levels": LEVELS, "num_batches_tracked": COUNTS}
+OTHER_DTYPES = {"weight_packed": PACKED, "weight_levels": INTEGERS, "num_batches_tracked": COUNTS}
 FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
 
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")  # of `push_to_hub`

@@ -30,9 +30,13 @@ def wrap(model: Any, by: str) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def step(family: str, by: str, bits: int | None) -> dict[str, torch.Tensor]:
+def form(bits: int | None, scale_bits: int) -> ResidualConfig:
+    return ResidualConfig(group_size=2, rank=2, diagonal="all", shared_bits=bits, scale_bits=scale_bits)
+
+
+def step(family: str, by: str, bits: int | None, scale_bits: int) -> dict[str, torch.Tensor]:
     """The weights after two steps, of which each process sees one of two recordings."""
-    model = build(family, ResidualConfig(group_size=2, rank=2, diagonal="all", shared_bits=bits))
+    model = build(family, form(bits, scale_bits))
     inputs = {key: value for key, value in inputs_of(family).items() if key != "labels"}
     if family == "whisper":
         inputs["decoder_input_ids"] = torch.tensor([[1, 72, 73], [1, 80, 81]])
@@ -54,13 +58,13 @@ def step(family: str, by: str, bits: int | None) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="with torch 2.7, the step is not that of one process")
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("bits", "scale_bits"), [(None, 16), (4, 16), (4, 8)])
 @pytest.mark.parametrize("by", ["layer", "encoder"])
 @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
-def test_two_processes_make_the_step_of_one(family, by, bits):
-    before = build(family, ResidualConfig(group_size=2, rank=2, diagonal="all", shared_bits=bits))
-    expected = step(family, by, bits)
-    first, second = run_together(step, family, by, bits)
+def test_two_processes_make_the_step_of_one(family, by, bits, scale_bits):
+    before = build(family, form(bits, scale_bits))
+    expected = step(family, by, bits, scale_bits)
+    first, second = run_together(step, family, by, bits, scale_bits)
     assert first.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(first[key], second[key]), key

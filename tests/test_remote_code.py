@@ -79,7 +79,7 @@ def recognizer(name: str, folder: Path):
     if name == "whisper":
         config = tiny_whisper_config(
             residual_config=ResidualConfig(group_size=1, rank=2, shared_bits=4, diagonal="all"),
-            decoder_residual_config=ResidualConfig(group_size=1, rank=2, shared_bits=3),
+            decoder_residual_config=ResidualConfig(group_size=1, rank=2, shared_bits=3, scale_bits=8),
             embedding_bits=4,
         )
         model = randomize_(hrt.ResidualWhisperForConditionalGeneration(config))

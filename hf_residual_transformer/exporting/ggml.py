@@ -3,8 +3,9 @@
 The file has, in little endian: a magic number; eleven numbers, of which the last is the format; the mel filters; the
 vocabulary without special tokens, which whisper.cpp adds itself; and the tensors under OpenAI's names.
 
-Blocks of 32 weights in four bits are the numbers of ggml's q4_0, `scale * (integer - 8)`, in another order. Hence a
-compact model whose matrices are such blocks and nothing else is written without rounding again, for whisper.cpp to run.
+Blocks of 32 weights in four bits with scales in 16 bits are the numbers of ggml's q4_0, `scale * (integer - 8)`, in
+another order. Hence a compact model whose matrices are such blocks and nothing else is written without rounding again,
+for whisper.cpp to run.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
         elif weight.bits > 4:
             problem = f"has {weight.bits} bits"
         elif weight.scale_bits != 16:
-            problem = f"has scales in {weight.scale_bits} bits, of which float16 would be a rounding"
+            problem = f"has scales in {weight.scale_bits} bits, which float16 would round"
         elif getattr(linear, "residual_A", None) is not None and linear.residual_A.shape[0]:
             problem = f"has a low rank of {linear.residual_A.shape[0]}"
         elif getattr(linear, "diagonal", None) is not None:

@@ -172,9 +172,7 @@ class Graph:
     def product(self, weight: QuantizedWeight, x: str, bias: str | None = None) -> str:
         """The product of `x` with a matrix in few bits, and its bias added."""
         packed, bits = self._packed(weight)
-        inputs = (x, packed, self._scale(weight))
-        if bias is not None:
-            inputs = (*inputs, "", "", bias)
+        inputs = [x, packed, self._scale(weight), *([] if bias is None else ["", "", bias])]
         return self.add(
             "MatMulNBits",
             *inputs,
