@@ -1,7 +1,8 @@
 """Exported real weights in the runtimes of others, on real speech, beside the same compact model in PyTorch.
 
 The model is whisper-base with every matrix rounded plainly and a low rank of what that leaves, in the bits that the
-operators have and in some that they lack. What is tested is that runtimes compute what PyTorch computes.
+operators have and in some that they lack. Scales have 16 bits in the encoder, and 8 bits in the decoder. What is tested
+is that runtimes compute what PyTorch computes.
 
 The runtimes are installed once, into the cache that has the weights; where they cannot be had, their tests are skipped.
 """
@@ -59,8 +60,9 @@ def scripts() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def settings(rank: int, **bits: int) -> ResidualConfig:
-    return ResidualConfig(group_size=1, rank=rank, shared_bits=4, diagonal="none", bits_pattern=bits)
+def settings(rank: int, scale_bits: int, **bits: int) -> ResidualConfig:
+    options = {"shared_bits": 4, "diagonal": "none", "bits_pattern": bits, "scale_bits": scale_bits}
+    return ResidualConfig(group_size=1, rank=rank, **options)
 
 
 def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig) -> Any:
@@ -75,14 +77,15 @@ def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig) -> Any
             own[name].copy_(source[name])
         for path, linear in residual_linears(model):
             weight = source[f"{path}.weight"]
-            few = quantize(weight, bits=linear.shared.bits, block_size=linear.shared.block_size)
-            linear.shared.write(few)
+            shared = linear.shared
+            few = quantize(weight, None, shared.bits, shared.block_size, scale_bits=shared.scale_bits)
+            shared.write(few)
             if linear.residual_A is not None and linear.residual_B is not None:
                 left = weight - few.weight().float()
                 u, s, v = torch.svd_lowrank(left, len(linear.residual_A), niter=1)
                 linear.residual_B.copy_(u * s), linear.residual_A.copy_(v.T)
         table = dense.get_input_embeddings().weight
-        model.get_input_embeddings().write(quantize(table, bits=4, block_size=32))
+        model.get_input_embeddings().write(quantize(table, bits=4, scale_bits=decoder.scale_bits))
     model.generation_config = dense.generation_config
     return model
 
@@ -99,7 +102,7 @@ def dense(scripts) -> Any:
 def compact(dense, tmp_path_factory) -> Path:
     """The folder of the compact model, in 16 bits."""
     torch.manual_seed(0)
-    model = rounded(dense, settings(8, fc1=5, q_proj=8), settings(4, fc2=3))
+    model = rounded(dense, settings(8, 16, fc1=5, q_proj=8), settings(4, 8, fc2=3))
     model.processor = dense.processor
     folder = tmp_path_factory.mktemp("compact")
     model.half().save_pretrained(folder)
