@@ -294,6 +294,7 @@ def test_an_exported_layer_takes_any_length_and_never_composes_a_weight(diagonal
 def test_a_compiled_layer_takes_few_and_many_frames():
     module = group((12, 20), 3)
     layer = module["layers"][0]
+    torch.compiler.reset()  # what other tests compile counts towards the limit of recompilations
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for frames in (1, 3, 50, 700):
         x = torch.randn(2, frames, 20, requires_grad=True)
