@@ -289,12 +289,7 @@ class ResidualConfigMixin(DenseConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         known = (type(self).model_type, self.dense_class().model_type)
         model_type = kwargs.pop("model_type", known[0])
-        found = kwargs.pop("residual_format", 1)
-        if not _is_int(found, 1, FORMAT):
-            raise ValueError(
-                f"`residual_format` must be from 1 to {FORMAT}, got {found!r}: a newer version of "
-                "hf-residual-transformer wrote this checkpoint; update the package"
-            )
+        _check_format(kwargs.pop("residual_format", 1))
         if model_type not in known:
             raise ValueError(
                 f"`model_type` must be {known[0]!r}, got {model_type!r}; load the checkpoint with "
@@ -310,6 +305,8 @@ class ResidualConfigMixin(DenseConfig):
         Raises:
             ValueError: naming the field.
         """
+        # First of all, since a newer format may have fields that this version does not know.
+        _check_format(config_dict.get("residual_format", 1))
         try:
             plain = {
                 name: json.loads(value.removesuffix(GUARD))
@@ -399,6 +396,14 @@ class ResidualConfigMixin(DenseConfig):
         for name in RESIDUAL_FIELDS:
             values.pop(name, None)
         return self.dense_class()(**values)
+
+
+def _check_format(found: Any) -> None:
+    if not _is_int(found, 1, FORMAT):
+        raise ValueError(
+            f"`residual_format` must be from 1 to {FORMAT}, got {found!r}: a newer version of "
+            "hf-residual-transformer wrote this checkpoint; update the package"
+        )
 
 
 def checked_embedding_bits(value: Any) -> int | list[list[int]]:

@@ -24,9 +24,8 @@ SWEEPS = 4
 ROWS = 4096  # rounded at a time, since a token embedding takes many times its memory otherwise
 BLOCKS = (32, 64, 128)  # those that MatMulNBits of ONNX Runtime also has
 SCALE_BITS = (16, 8)  # of the scale of a block; the first is that of configs which say nothing
-LEVELS = (
-    128  # of the scale of a row is the unit of the 8-bit scales of its blocks, which reach from -127 to 127
-)
+# The 8-bit scale of a block is an integer from -127 to 127 times the scale of its row divided by this.
+LEVELS = 128
 # The scale of a row beside the largest plain scale of its blocks, since scales that are improved may become larger.
 HEADROOM = 1.1
 # Candidate scales, relative to the scale that maps the weight of the largest magnitude to the lowest integer. Smaller

@@ -57,6 +57,12 @@ def test_a_newer_format_is_refused_with_what_to_do(saved, tmp_path, found):
         AutoModel.from_pretrained(edited(saved[1], tmp_path, residual_format=found))
 
 
+def test_a_newer_format_is_refused_before_what_it_says_is_read(saved, tmp_path):
+    newer = {"residual_format": FORMAT + 1, "residual_config": {"group_size": 3, "colour": "blue"}}
+    with pytest.raises(ValueError, match=r"`residual_format` must be from 1 to \d, got .*update the package"):
+        AutoModel.from_pretrained(edited(saved[1], tmp_path, **newer))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_what_opens_it(name, tmp_path):
     residual(name).save_pretrained(tmp_path)
