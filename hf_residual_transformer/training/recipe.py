@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from ..families import WHISPER, family_of
 from ..layers import quantized_weights
+from ..speech.collators import feature_extractor_of
 from ..speech.transcription import transcribe
-from ..speech.windows import WindowCollator
+from ..speech.windows import PaddedWindowCollator, WindowCollator
+from ..whisper import choose_windows
 from .arguments import RecipeArguments
 from .trainers import (
     CTCDistillationTrainer,
@@ -89,6 +92,46 @@ def relative_size(student: Any, teacher: Any) -> float:
         for encoder in (student, teacher)
     ]
     return sizes[0] / sizes[1]
+
+
+def prepare_windows(
+    student: Any, processor: Any, window_seconds: float | None, short_windows: bool
+) -> WindowCollator:
+    """The collator of a label-free distillation; with `short_windows`, the student gets an encoder that has them.
+
+    Args:
+        student: the model that learns.
+        processor: its processor.
+        window_seconds: length of the windows, by default `WINDOW_SECONDS`.
+        short_windows: whether the student is to have short windows. One that has them keeps them in any case.
+
+    Raises:
+        ValueError: if `short_windows` is true for a model that cannot have them, or beside `window_seconds`.
+    """
+    longest = getattr(feature_extractor_of(processor), "chunk_length", math.inf)
+    if short_windows:
+        if not hasattr(student.config, "short_windows"):
+            raise ValueError(
+                f"`short_windows` must be False for a {type(student).__name__}; a compact Whisper may have them"
+            )
+        student.config.short_windows = True
+        choose_windows(student)
+    if not getattr(student.config, "short_windows", False):
+        return WindowCollator(
+            processor, min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
+        )
+    if window_seconds is not None:
+        raise ValueError(
+            f"`window_seconds` must be None beside `short_windows`, which trains on all lengths, got {window_seconds}"
+        )
+    return PaddedWindowCollator(processor, longest)
+
+
+def restore_windows(student: Any, outcome: DistillationOutcome, short_windows: bool) -> None:
+    """Takes short windows from a student whose training is not kept, unless it had `short_windows` before."""
+    if not outcome.is_kept and not short_windows and getattr(student.config, "short_windows", False):
+        student.config.short_windows = False
+        choose_windows(student)
 
 
 class TranscribingCollator:

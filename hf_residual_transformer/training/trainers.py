@@ -270,11 +270,16 @@ class DistillationTrainer(GuardedTrainer):
             encoder = self.family.find_encoder(self.teacher)
             with torch.no_grad(), self.accelerator.autocast(), record_states(encoder) as teacher:
                 expected = self._run(self.teacher, encoder, inputs, encoder_only="logits" not in self.weights)
-            mask = self._frame_mask(inputs, student.last[0].shape[1])
+            num_frames = student.last[0].shape[1]
+            mask = self._frame_mask(inputs, num_frames)
+            # A student with `short_windows` has fewer frames, from the first on.
+            layers, last = (
+                [states[:, :num_frames] for states in known] for known in (teacher.layers, teacher.last)
+            )
             if "hidden" in self.weights:
-                losses["hidden"] = self.hidden_state_loss(student.layers, teacher.layers, mask)
+                losses["hidden"] = self.hidden_state_loss(student.layers, layers, mask)
             if "final" in self.weights:
-                losses["final"] = self.hidden_state_loss(student.last, teacher.last, mask)
+                losses["final"] = self.hidden_state_loss(student.last, last, mask)
             if "logits" in self.weights:
                 mask = self._logits_mask(inputs, outputs.logits.shape[1])
                 losses["logits"] = self.logits_loss(outputs.logits, expected.logits, mask)
