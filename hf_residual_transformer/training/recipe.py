@@ -24,6 +24,7 @@ from .trainers import (
 )
 
 WINDOW_SECONDS = 10.0
+SHORT_WINDOWS_RATE = 3e-5  # they start far from the teacher; five times as much ends in noise (docs/LOG.md)
 # Values of a config with which a student runs as its teacher does; the first three are Whisper's names.
 WITHOUT_NOISE: dict[str, Any] = {
     "dropout": 0.0,
@@ -60,9 +61,10 @@ def trainer_class_for(model: Any) -> type[DistillationTrainer]:
 
 
 def default_learning_rate(student: Any, teacher: Any) -> float:
-    """`learning_rate_for` the encoders of `student` and `teacher`."""
+    """`learning_rate_for` the encoders of `student` and `teacher`; at least `SHORT_WINDOWS_RATE` for short windows."""
     encoders = [family_of(student).find_encoder(model) for model in (student, teacher)]
-    return learning_rate_for(relative_size(*encoders), mean_bits(student))
+    rate = learning_rate_for(relative_size(*encoders), mean_bits(student))
+    return max(rate, SHORT_WINDOWS_RATE) if getattr(student.config, "short_windows", False) else rate
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:

@@ -22,13 +22,14 @@ from transformers.utils import logging
 from ..families import Family, family_of, frame_mask, num_frames_of
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
-from ..speech.transcription import encoder_window, transcribe
+from ..speech.transcription import encode, encoder_window, transcribe
 from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
 from .guarded import GuardedTrainer
 from .losses import HiddenStateLoss, LogitsLoss
 from .states import record_states
 
 logger = logging.get_logger(__name__)
+TEACHER_STATES = "teacher_states"  # in a batch, what the teacher's encoder gives for it
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ class DistillationTrainer(GuardedTrainer):
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Returns the losses by name, and the student's output."""
+        known = inputs.pop(TEACHER_STATES, None)
         student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.states_alone}
         with record_states(self.encoder) as student:
             outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.states_alone)
@@ -269,13 +271,16 @@ class DistillationTrainer(GuardedTrainer):
         if self.teacher is not None:
             encoder = self.family.find_encoder(self.teacher)
             with torch.no_grad(), self.accelerator.autocast(), record_states(encoder) as teacher:
-                expected = self._run(self.teacher, encoder, inputs, encoder_only="logits" not in self.weights)
+                if known is not None:
+                    teacher.last.append(known)
+                    expected = self.teacher(encoder_outputs=(known,), labels=inputs["labels"])
+                else:
+                    only = "logits" not in self.weights
+                    expected = self._run(self.teacher, encoder, inputs, encoder_only=only)
             num_frames = student.last[0].shape[1]
             mask = self._frame_mask(inputs, num_frames)
             # A student with `short_windows` has fewer frames, from the first on.
-            layers, last = (
-                [states[:, :num_frames] for states in known] for known in (teacher.layers, teacher.last)
-            )
+            layers, last = ([x[:, :num_frames] for x in states] for states in (teacher.layers, teacher.last))
             if "hidden" in self.weights:
                 losses["hidden"] = self.hidden_state_loss(student.layers, layers, mask)
             if "final" in self.weights:
@@ -294,6 +299,7 @@ class DistillationTrainer(GuardedTrainer):
         inputs = dict(self._prepare_inputs(inputs))
         if not self.states_alone:
             inputs = dict(self._with_labels(inputs))
+            inputs.pop(TEACHER_STATES, None)  # `generate` would not take them
             if inputs.get("labels") is not None:
                 return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         with torch.no_grad():
@@ -308,7 +314,9 @@ class DistillationTrainer(GuardedTrainer):
         super().log(logs, *args, **kwargs)
 
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Adds the labels that a loss needs to a batch, if they can be made."""
+        """Adds the labels that a loss needs to a batch, if they can be made, and what the teacher's encoder gave for them
+        if that is all that is compared of it.
+        """
         return inputs
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
@@ -345,9 +353,13 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.label_free or "logits" not in self.weights or inputs.get("labels") is not None:
             return inputs
-        with self.accelerator.autocast():
-            labels = transcribe(self.teacher, inputs["input_features"].to(self.args.device))
-        return {**inputs, "labels": labels}
+        teacher: Any = self.teacher
+        features = inputs["input_features"].to(self.args.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            states = encode(teacher.get_encoder(), features).last_hidden_state
+            labels = transcribe(teacher, features, states)
+        made = {"labels": labels}
+        return {**inputs, **made} if "hidden" in self.weights else {**inputs, **made, TEACHER_STATES: states}
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
         features = inputs["input_features"]
