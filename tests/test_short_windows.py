@@ -25,8 +25,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer import whisper as whisper_module
-from hf_residual_transformer.speech.transcription import encode
+from hf_residual_transformer.speech.transcription import encode, transcribe
 from hf_residual_transformer.speech.windows import PaddedWindowCollator
+from hf_residual_transformer.training.trainers import DistillationTrainer
 from hf_residual_transformer.whisper import ShortWindowEncoder, num_heard_frames
 
 FULL, MARGIN = 100, 6  # frames of tiny Whisper, and of the padding that its encoder hears here
@@ -290,6 +291,35 @@ def test_a_student_that_is_not_improved_keeps_its_windows():
     student = distilled(whisper(short_windows=False), **options)
     assert not student.config.short_windows and type(student.get_encoder()) is WhisperEncoder
     assert distilled(whisper(), **options).config.short_windows
+
+
+def test_scales_of_few_bits_learn_more_slowly_than_the_rest(monkeypatch):
+    rates: dict[str, float] = {}
+    create = DistillationTrainer.create_optimizer
+
+    def recorded(trainer, model=None):
+        optimizer = create(trainer, model)
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        rates.update({names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        return optimizer
+
+    monkeypatch.setattr(DistillationTrainer, "create_optimizer", recorded)
+    few_bits = hrt.ResidualConfig(group_size=1, rank=4, shared_bits=4)
+    model = hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=few_bits))
+    distilled(randomize_(model), short_windows=True, learning_rate=1e-3, warmup_steps=0)
+    scales = {rate for name, rate in rates.items() if name.endswith("weight_scale")}
+    others = {rate for name, rate in rates.items() if not name.endswith("weight_scale")}
+    assert list(scales) == [pytest.approx(1e-4)] and others == {1e-3}
+
+
+def test_a_teacher_that_repeats_itself_is_cut_to_what_a_short_recording_can_hold():
+    teacher = WhisperForConditionalGeneration(tiny_whisper_config(max_target_positions=400)).eval()
+    teacher.generation_config = whisper_generation_config()
+    teacher.generation_config.max_new_tokens = None
+    teacher.generation_config.suppress_tokens = [teacher.config.eos_token_id]
+    inputs = features(0.3)
+    assert transcribe(teacher, inputs).shape[1] == 3 + 6
+    assert transcribe(teacher, inputs, heard_frames=34).shape[1] == 3 + 3
 
 
 def test_short_windows_that_cannot_be_are_refused():

@@ -15,7 +15,7 @@ from ..speech.collators import feature_extractor_of
 from ..speech.transcription import transcribe
 from ..speech.windows import PaddedWindowCollator, WindowCollator
 from ..whisper import choose_windows
-from .arguments import RecipeArguments
+from .arguments import DistillationArguments, RecipeArguments
 from .trainers import (
     CTCDistillationTrainer,
     DistillationOutcome,
@@ -24,7 +24,8 @@ from .trainers import (
 )
 
 WINDOW_SECONDS = 10.0
-SHORT_WINDOWS_RATE = 3e-5  # they start far from the teacher; five times as much ends in noise (docs/LOG.md)
+# Short windows start far from the teacher. Scales of few bits bear less than the rest (measured in docs/LOG.md).
+SHORT_WINDOWS_RATE, SCALES_PART = 1e-4, 0.1
 # Values of a config with which a student runs as its teacher does; the first three are Whisper's names.
 WITHOUT_NOISE: dict[str, Any] = {
     "dropout": 0.0,
@@ -65,6 +66,13 @@ def default_learning_rate(student: Any, teacher: Any) -> float:
     encoders = [family_of(student).find_encoder(model) for model in (student, teacher)]
     rate = learning_rate_for(relative_size(*encoders), mean_bits(student))
     return max(rate, SHORT_WINDOWS_RATE) if getattr(student.config, "short_windows", False) else rate
+
+
+def rates_for_short_windows(student: Any, learning_rate: float) -> dict[str, float] | None:
+    """`learning_rates` of a student with short windows and weights in few bits; None for others."""
+    if not getattr(student.config, "short_windows", False) or mean_bits(student) is None:
+        return None
+    return {"shared": SCALES_PART * learning_rate}
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:
@@ -181,10 +189,13 @@ def short_distillation(
         validation: clips that are not trained on, to decide whether the result is kept; None keeps it in any case.
         options: of `RecipeArguments`.
     """
+    args = RecipeArguments(output_dir=str(folder), save_strategy="no", **options)
+    rates = None if args.learning_rate is None else rates_for_short_windows(student, args.learning_rate)
     trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,
-        args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
+        args=args,
+        distillation=DistillationArguments(learning_rates=rates),
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collator,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,14 @@ from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
 from .checkpoints import bytes_to_write
 from .clips import checked
-from .recipe import default_learning_rate, prepare_windows, restore_windows, trainer_class_for, without_noise
+from .recipe import (
+    default_learning_rate,
+    prepare_windows,
+    rates_for_short_windows,
+    restore_windows,
+    trainer_class_for,
+    without_noise,
+)
 from .scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -111,6 +118,9 @@ def run_distillation(
         collator = checked(student, collator, train_dataset, eval_dataset)
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(student, teacher)
+    if distillation.learning_rates is None:
+        rates = rates_for_short_windows(student, args.learning_rate)
+        distillation = replace(distillation, learning_rates=rates)
     trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,

@@ -23,6 +23,7 @@ from ..families import Family, family_of, frame_mask, num_frames_of
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
 from ..speech.transcription import encode, encoder_window, transcribe
+from ..whisper import MARGIN_FRAMES, num_heard_frames
 from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
 from .guarded import GuardedTrainer
 from .losses import HiddenStateLoss, LogitsLoss
@@ -314,8 +315,9 @@ class DistillationTrainer(GuardedTrainer):
         super().log(logs, *args, **kwargs)
 
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Adds the labels that a loss needs to a batch, if they can be made, and what the teacher's encoder gave for them
-        if that is all that is compared of it.
+        """Adds the labels that a loss needs to a batch, if they can be made.
+
+        `TEACHER_STATES` may come with them, so that the teacher's encoder does not run again.
         """
         return inputs
 
@@ -357,7 +359,10 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
         features = inputs["input_features"].to(self.args.device)
         with torch.no_grad(), self.accelerator.autocast():
             states = encode(teacher.get_encoder(), features).last_hidden_state
-            labels = transcribe(teacher, features, states)
+            # A teacher that repeats itself may do so for 30 seconds, of which the student hears a few.
+            padded = getattr(self.model.config, "short_windows", False)
+            heard = num_heard_frames(features) + MARGIN_FRAMES if padded else None
+            labels = transcribe(teacher, features, states, heard)
         made = {"labels": labels}
         return {**inputs, **made} if "hidden" in self.weights else {**inputs, **made, TEACHER_STATES: states}
 
