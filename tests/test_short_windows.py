@@ -43,9 +43,11 @@ def _small_margin(monkeypatch):
 
 
 def whisper(short_windows: bool = True) -> Any:
-    """A tiny compact Whisper; both kinds have the same weights."""
+    """A tiny Whisper whose encoder and decoder are compact; both kinds have the same weights."""
     residual = hrt.ResidualConfig(group_size=2, rank=4)
-    config = tiny_whisper_config(residual_config=residual, short_windows=short_windows)
+    config = tiny_whisper_config(
+        residual_config=residual, decoder_residual_config=residual, short_windows=short_windows
+    )
     torch.manual_seed(0)
     model = randomize_(hrt.ResidualWhisperForConditionalGeneration(config))
     model.generation_config = whisper_generation_config()
@@ -282,7 +284,8 @@ def test_a_distilled_student_gets_short_windows_and_the_teacher_hears_the_full_o
     assert student.config.short_windows and type(student.get_encoder()) is ShortWindowEncoder
     assert ("WhisperEncoder", False) in lengths and ("WhisperEncoder", True) not in lengths
     assert ("ShortWindowEncoder", True) in lengths
-    assert any(not torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("model.encoder.") for name in moved)
     assert distilled(student).config.short_windows  # it keeps them
 
 
@@ -309,7 +312,7 @@ def test_scales_of_few_bits_learn_more_slowly_than_the_rest(monkeypatch):
     distilled(randomize_(model), short_windows=True, learning_rate=1e-3, warmup_steps=0)
     scales = {rate for name, rate in rates.items() if name.endswith("weight_scale")}
     others = {rate for name, rate in rates.items() if not name.endswith("weight_scale")}
-    assert list(scales) == [pytest.approx(1e-4)] and others == {1e-3}
+    assert list(scales) == [pytest.approx(3e-4)] and others == {1e-3}
 
 
 def test_a_teacher_that_repeats_itself_is_cut_to_what_a_short_recording_can_hold():

@@ -25,7 +25,7 @@ from .trainers import (
 
 WINDOW_SECONDS = 10.0
 # Short windows start far from the teacher. Scales of few bits bear less than the rest (measured in docs/LOG.md).
-SHORT_WINDOWS_RATE, SCALES_PART = 1e-4, 0.1
+SHORT_WINDOWS_RATE, SCALES_PART = 6e-5, 0.3
 # Values of a config with which a student runs as its teacher does; the first three are Whisper's names.
 WITHOUT_NOISE: dict[str, Any] = {
     "dropout": 0.0,

@@ -146,14 +146,16 @@ class DistillationTrainer(GuardedTrainer):
         return self.family.find_encoder(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does, and sets `outcome`. Label-free training freezes a decoder that is dense meanwhile.
+        """Trains as `Trainer` does, and sets `outcome`. Label-free training freezes a decoder that is dense meanwhile,
+        and any decoder where short windows are learnt, since it gets more noise than it learns (docs/LOG.md).
 
         With `RecipeArguments(keep="better")` and an `eval_dataset`, the student gets its weights back if the loss on
         this data does not fall.
         """
         config: Any = self.model.config
         compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
-        with _frozen_but(self.encoder, self.model) if self.label_free and not compact else nullcontext():
+        alone = self.label_free and (not compact or getattr(config, "short_windows", False))
+        with _frozen_but(self.encoder, self.model) if alone else nullcontext():
             chooses = isinstance(self.args, RecipeArguments) and self.args.keep == "better"
             if not chooses or self.eval_dataset is None:
                 result = super().train(*args, **kwargs)
