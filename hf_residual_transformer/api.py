@@ -148,6 +148,7 @@ def distill(
     language: str | None = None,
     data_options: Mapping[str, Any] | None = None,
     window_seconds: float | None = None,
+    short_windows: bool = False,
     **training: Any,
 ) -> Any:
     """The compact model after a short distillation on recordings, whose transcripts are not read.
@@ -169,6 +170,9 @@ def distill(
         language: as in `compress`.
         data_options: as in `compress`.
         window_seconds: length of the windows that whole clips are packed into, by default 10 seconds.
+        short_windows: whether a compact Whisper learns to hear a recording without the padding to 30 seconds, so that
+            short recordings take a fraction of the time. The teacher hears the padding. The result has
+            `config.short_windows`, and leaves out padding by itself, exported too. A student that has it keeps it.
         training: options of `RecipeArguments`, which has those of transformers' `Seq2SeqTrainingArguments`, such as
             `learning_rate`, which by default fits the student's size, and `per_device_train_batch_size`.
 
@@ -179,8 +183,13 @@ def distill(
     require_extra("train")
     from .speech.collators import is_multilingual
     from .speech.transcription import complete_token_ids
-    from .speech.windows import WindowCollator
-    from .training.recipe import WINDOW_SECONDS, WITHOUT_NOISE, default_learning_rate, short_distillation
+    from .training.recipe import (
+        WITHOUT_NOISE,
+        default_learning_rate,
+        prepare_windows,
+        restore_windows,
+        short_distillation,
+    )
 
     if teacher is None:
         raise ValueError("`teacher` must be the dense model that the student was compressed from, got None")
@@ -190,8 +199,8 @@ def distill(
     loaded: Any = teacher
     if loaded.can_generate() and is_multilingual(loaded):
         complete_token_ids(loaded, getattr(processor, "tokenizer", None))
-    longest = getattr(processor.feature_extractor, "chunk_length", WINDOW_SECONDS)
-    seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
+    had_windows = getattr(model.config, "short_windows", False)
+    collator = prepare_windows(model, processor, window_seconds, short_windows)
     read = partial(rows_of, processor=processor, language=language, text_column=None, options=data_options)
     rows = read(audio, split=split)
     if isinstance(validation, str) and isinstance(audio, str | Path):
@@ -206,15 +215,16 @@ def distill(
     }
     device, was_training = model.device, model.training
     with tempfile.TemporaryDirectory() as folder:
-        short_distillation(
+        outcome = short_distillation(
             model,
             teacher,
             list(rows) if isinstance(rows, Iterator) else rows,
             Path(settings.pop("output_dir", folder)),
-            collator=WindowCollator(processor, seconds),
+            collator=collator,
             validation=list(validation) if isinstance(validation, Iterator) else validation,
             **settings,
         )
+    restore_windows(model, outcome, had_windows)
     model.processor = processor
     return model.to(device).train(was_training)
 

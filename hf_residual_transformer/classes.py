@@ -33,7 +33,7 @@ from transformers.models.auto import modeling_auto as names
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .configuration import ResidualConfig, ResidualConfigMixin
-from .families import FAMILIES, Family
+from .families import FAMILIES, WHISPER, Family
 from .folders import CODE
 from .modeling import ResidualGenerationMixin, ResidualMixin
 
@@ -126,6 +126,12 @@ def _config_class(family: Family) -> type[ResidualConfigMixin]:
             decoder_residual_config: ResidualConfig | dict | None = None
             embedding_bits: int | list | None = None
 
+    if family is WHISPER:
+
+        class WhisperConfig(Config):
+            short_windows: bool = False
+
+        Config = WhisperConfig  # type: ignore[misc]
     Config.code_map = _code_map(family)
     Config.__doc__ = f"`{dense.__name__}` with settings of the compact parts; see `ResidualConfigMixin`."
     return strict(Config)

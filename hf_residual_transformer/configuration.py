@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     DenseConfig = object
 
-RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits")
+RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits", "short_windows")
 # 1 is that of version 0.1.0, which wrote no number. 2 has decoders, embeddings, numbers of bits, and what is shared.
 # 3 has scales in 8 bits.
 FORMAT = 3
@@ -274,6 +274,9 @@ class ResidualConfigMixin(DenseConfig):
     dense, or such pairs as `[[4096, 5], [51865, 3]]`: tokens below 4096 have five bits, and those from there to 51865
     have three. Its blocks have the `block_size` and `scale_bits` of the decoder, or else of the encoder.
 
+    Whisper's has `short_windows`: whether the encoder leaves out the padding of short recordings, which a model must be
+    trained for; see `hrt.distill`.
+
     A config with an `auto_map`, whatever it says, is saved with the code that opens it; see `carry_code`.
 
     Each class has a `model_type` of its own, which is saved and by which the Auto classes find it. Instances have the
@@ -330,6 +333,8 @@ class ResidualConfigMixin(DenseConfig):
             value = ResidualConfig.from_dict(value)
         if name == "embedding_bits" and value is not None:
             value = checked_embedding_bits(value)
+        if name == "short_windows" and not isinstance(value, bool):
+            raise ValueError(f"`short_windows` must be true or false, got {value!r}")
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .wavlm import call_projections
+from .whisper import choose_windows
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Family:
     Args:
         name: the dense `model_type`.
         stacks: its stacks, in the order in which they run; the first is the encoder.
-        adapt: changes a model of the dense class so that each matrix of a layer is called as a module.
+        adapt: changes a model of the dense class so that each matrix of a layer is called as a module, or as its config
+            says.
     """
 
     name: str
@@ -249,7 +251,7 @@ WHISPER_SELF_ATTENTION = attention("self_attn")
 WHISPER_FEED_FORWARD = feed_forward("fc1", "fc2")
 
 
-def whisper_like(name: str, prefix: str) -> Family:
+def whisper_like(name: str, prefix: str, *, adapt: Callable[[nn.Module], None] | None = None) -> Family:
     """A family with the layers of Whisper."""
     return Family(
         name=name,
@@ -265,6 +267,7 @@ def whisper_like(name: str, prefix: str) -> Family:
                 blocks=(WHISPER_SELF_ATTENTION, cross_attention("encoder_attn"), WHISPER_FEED_FORWARD),
             ),
         ),
+        adapt=adapt,
     )
 
 
@@ -368,7 +371,7 @@ def moonshine_like(name: str, prefix: str, *, rotary: bool, same_arguments: bool
 
 # LASR's factors of the residual stream are settings of its config, of which every published model has these.
 LASR_KEEP = (1.5, 2.0)
-WHISPER = whisper_like("whisper", "Whisper")
+WHISPER = whisper_like("whisper", "Whisper", adapt=choose_windows)
 NEMOTRON_ENCODER = "NemotronAsrStreamingEncoder"
 FAMILIES = {
     family.name: family

@@ -426,7 +426,7 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {
         name: value.to_dict() if isinstance(value, ResidualConfig) else value
         for name, value in values.items()
-        if value is not None
+        if value
     }
 
 

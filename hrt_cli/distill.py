@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--labels-weight", type=float, metavar="W", help="loss on transcripts (default: 0)")
     how.add_argument("--temperature", type=float, metavar="T", help="softens probabilities (default: 2)")
     how.add_argument("--window-seconds", type=float, metavar="S", help="clips are packed so (default: 10)")
+    how.add_argument(
+        "--short-windows", action="store_true", help="a Whisper learns to do without padding to 30 seconds"
+    )
     how.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="of the texts")
     how.add_argument("--learning-rates", metavar="JSON", help="for shared, lora, diagonal or rest")
     how.add_argument(
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         training_data(args, DistillationDataArguments),
         args.training_args,
         window_seconds=args.window_seconds,
+        short_windows=args.short_windows,
         task=args.task,
         overwrite=args.overwrite,
     )

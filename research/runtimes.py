@@ -12,9 +12,10 @@
                       `encoder_model_int8.onnx`.
 
 All decode greedily, without timestamps, in the given language, one clip of at most 30 seconds at a time in the full
-window, to at most 128 new tokens, without the text before and without a second try at a higher temperature. All
-suppress blanks at the start and the tokens that are no speech: PyTorch and ONNX Runtime by the lists of the generation
-config, the other two by their own lists of the same signs.
+window, of which a model with short windows leaves out the padding itself, to at most 128 new tokens, without the text
+before and without a second try at a higher temperature. All suppress blanks at the start and the tokens that are no
+speech: PyTorch and ONNX Runtime by the lists of the generation config, the other two by their own lists of the same
+signs.
 
 The process imports only what its system needs, so that it may run on an interpreter of another environment. It prints
 a JSON line: seconds to import and load, seconds of all clips, and the texts. The first clip is transcribed once before

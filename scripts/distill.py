@@ -58,6 +58,12 @@ class ScriptArguments:
             "--labels_weight each clip is an input instead, which Whisper pads to 30 seconds."
         },
     )
+    short_windows: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a compact Whisper to hear recordings without the padding to 30 seconds; see `hrt.distill`."
+        },
+    )
     task: Literal["transcribe", "translate"] = field(
         default="transcribe",
         metadata={"help": "What the transcripts are to a multilingual Whisper, if used."},
@@ -76,6 +82,7 @@ def main() -> None:
         data_args,
         training_args,
         window_seconds=args.window_seconds,
+        short_windows=args.short_windows,
         task=args.task,
         overwrite=args.overwrite,
     )

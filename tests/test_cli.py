@@ -308,6 +308,23 @@ def test_distill_trains_on_packed_windows_without_transcripts(tmp_path, compress
     assert isinstance(loaded, ResidualWhisperForConditionalGeneration)
 
 
+def test_distill_gives_short_windows_but_not_with_transcripts(tmp_path, compressed, dense_whisper, capsys):
+    words = [
+        "distill",
+        compressed["whisper"],
+        "--teacher",
+        dense_whisper,
+        *DATA,
+        *TRAINING,
+        "--short-windows",
+    ]
+    assert run(*words, "--eval-split", "none", "--out", tmp_path / "out") == 0
+    assert AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out").config.short_windows
+    assert "`short_windows` must be false" in refused(
+        capsys, *words, "--labels-weight", 1, "--out", tmp_path / "no"
+    )
+
+
 class TestWhatDistillKeeps:
     """The clips of the split "validation" decide, unless told otherwise."""
 

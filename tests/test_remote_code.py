@@ -39,6 +39,7 @@ CODE_FILES = {
         "quantization",
         "remote",
         "wavlm",
+        "whisper",
     )
 }
 # Python finds the package neither as a folder nor as an installed distribution, as if it were not there.

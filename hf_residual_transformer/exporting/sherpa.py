@@ -15,10 +15,19 @@ from onnx import TensorProto, helper
 from ..whisper import language_and_task_ids
 from .ggml import ordinary_tokens
 from .graph import Graph
-from .whisper import ENGLISH_ONLY, attend, causal, encoder_states, feed_forward, logits_of, look_up, size_of
+from .whisper import (
+    END,
+    ENGLISH_ONLY,
+    attend,
+    causal,
+    encoder_states,
+    feed_forward,
+    logits_of,
+    look_up,
+    size_of,
+)
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
-END = 2**31 - 1
 PARTS = ("k", "v")
 
 

@@ -1,8 +1,9 @@
 """Whisper as two ONNX graphs, with the names of inputs and outputs that optimum uses: `encoder_model`, and
 `decoder_model_merged`, which decodes the first tokens and, with `use_cache_branch`, those that follow.
 
-The encoder takes fewer frames than 30 seconds. In the decoder, only the choice between the cache and the encoder's
-states stands in an `If`, so that every matrix has one node.
+The encoder takes fewer frames than 30 seconds. That of a model with `short_windows` leaves out padding itself, since
+runtimes pad every recording. In the decoder, only the choice between the cache and the encoder's states stands in an
+`If`, so that every matrix has one node.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from onnx import TensorProto
 from torch import nn
 
 from ..layers import MixedEmbedding, QuantizedEmbedding, TiedOutput
+from ..whisper import MARGIN_FRAMES
 from .graph import CONTRIB, Graph
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+END = 2**31 - 1  # of an axis
 ENGLISH_ONLY = 51_864  # tokens of the Whisper models that know English alone
 ACTIVATIONS = {"gelu": ("Gelu", CONTRIB), "relu": ("Relu", "")}
 
@@ -33,6 +36,8 @@ def encoder_states(graph: Graph, model: Any, name: str) -> str:
     """The encoder's states, from the input of mel features that gets this name."""
     encoder = model.get_encoder()
     x = graph.input(name, FLOAT, ["batch_size", model.config.num_mel_bins, "feature_length"])
+    if getattr(model.config, "short_windows", False):
+        x = without_padding(graph, x)
     for conv in (encoder.conv1, encoder.conv2):
         x = graph.add("Gelu", graph.convolution(conv, x), domain=CONTRIB)
     x = graph.add("Transpose", x, perm=[0, 2, 1])
@@ -47,6 +52,20 @@ def encoder_states(graph: Graph, model: Any, name: str) -> str:
         x = graph.add("Add", x, graph.linear(module.out_proj, context))
         x = feed_forward(graph, layer, x, model.config.activation_function)
     return graph.layer_norm(encoder.layer_norm, x)
+
+
+def without_padding(graph: Graph, features: str) -> str:
+    """The mel features that `ShortWindowEncoder` hears; their number may be odd."""
+    axis, end = graph.integers(2), graph.integers(END)
+    last = graph.add("Slice", features, graph.integers(-1), end, axis)
+    is_same = graph.add("Cast", graph.add("Equal", features, last), to=FLOAT)
+    is_heard = graph.add("Sub", graph.number(1.0), graph.add("ReduceMin", is_same, axes=[0, 1], keepdims=0))
+    length = size_of(graph, features, 2)
+    after = graph.add("Squeeze", graph.add("Add", length, graph.integers(1)), graph.integers(0))
+    numbers = graph.add("Range", graph.whole(1), after, graph.whole(1))
+    heard = graph.add("ReduceMax", graph.add("Mul", is_heard, graph.add("Cast", numbers, to=FLOAT)), axes=[0])
+    most = graph.add("Add", graph.add("Cast", heard, to=INT64), graph.integers(MARGIN_FRAMES))
+    return graph.add("Slice", features, graph.integers(0), graph.add("Min", most, length), axis)
 
 
 def decoder_graph(model: Any, **options: Any) -> Graph:

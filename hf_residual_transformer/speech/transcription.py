@@ -98,7 +98,9 @@ def complete_token_ids(model: Any, tokenizer: Any = None) -> None:
 
 
 @torch.no_grad()
-def transcribe(model: Any, input_features: Tensor, encoder_states: Tensor | None = None) -> Tensor:
+def transcribe(
+    model: Any, input_features: Tensor, encoder_states: Tensor | None = None, heard_frames: int | None = None
+) -> Tensor:
     """Transcribes mel features, which may be shorter than Whisper's window, into labels.
 
     Decoding is greedy, in the language that the model detects and without timestamps. A transcript has at most
@@ -108,6 +110,7 @@ def transcribe(model: Any, input_features: Tensor, encoder_states: Tensor | None
         model: a Whisper for generation.
         input_features: mel features of shape (batch_size, num_mel_bins, num_frames).
         encoder_states: the encoder's states for them, (batch_size, num_positions, hidden_size), if they are known.
+        heard_frames: the number of frames whose seconds limit the tokens, by default all.
 
     Returns:
         Labels of shape (batch_size, num_tokens), as from `Seq2SeqCollator`: language and task if the model is
@@ -134,7 +137,8 @@ def transcribe(model: Any, input_features: Tensor, encoder_states: Tensor | None
             encoder_outputs=encoded,
             decoder_input_ids=prefix,
             decoder_attention_mask=torch.ones_like(prefix),
-            max_length=prefix.shape[1] + math.ceil(num_frames / FRAMES_A_SECOND * TOKENS_A_SECOND),
+            max_length=prefix.shape[1]
+            + math.ceil((heard_frames or num_frames) / FRAMES_A_SECOND * TOKENS_A_SECOND),
             max_new_tokens=None,
             do_sample=False,
             num_beams=1,

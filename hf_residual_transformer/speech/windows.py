@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -127,3 +128,22 @@ class WindowCollator:
         length = max(1, round(self.seconds * 50)) * rate // 50
         clips = arrays_of(rows, self.extractor)
         return extract(list(split_windows(clips, length, rate // 2, pack=True)), self.extractor, length)
+
+
+@dataclass
+class PaddedWindowCollator(WindowCollator):
+    """Packs rows into windows of one length for each batch, and pads them to `seconds`, as in use.
+
+    Lengths are from `SHORTEST` seconds on, the short ones more often, and follow from the rows, so that an evaluation
+    has the same ones each time. A batch has at most as many windows as rows.
+    """
+
+    SHORTEST: ClassVar[float] = 1.0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        clips, rate = arrays_of(rows, self.extractor), self.extractor.sampling_rate
+        shortest = min(self.SHORTEST, self.seconds)
+        random = np.random.default_rng(zlib.crc32(clips[0].tobytes())).random()
+        length = int(rate * shortest * (self.seconds / shortest) ** random)
+        pieces = list(split_windows(clips, length, rate // 2, pack=True))
+        return extract(pieces[: len(rows)], self.extractor, int(self.seconds * rate))

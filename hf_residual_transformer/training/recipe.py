@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from ..families import WHISPER, family_of
 from ..layers import quantized_weights
+from ..speech.collators import feature_extractor_of
 from ..speech.transcription import transcribe
-from ..speech.windows import WindowCollator
-from .arguments import RecipeArguments
+from ..speech.windows import PaddedWindowCollator, WindowCollator
+from ..whisper import choose_windows
+from .arguments import DistillationArguments, RecipeArguments
 from .trainers import (
     CTCDistillationTrainer,
     DistillationOutcome,
@@ -21,6 +24,8 @@ from .trainers import (
 )
 
 WINDOW_SECONDS = 10.0
+# Short windows start far from the teacher. Scales of few bits bear less than the rest (measured in docs/LOG.md).
+SHORT_WINDOWS_RATE, SCALES_PART = 6e-5, 0.3
 # Values of a config with which a student runs as its teacher does; the first three are Whisper's names.
 WITHOUT_NOISE: dict[str, Any] = {
     "dropout": 0.0,
@@ -57,9 +62,17 @@ def trainer_class_for(model: Any) -> type[DistillationTrainer]:
 
 
 def default_learning_rate(student: Any, teacher: Any) -> float:
-    """`learning_rate_for` the encoders of `student` and `teacher`."""
+    """`learning_rate_for` the encoders of `student` and `teacher`; at least `SHORT_WINDOWS_RATE` for short windows."""
     encoders = [family_of(student).find_encoder(model) for model in (student, teacher)]
-    return learning_rate_for(relative_size(*encoders), mean_bits(student))
+    rate = learning_rate_for(relative_size(*encoders), mean_bits(student))
+    return max(rate, SHORT_WINDOWS_RATE) if getattr(student.config, "short_windows", False) else rate
+
+
+def rates_for_short_windows(student: Any, learning_rate: float) -> dict[str, float] | None:
+    """`learning_rates` of a student with short windows and weights in few bits; None for others."""
+    if not getattr(student.config, "short_windows", False) or mean_bits(student) is None:
+        return None
+    return {"shared": SCALES_PART * learning_rate}
 
 
 def learning_rate_for(size: float, bits: float | None) -> float:
@@ -89,6 +102,46 @@ def relative_size(student: Any, teacher: Any) -> float:
         for encoder in (student, teacher)
     ]
     return sizes[0] / sizes[1]
+
+
+def prepare_windows(
+    student: Any, processor: Any, window_seconds: float | None, short_windows: bool
+) -> WindowCollator:
+    """The collator of a label-free distillation; with `short_windows`, the student gets an encoder that has them.
+
+    Args:
+        student: the model that learns.
+        processor: its processor.
+        window_seconds: length of the windows, by default `WINDOW_SECONDS`.
+        short_windows: whether the student is to have short windows. One that has them keeps them in any case.
+
+    Raises:
+        ValueError: if `short_windows` is true for a model that cannot have them, or beside `window_seconds`.
+    """
+    longest = getattr(feature_extractor_of(processor), "chunk_length", math.inf)
+    if short_windows:
+        if not hasattr(student.config, "short_windows"):
+            raise ValueError(
+                f"`short_windows` must be False for a {type(student).__name__}; a compact Whisper may have them"
+            )
+        student.config.short_windows = True
+        choose_windows(student)
+    if not getattr(student.config, "short_windows", False):
+        return WindowCollator(
+            processor, min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
+        )
+    if window_seconds is not None:
+        raise ValueError(
+            f"`window_seconds` must be None beside `short_windows`, which trains on all lengths, got {window_seconds}"
+        )
+    return PaddedWindowCollator(processor, longest)
+
+
+def restore_windows(student: Any, outcome: DistillationOutcome, short_windows: bool) -> None:
+    """Takes short windows from a student whose training is not kept, unless it had `short_windows` before."""
+    if not outcome.is_kept and not short_windows and getattr(student.config, "short_windows", False):
+        student.config.short_windows = False
+        choose_windows(student)
 
 
 class TranscribingCollator:
@@ -136,10 +189,13 @@ def short_distillation(
         validation: clips that are not trained on, to decide whether the result is kept; None keeps it in any case.
         options: of `RecipeArguments`.
     """
+    args = RecipeArguments(output_dir=str(folder), save_strategy="no", **options)
+    rates = None if args.learning_rate is None else rates_for_short_windows(student, args.learning_rate)
     trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,
-        args=RecipeArguments(output_dir=str(folder), save_strategy="no", **options),
+        args=args,
+        distillation=DistillationArguments(learning_rates=rates),
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collator,

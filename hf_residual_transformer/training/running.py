@@ -4,11 +4,10 @@ what a run leaves in its output folder.
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,17 @@ from ..folders import (
     unfinished,
 )
 from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
-from ..speech.windows import WindowCollator
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
 from .checkpoints import bytes_to_write
 from .clips import checked
-from .recipe import WINDOW_SECONDS, default_learning_rate, trainer_class_for, without_noise
+from .recipe import (
+    default_learning_rate,
+    prepare_windows,
+    rates_for_short_windows,
+    restore_windows,
+    trainer_class_for,
+    without_noise,
+)
 from .scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -65,6 +70,7 @@ def run_distillation(
     args: Any,
     *,
     window_seconds: float | None = None,
+    short_windows: bool = False,
     task: str = "transcribe",
     overwrite: bool = False,
 ) -> None:
@@ -75,11 +81,13 @@ def run_distillation(
         data: the recordings; transcripts are read only where a loss needs them.
         args: `RecipeArguments`.
         window_seconds: length of the windows that whole clips are packed into, by default `WINDOW_SECONDS`.
+        short_windows: as in `hrt.distill`.
         task: what the transcripts are to a multilingual Whisper.
         overwrite: writes into a folder that already holds files.
 
     Raises:
-        ValueError: for `window_seconds` beside a loss on transcripts, and as in `DistillationTrainer`.
+        ValueError: for `window_seconds` or `short_windows` beside a loss on transcripts, and as in `prepare_windows`
+            and `DistillationTrainer`.
     """
     _prepare(args, overwrite)
     with_text = "labels" in distillation.weights
@@ -88,24 +96,31 @@ def run_distillation(
             "`window_seconds` must not be set with losses on transcripts, since a transcript belongs to one clip; "
             "leave it out"
         )
+    if with_text and short_windows:
+        raise ValueError(
+            "`short_windows` must be false with losses on transcripts, which do not say what dense hears in the full "
+            "window; distil without them first"
+        )
     config = AutoConfig.from_pretrained(student_id)
     auto_class: Any = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForCTC
     overrides = without_noise(config)
     student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student_id)
+    had_windows = getattr(config, "short_windows", False)
     collator: Any
     if with_text:
         collator = collator_for(student, processor, language=data.language, task=task)
     else:
-        longest = getattr(processor.feature_extractor, "chunk_length", math.inf)
-        seconds = min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
-        collator = WindowCollator(processor, seconds)
+        collator = prepare_windows(student, processor, window_seconds, short_windows)
     train_dataset, eval_dataset = data.load_splits(processor, args.seed, with_text=with_text)
     if with_text:
         collator = checked(student, collator, train_dataset, eval_dataset)
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(student, teacher)
+    if distillation.learning_rates is None:
+        rates = rates_for_short_windows(student, args.learning_rate)
+        distillation = replace(distillation, learning_rates=rates)
     trainer = trainer_class_for(student)(
         model=student,
         teacher=teacher,
@@ -117,7 +132,7 @@ def run_distillation(
         processing_class=processor,
         run_data=asdict(data),
     )
-    train_and_save(trainer)
+    train_and_save(trainer, lambda: restore_windows(student, trainer.outcome, had_windows))
 
 
 def run_seq2seq_finetuning(

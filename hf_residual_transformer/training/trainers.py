@@ -22,13 +22,15 @@ from transformers.utils import logging
 from ..families import Family, family_of, frame_mask, num_frames_of
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
-from ..speech.transcription import encoder_window, transcribe
+from ..speech.transcription import encode, encoder_window, transcribe
+from ..whisper import MARGIN_FRAMES, num_heard_frames
 from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
 from .guarded import GuardedTrainer
 from .losses import HiddenStateLoss, LogitsLoss
 from .states import record_states
 
 logger = logging.get_logger(__name__)
+TEACHER_STATES = "teacher_states"  # in a batch, what the teacher's encoder gives for it
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,16 @@ class DistillationTrainer(GuardedTrainer):
         return self.family.find_encoder(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does, and sets `outcome`. Label-free training freezes a decoder that is dense meanwhile.
+        """Trains as `Trainer` does, and sets `outcome`. Label-free training freezes a decoder that is dense meanwhile,
+        and any decoder where short windows are learnt, since it gets more noise than it learns (docs/LOG.md).
 
         With `RecipeArguments(keep="better")` and an `eval_dataset`, the student gets its weights back if the loss on
         this data does not fall.
         """
         config: Any = self.model.config
         compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
-        with _frozen_but(self.encoder, self.model) if self.label_free and not compact else nullcontext():
+        alone = self.label_free and (not compact or getattr(config, "short_windows", False))
+        with _frozen_but(self.encoder, self.model) if alone else nullcontext():
             chooses = isinstance(self.args, RecipeArguments) and self.args.keep == "better"
             if not chooses or self.eval_dataset is None:
                 result = super().train(*args, **kwargs)
@@ -262,6 +266,7 @@ class DistillationTrainer(GuardedTrainer):
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Returns the losses by name, and the student's output."""
+        known = inputs.pop(TEACHER_STATES, None)
         student_inputs = {k: v for k, v in inputs.items() if k != "labels" or not self.states_alone}
         with record_states(self.encoder) as student:
             outputs = self._run(model, self.encoder, student_inputs, encoder_only=self.states_alone)
@@ -269,12 +274,20 @@ class DistillationTrainer(GuardedTrainer):
         if self.teacher is not None:
             encoder = self.family.find_encoder(self.teacher)
             with torch.no_grad(), self.accelerator.autocast(), record_states(encoder) as teacher:
-                expected = self._run(self.teacher, encoder, inputs, encoder_only="logits" not in self.weights)
-            mask = self._frame_mask(inputs, student.last[0].shape[1])
+                if known is not None:
+                    teacher.last.append(known)
+                    expected = self.teacher(encoder_outputs=(known,), labels=inputs["labels"])
+                else:
+                    only = "logits" not in self.weights
+                    expected = self._run(self.teacher, encoder, inputs, encoder_only=only)
+            num_frames = student.last[0].shape[1]
+            mask = self._frame_mask(inputs, num_frames)
+            # A student with `short_windows` has fewer frames, from the first on.
+            layers, last = ([x[:, :num_frames] for x in states] for states in (teacher.layers, teacher.last))
             if "hidden" in self.weights:
-                losses["hidden"] = self.hidden_state_loss(student.layers, teacher.layers, mask)
+                losses["hidden"] = self.hidden_state_loss(student.layers, layers, mask)
             if "final" in self.weights:
-                losses["final"] = self.hidden_state_loss(student.last, teacher.last, mask)
+                losses["final"] = self.hidden_state_loss(student.last, last, mask)
             if "logits" in self.weights:
                 mask = self._logits_mask(inputs, outputs.logits.shape[1])
                 losses["logits"] = self.logits_loss(outputs.logits, expected.logits, mask)
@@ -289,6 +302,7 @@ class DistillationTrainer(GuardedTrainer):
         inputs = dict(self._prepare_inputs(inputs))
         if not self.states_alone:
             inputs = dict(self._with_labels(inputs))
+            inputs.pop(TEACHER_STATES, None)  # `generate` would not take them
             if inputs.get("labels") is not None:
                 return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         with torch.no_grad():
@@ -303,7 +317,10 @@ class DistillationTrainer(GuardedTrainer):
         super().log(logs, *args, **kwargs)
 
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Adds the labels that a loss needs to a batch, if they can be made."""
+        """Adds the labels that a loss needs to a batch, if they can be made.
+
+        `TEACHER_STATES` may come with them, so that the teacher's encoder does not run again.
+        """
         return inputs
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
@@ -340,9 +357,16 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
     def _with_labels(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.label_free or "logits" not in self.weights or inputs.get("labels") is not None:
             return inputs
-        with self.accelerator.autocast():
-            labels = transcribe(self.teacher, inputs["input_features"].to(self.args.device))
-        return {**inputs, "labels": labels}
+        teacher: Any = self.teacher
+        features = inputs["input_features"].to(self.args.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            states = encode(teacher.get_encoder(), features).last_hidden_state
+            # A teacher that repeats itself may do so for 30 seconds, of which the student hears a few.
+            padded = getattr(self.model.config, "short_windows", False)
+            heard = num_heard_frames(features) + MARGIN_FRAMES if padded else None
+            labels = transcribe(teacher, features, states, heard)
+        made = {"labels": labels}
+        return {**inputs, **made} if "hidden" in self.weights else {**inputs, **made, TEACHER_STATES: states}
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
         features = inputs["input_features"]
