@@ -140,8 +140,8 @@ class Divergence:
         for batch in batches:
             keys = cross_keys(model, batch) if self.kept_bytes < CACHE_BYTES else None
             self.keys.append(keys)
-            for layer in keys.layers if keys is not None else ():
-                self.kept_bytes += layer.keys.nbytes + layer.values.nbytes
+            layers: Any = keys.layers if keys is not None else ()
+            self.kept_bytes += sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def __call__(self, keeps: Keeps) -> float:
         """The mean over all tokens of the labels, with a change of the model that keeps this."""
