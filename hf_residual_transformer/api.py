@@ -190,6 +190,7 @@ def distill(
         restore_windows,
         short_distillation,
     )
+    from .whisper import has_short_windows
 
     if teacher is None:
         raise ValueError("`teacher` must be the dense model that the student was compressed from, got None")
@@ -199,7 +200,7 @@ def distill(
     loaded: Any = teacher
     if loaded.can_generate() and is_multilingual(loaded):
         complete_token_ids(loaded, getattr(processor, "tokenizer", None))
-    had_windows = getattr(model.config, "short_windows", False)
+    had_windows = has_short_windows(model.config)
     collator = prepare_windows(model, processor, window_seconds, short_windows)
     read = partial(rows_of, processor=processor, language=language, text_column=None, options=data_options)
     rows = read(audio, split=split)

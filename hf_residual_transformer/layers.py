@@ -116,6 +116,11 @@ class QuantizedWeight(nn.Module):
             return self._unpacked
         return dequantize(self.weight_packed, self.scale(), self.bits)
 
+    @property
+    def rounding(self) -> dict[str, int]:
+        """The arguments of `quantization.quantize` that give integers and scales in this form."""
+        return {"bits": self.bits, "block_size": self.block_size, "scale_bits": self.scale_bits}
+
     def scale(self, rows: Tensor | None = None) -> Tensor:
         """The scale of each block in the dtype of `weight_scale`, (out_features, num_blocks), or those of some rows.
 

@@ -87,10 +87,14 @@ def _short_window_encoder() -> type[WhisperEncoder]:
     return ShortWindowEncoder
 
 
+def has_short_windows(config: Any) -> bool:
+    """Whether a config, of any family, asks for an encoder that leaves out padding."""
+    return getattr(config, "short_windows", False)
+
+
 def choose_windows(model: nn.Module) -> None:
     """Gives a Whisper the encoder that its config asks for by `short_windows`."""
-    config: Any = model.config
-    chosen = _short_window_encoder() if getattr(config, "short_windows", False) else WhisperEncoder
+    chosen = _short_window_encoder() if has_short_windows(model.config) else WhisperEncoder
     for module in model.modules():
         if type(module) in (WhisperEncoder, ShortWindowEncoder):
             module.__class__ = chosen

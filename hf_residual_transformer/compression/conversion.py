@@ -27,9 +27,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bits
 from ..families import Family, LayerStack
-from ..layers import as_linear, is_linear, is_of_torchao
+from ..layers import QuantizedWeight, as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
-from ..quantization import BITS, BLOCK, FEWEST, MOST, SCALE_BITS
+from ..quantization import BITS, BLOCK, FEWEST, MOST
 from ..reporting import ConversionReport, ModuleError, saved_tensors
 from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
@@ -461,10 +461,7 @@ class _Conversion:
             metric = (
                 torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
             )
-            quantized = quantize_for(
-                table[start:end], metric, part.bits, part.block_size, scale_bits=part.scale_bits
-            )
-            part.write(quantized)
+            part.write(quantize_for(table[start:end], metric, **part.rounding))
 
     def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
         budget = self.request.budget
@@ -640,10 +637,8 @@ def _fit_group(
         importance=importance,
         diagonal=targets[0].diagonal is not None,
         shared=shared is not None,
-        bits=None if shared is None else shared.bits,
-        block_size=BLOCK if shared is None or shared.bits is None else shared.block_size,
-        scale_bits=SCALE_BITS[0] if shared is None or shared.bits is None else shared.scale_bits,
         iterations=request.iterations if calibrated else 0,
+        **(shared.rounding if isinstance(shared, QuantizedWeight) else {}),
     )
     biases, errors = [], []
     for index, (layer, weight, fit) in enumerate(zip(group.layers, weights, fits)):

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import LayerStack, Stage
-from ..layers import ResidualLinear, rows_last, unpacked_weights
-from ..quantization import BLOCK, SCALE_BITS
+from ..layers import QuantizedWeight, ResidualLinear, rows_last, unpacked_weights
 from ..reporting import ModuleError
 from .fitting import fit_group
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
@@ -212,10 +211,8 @@ class Streams:
             importance=importance_of([statistics[index, path] for index in members]),
             diagonal=linear.diagonal is not None,
             shared=begins,
-            bits=shared.bits if begins else None,
-            block_size=shared.block_size if begins and shared.bits else BLOCK,
-            scale_bits=shared.scale_bits if begins and shared.bits else SCALE_BITS[0],
             iterations=iterations,
+            **(shared.rounding if begins and isinstance(shared, QuantizedWeight) else {}),
         )
         for index, fitted in zip(members, fits):
             fitted.write(self.target.linear(index, path))

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from torch import nn
 
 from ..layers import MixedEmbedding, QuantizedEmbedding, TiedOutput
-from ..whisper import MARGIN_FRAMES
+from ..whisper import MARGIN_FRAMES, has_short_windows
 from .graph import CONTRIB, Graph
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -36,7 +36,7 @@ def encoder_states(graph: Graph, model: Any, name: str) -> str:
     """The encoder's states, from the input of mel features that gets this name."""
     encoder = model.get_encoder()
     x = graph.input(name, FLOAT, ["batch_size", model.config.num_mel_bins, "feature_length"])
-    if getattr(model.config, "short_windows", False):
+    if has_short_windows(model.config):
         x = without_padding(graph, x)
     for conv in (encoder.conv1, encoder.conv2):
         x = graph.add("Gelu", graph.convolution(conv, x), domain=CONTRIB)

@@ -14,7 +14,7 @@ from ..layers import quantized_weights
 from ..speech.collators import feature_extractor_of
 from ..speech.transcription import transcribe
 from ..speech.windows import PaddedWindowCollator, WindowCollator
-from ..whisper import choose_windows
+from ..whisper import choose_windows, has_short_windows
 from .arguments import DistillationArguments, RecipeArguments
 from .trainers import (
     CTCDistillationTrainer,
@@ -65,12 +65,12 @@ def default_learning_rate(student: Any, teacher: Any) -> float:
     """`learning_rate_for` the encoders of `student` and `teacher`; at least `SHORT_WINDOWS_RATE` for short windows."""
     encoders = [family_of(student).find_encoder(model) for model in (student, teacher)]
     rate = learning_rate_for(relative_size(*encoders), mean_bits(student))
-    return max(rate, SHORT_WINDOWS_RATE) if getattr(student.config, "short_windows", False) else rate
+    return max(rate, SHORT_WINDOWS_RATE) if has_short_windows(student.config) else rate
 
 
 def rates_for_short_windows(student: Any, learning_rate: float) -> dict[str, float] | None:
     """`learning_rates` of a student with short windows and weights in few bits; None for others."""
-    if not getattr(student.config, "short_windows", False) or mean_bits(student) is None:
+    if not has_short_windows(student.config) or mean_bits(student) is None:
         return None
     return {"shared": SCALES_PART * learning_rate}
 
@@ -126,7 +126,7 @@ def prepare_windows(
             )
         student.config.short_windows = True
         choose_windows(student)
-    if not getattr(student.config, "short_windows", False):
+    if not has_short_windows(student.config):
         return WindowCollator(
             processor, min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
         )
@@ -139,7 +139,7 @@ def prepare_windows(
 
 def restore_windows(student: Any, outcome: DistillationOutcome, short_windows: bool) -> None:
     """Takes short windows from a student whose training is not kept, unless it had `short_windows` before."""
-    if not outcome.is_kept and not short_windows and getattr(student.config, "short_windows", False):
+    if not outcome.is_kept and not short_windows and has_short_windows(student.config):
         student.config.short_windows = False
         choose_windows(student)
 

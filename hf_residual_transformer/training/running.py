@@ -35,6 +35,7 @@ from ..folders import (
     unfinished,
 )
 from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
+from ..whisper import has_short_windows
 from .arguments import DistillationArguments, TrainingDataArguments, read_json
 from .checkpoints import bytes_to_write
 from .clips import checked
@@ -107,7 +108,7 @@ def run_distillation(
     student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student_id)
-    had_windows = getattr(config, "short_windows", False)
+    had_windows = has_short_windows(config)
     collator: Any
     if with_text:
         collator = collator_for(student, processor, language=data.language, task=task)

@@ -23,7 +23,7 @@ from ..families import Family, family_of, frame_mask, num_frames_of
 from ..layers import SHARED, ResidualLinear
 from ..modeling import forward_as
 from ..speech.transcription import encode, encoder_window, transcribe
-from ..whisper import MARGIN_FRAMES, num_heard_frames
+from ..whisper import MARGIN_FRAMES, has_short_windows, num_heard_frames
 from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
 from .guarded import GuardedTrainer
 from .losses import HiddenStateLoss, LogitsLoss
@@ -154,7 +154,7 @@ class DistillationTrainer(GuardedTrainer):
         """
         config: Any = self.model.config
         compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
-        alone = self.label_free and (not compact or getattr(config, "short_windows", False))
+        alone = self.label_free and (not compact or has_short_windows(config))
         with _frozen_but(self.encoder, self.model) if alone else nullcontext():
             chooses = isinstance(self.args, RecipeArguments) and self.args.keep == "better"
             if not chooses or self.eval_dataset is None:
@@ -362,11 +362,11 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             states = encode(teacher.get_encoder(), features).last_hidden_state
             # A teacher that repeats itself may do so for 30 seconds, of which the student hears a few.
-            padded = getattr(self.model.config, "short_windows", False)
+            padded = has_short_windows(self.model.config)
             heard = num_heard_frames(features) + MARGIN_FRAMES if padded else None
             labels = transcribe(teacher, features, states, heard)
-        made = {"labels": labels}
-        return {**inputs, **made} if "hidden" in self.weights else {**inputs, **made, TEACHER_STATES: states}
+        made = {**inputs, "labels": labels}
+        return made if "hidden" in self.weights else {**made, TEACHER_STATES: states}
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:
         features = inputs["input_features"]
