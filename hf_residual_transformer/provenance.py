@@ -43,15 +43,15 @@ def provenance() -> dict[str, Any]:
 def portable(word: str) -> str:
     """Removes this machine's folders from a word of a command line.
 
-    An absolute path, also one after `--option=`, becomes relative to the working directory. A path outside of the
-    working directory becomes its last part.
+    An absolute path, also one after `--option=` or `kind:`, becomes relative to the working directory. A path outside
+    of the working directory becomes its last part. Addresses such as https://host/name stay.
     """
-    option, equals, value = word.rpartition("=")
+    before, value = re.fullmatch(r"(.*[=:])?(.*)", word, re.DOTALL).groups("")  # type: ignore[union-attr]
     path = Path(value)
-    if not path.is_absolute():
+    if not path.is_absolute() or value.startswith("//"):
         return word
     relative = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
-    return f"{option}{equals}{relative}"
+    return f"{before}{relative}"
 
 
 def _version(distribution: str) -> str | None:

@@ -334,6 +334,11 @@ class TestTracing:
             ("openai/whisper-base", "openai/whisper-base"),
             ("--batch_size=8", "--batch_size=8"),
             ("--overwrite", "--overwrite"),
+            ("ours:/home/someone/models/a", "ours:a"),
+            ("onnxruntime:/home/someone/a@_int8", "onnxruntime:a@_int8"),
+            ("--systems=ours:/home/someone/a", "--systems=ours:a"),
+            ("https://host.org/name", "https://host.org/name"),
+            ("--url=https://host.org/name", "--url=https://host.org/name"),
             ("", ""),
         ):
             assert portable(word) == expected
