@@ -44,6 +44,11 @@ class Block:
     keys: tuple[str, ...] = ()
     pointwise: bool = False
 
+    @property
+    def module(self) -> str:
+        """Path of the module that holds all of the branch; empty where the layer itself does."""
+        return self.writer.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Stage:

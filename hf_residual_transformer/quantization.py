@@ -205,9 +205,10 @@ def _best_codes(weight: Tensor, codes: Tensor, scales: Tensor, covariance: Tenso
         # Transposed, so that a column of the matrix is contiguous in memory.
         inside, block = pull[:, columns].T.contiguous(), codes[:, columns].T.contiguous()
         moved = torch.empty_like(inside)
+        per_step = 1 / (own.diagonal()[:, None] * step)  # (block_size, out_features)
         for place in range(block_size):
-            found = _clamp((block[place] + inside[place] / (own[place, place] * step)).round(), bits)
-            moved[place] = (found - block[place]) * step
+            found = _clamp(torch.addcmul(block[place], inside[place], per_step[place]).round_(), bits)
+            torch.sub(found, block[place], out=moved[place]).mul_(step)
             block[place] = found
             inside[place + 1 :].addr_(own[place, place + 1 :], moved[place], alpha=-1)
         codes[:, columns] = block.T

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer import ResidualConfig, classes
+from hf_residual_transformer.compression import refinement
 from hf_residual_transformer.compression.conversion import _make_linear
 from hf_residual_transformer.compression.inputs import (
     MEMORY,
@@ -28,7 +29,7 @@ from hf_residual_transformer.compression.inputs import (
     without_memory,
 )
 from hf_residual_transformer.compression.statistics import Group, LogitsObjective, collect
-from hf_residual_transformer.families import FAMILIES, REFUSED, LayerStack
+from hf_residual_transformer.families import FAMILIES, REFUSED, Block, LayerStack
 from hf_residual_transformer.layers import ChannelsFirst
 from hf_residual_transformer.modeling import residual_linears
 
@@ -172,6 +173,26 @@ def test_a_budget_is_met(name):
     ratio = hrt.size_report(model).encoder_bytes.ratio
     assert 0.55 < ratio <= 0.6
     assert case(name).error(model) < 0.1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_fitted_branch_need_not_run_again(name, monkeypatch):
+    config = ResidualConfig(group_size=1, rank=4, diagonal="none")
+    has_decoder = len([stack for stack in FAMILIES[name].stacks if stack.is_in(case(name).dense)]) > 1
+    options = {"decoder_residual_config": config} if has_decoder else {}
+    skipped: list[nn.Module] = []
+    skip = refinement._skipped
+    monkeypatch.setattr(
+        refinement, "_skipped", lambda module, output: skipped.append(module) or skip(module, output)
+    )
+    found = case(name).compressed(config, **options).state_dict()
+    assert skipped
+    skipped.clear()
+    monkeypatch.setattr(Block, "module", "")
+    expected = case(name).compressed(config, **options).state_dict()
+    assert not skipped
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

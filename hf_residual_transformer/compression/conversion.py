@@ -133,7 +133,7 @@ def convert(
     Everything is computed in float32 or more, whatever the dtype of the dense model. Calibration streams one batch at a
     time, forward and backward, and holds the statistics of as many layers as `statistics.HELD_BYTES` have room for;
     further layers take further passes. It also holds, for all of the calibration, the hidden states of both models and
-    the outputs of one layer's matrices: 0.5 GB for 16 windows and whisper-base.
+    the outputs of one layer's matrices and branches: 0.5 GB for 16 windows and whisper-base.
 
     Args:
         cls: the residual class; `from_dense` passes its own.

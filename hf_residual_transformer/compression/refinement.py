@@ -10,14 +10,14 @@ of the compressed model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families import LayerStack, Stage
+from ..families import Block, LayerStack, Stage
 from ..layers import QuantizedWeight, ResidualLinear, rows_last, unpacked_weights
 from ..reporting import ModuleError
 from .fitting import fit_group
@@ -27,6 +27,8 @@ from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, Wei
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
 Calls = dict[str, tuple[Tensor, Tensor]]  # inputs and outputs of each module of a layer, by path
+# By path of a branch's module: its output, and the call of its writer. Such a branch need not run again.
+Finished = dict[str, tuple[Any, Calls]]
 
 
 class CrossMoments(WeightedMoments):
@@ -126,13 +128,14 @@ class Streams:
             for states, contexts in zip(self.dense_states, self.dense_contexts)
         ]
         errors = []
+        finished: list[Finished] = [{} for _ in self.residual_states]
         for stage in self.source.stack.stages:
             paths = [path for path in stage.paths if isinstance(target.get_submodule(path), ResidualLinear)]
             if not paths:
                 continue
             entries = {path: statistics[layer_idx, path] for path in paths}
             with unpacked_weights(target):  # once for all batches
-                moments = self._moments(layer_idx, stage, entries, [calls for calls, _ in given])
+                moments = self._moments(layer_idx, stage, entries, [calls for calls, _ in given], finished)
             for path, found in moments.items():
                 linear: Any = target.get_submodule(path)
                 if fit:
@@ -144,16 +147,23 @@ class Streams:
         if layer_idx + 1 < len(self.source):
             with unpacked_weights(target):
                 self.residual_states = [
-                    _calls(target, states, contexts[layer_idx], ())[1]
-                    for states, contexts in zip(self.residual_states, self.residual_contexts)
+                    _calls(target, states, contexts[layer_idx], (), finished=of_batch)[1]
+                    for states, contexts, of_batch in zip(
+                        self.residual_states, self.residual_contexts, finished
+                    )
                 ]
         return errors
 
     def _moments(
-        self, layer_idx: int, stage: Stage, entries: dict[str, MatrixStatistics], given: list[Calls]
+        self,
+        layer_idx: int,
+        stage: Stage,
+        entries: dict[str, MatrixStatistics],
+        given: list[Calls],
+        finished: list[Finished],
     ) -> dict[str, CrossMoments]:
         """For the matrices of a stage: the inputs that the residual layer gives them, and the outputs they should
-        give.
+        give. Branches before that of the stage are fitted; they run once, and become `finished`.
         """
         moments = {}
         for path, entry in entries.items():
@@ -161,9 +171,18 @@ class Streams:
             moments[path] = CrossMoments(out_features, in_features, entry.sum.device)
         modules = self.source.stack.modules
         upto = modules[: modules.index(stage.paths[-1]) + 1]
-        block, target = self.source.stack.blocks[stage.block_idx], self.target.layers[layer_idx]
+        blocks, target = self.source.stack.blocks, self.target.layers[layer_idx]
+        block, before = blocks[stage.block_idx], blocks[: stage.block_idx]
         for batch_idx, (states, contexts) in enumerate(zip(self.residual_states, self.residual_contexts)):
-            found, _ = _calls(target, states, contexts[layer_idx], upto, whole=False)
+            found, _ = _calls(
+                target,
+                states,
+                contexts[layer_idx],
+                upto,
+                whole=False,
+                finished=finished[batch_idx],
+                finishes=[other for other in before if other.module],
+            )
             lacking: Tensor | float = 0.0
             if stage.writes:
                 stream = self._stream(stage, self.dense_states[batch_idx], given[batch_idx]).float()
@@ -232,12 +251,28 @@ class Streams:
 
 
 def _calls(
-    layer: nn.Module, hidden_states: Tensor, context: Context, paths: tuple[str, ...], whole: bool = True
+    layer: nn.Module,
+    hidden_states: Tensor,
+    context: Context,
+    paths: tuple[str, ...],
+    *,
+    whole: bool = True,
+    finished: Finished | None = None,
+    finishes: Sequence[Block] = (),
 ) -> tuple[Calls, Tensor]:
     """Inputs and outputs of the modules at `paths`, and the output of the layer.
 
-    Unless `whole`, the layer runs up to the last of these modules, and its output is its own input.
+    Args:
+        layer: the layer that runs.
+        hidden_states: what it gets.
+        context: its other arguments.
+        paths: the modules that are watched. In a branch that is finished, only the writer is.
+        whole: whether the layer runs to its end, and not only up to the last of these modules. If not, the output is
+            `hidden_states`.
+        finished: branches that do not run, since their outputs are known.
+        finishes: branches that become finished by this run.
     """
+    finished = {} if finished is None else finished
     calls: Calls = {}
 
     def watch(path: str) -> Callable[..., None]:
@@ -248,9 +283,33 @@ def _calls(
 
         return hook
 
+    def finish(block: Block) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            finished[block.module] = output, {block.writer: calls[block.writer]}
+
+        return hook
+
     args, kwargs = context
+    known = dict(finished)
     handles = [layer.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
-    output = run_until_reached(lambda: layer(hidden_states, *args, **kwargs), handles)
-    if output is None:
+    for block in finishes:
+        if block.module not in known:
+            handles.append(layer.get_submodule(block.module).register_forward_hook(finish(block)))
+    with ExitStack() as skipped:
+        for path, (output, of_writer) in known.items():
+            skipped.enter_context(_skipped(layer.get_submodule(path), output))
+            calls |= of_writer
+        result = run_until_reached(lambda: layer(hidden_states, *args, **kwargs), handles)
+    if result is None:
         return calls, hidden_states
-    return calls, output[0] if isinstance(output, tuple) else output
+    return calls, result[0] if isinstance(result, tuple) else result
+
+
+@contextmanager
+def _skipped(module: Any, output: Any) -> Iterator[None]:
+    """Inside this context, the module gives `output` without running."""
+    module.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
