@@ -230,8 +230,6 @@ def main() -> None:
         report, parameters = model.conversion_report, hrt.size_report(model)
         report.plot(output / "conversion.png")
         print(report, parameters, sep="\n\n")
-    model = model.half().float()
-    evaluations["converted"] = evaluate("converted", model)
     rate = args.learning_rate
     if rate is None:
         rate = learning_rate_for(parameters.encoder.ratio, mean_bits(model))
@@ -253,29 +251,27 @@ def main() -> None:
         kept = "kept" if outcome.is_kept else "not kept"
         print(f"loss on validation {outcome.loss_before:.5f}, then {outcome.loss_after:.5f}: {kept}")
         losses = {f"step_{entry['step']}": entry["loss"] for entry in outcome.log if "loss" in entry}
-    chosen = "distilled" if outcome.is_kept else "converted"
-    if outcome.is_kept:
-        model = model.half().float()
-        evaluations["distilled"] = evaluate("distilled", model)
+    model = model.half().float()
+    evaluations["compressed"] = evaluate("compressed", model)
 
     with stage("save, and reload in a fresh process"):
         model.half().save_pretrained(output)
         save_processor(processor, output)
         dense.half().save_pretrained(output / "dense")
         save_processor(processor, output / "dense")
-        folders = {"dense": output / "dense", "compact": output}
+        folders = {"dense": output / "dense", "compressed": output}
         memory = {name: memory_in_fresh_process(folder) for name, folder in folders.items()}
-        print(f"{memory['compact']['model']}: {memory['compact']['text']!r}")
+        print(f"{memory['compressed']['model']}: {memory['compressed']['text']!r}")
 
     with stage("export, and transcribe without PyTorch"):
         exported = hrt.export(str(output), output / "exported", overwrite=True)
         clips = {f"{index:03}": row["audio"]["array"] for index, row in enumerate(test)}
         found = transcribe_without_torch(exported, clips, "en", torch.get_num_threads())
         assert not found["present"], found["present"]
-        evaluations["exported"] = result_of_texts(evaluations[chosen], found, processor.tokenizer)
+        evaluations["exported"] = result_of_texts(evaluations["compressed"], found, processor.tokenizer)
         evaluations["exported"].save(output / "evaluation-exported", model="exported", split=args.test_split)
         memory["exported"] = found["memory"]
-        texts = [evaluations[name].predictions[0].prediction for name in (chosen, "exported")]
+        texts = [evaluations[name].predictions[0].prediction for name in ("compressed", "exported")]
         print(f"a clip in PyTorch:    {texts[0]!r}\nwithout, in onnx-asr: {texts[1]!r}")
 
     sizes = {name: file_bytes(folder) for name, folder in folders.items()}
@@ -286,10 +282,9 @@ def main() -> None:
     }
     rows = {}
     for name, evaluation in evaluations.items():
-        form = name if name in sizes else "compact"
         rows[name] = {
-            "file, MB": f"{sizes[form] / megabyte:.1f}",
-            "memory, MB": f"{memory[form]['weights'] / megabyte:.0f}",
+            "file, MB": f"{sizes[name] / megabyte:.1f}",
+            "memory, MB": f"{memory[name]['weights'] / megabyte:.0f}",
             "time, x dense": f"{evaluation.seconds / evaluations['dense'].seconds:.2f}",
             "WER, %": f"{100 * evaluation.wer:.2f}",
             "words unlike dense, %": f"{100 * disagreement[name]:.2f}",
@@ -305,7 +300,7 @@ def main() -> None:
             dataset=TESTED_ON,
             rows=rows,
             evaluations={name: evaluation.wer for name, evaluation in evaluations.items()},
-            chosen=chosen,
+            chosen="compressed",
             details=details,
         ),
         distilled=outcome.is_kept,
@@ -321,12 +316,12 @@ def main() -> None:
         "parameters": parameters.to_dict(),
         "file": {
             "dense_bytes": sizes["dense"],
-            "compressed_bytes": sizes["compact"],
+            "compressed_bytes": sizes["compressed"],
             "exported_bytes": sizes["exported"],
         },
         "without_pytorch": {"runtime": "onnx-asr", "versions": found["versions"]},
         "memory": memory,
-        "chosen": chosen,
+        "chosen": "distilled" if outcome.is_kept else "converted",
         "validation_loss": {"converted": outcome.loss_before, "distilled": outcome.loss_after},
         "distillation_loss": losses,
         "conversion": report.to_dict(),
@@ -347,7 +342,7 @@ def main() -> None:
     whole = parameters.model_bytes
     print(f"\nwhole model at {whole.ratio:.1%} of the dense bytes")
     print(
-        f"the model is in {output}, its weights are those of the row {chosen!r}; exported, it is in {exported}"
+        f"the model is in {output}, {'distilled' if outcome.is_kept else 'as converted'}; exported, it is in {exported}"
     )
     print(f"all figures are in {results}")
 
