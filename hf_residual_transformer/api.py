@@ -80,8 +80,8 @@ def compress(
         pack: part of the windows in which short clips are joined.
         seed: of the choice of recordings.
         parts: those of "encoder", "decoder" and "embed_tokens" that become compact; by default all that there are.
-        bits: the most bits that a full matrix may have, all numbers of bits that it may have, such as (4, 8), or None
-            for matrices in floating point; "auto" is 8.
+        bits: the most bits that a full matrix may have; all numbers of bits that it may have, such as (2, 4, 8), which
+            ONNX Runtime has; or None for matrices in floating point. "auto" is 8.
         block_size: the number of weights that have one scale: 32, 64 or 128.
         residual_config: what to share, instead of what `size` chooses; `size` then chooses the ranks alone.
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
@@ -300,8 +300,8 @@ def export(
     """Writes a Whisper, dense or compact, for runtimes that need no PyTorch, and returns the folder.
 
     The folder has the layout and the names of optimum and of the models of onnx-community. Matrices in few bits become
-    block-quantised operators of ONNX Runtime and keep their numbers; bits that no operator has are stored in the next
-    that one has, and a warning says so.
+    block-quantised operators of ONNX Runtime, which have 2, 4 or 8 bits. Other matrices are stored in the next of these
+    and keep their numbers, and a warning says so.
 
     Args:
         model: a Whisper for transcription, or the id or folder of one.

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes compact (default: all); with encoder alone, the size is that of its layers",
     )
     how.add_argument(
-        "--bits", help="most bits of a full matrix, 2 to 8, a JSON list such as [4, 8], or none (default: 8)"
+        "--bits",
+        help="most bits of a full matrix, 2 to 8 (default: 8); all that it may have, as [2, 4, 8] for ONNX Runtime; "
+        "or none",
     )
     how.add_argument(
         "--block-size", type=int, default=32, help="weights that have one scale: 32, 64 or 128 (default: 32)"

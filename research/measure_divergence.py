@@ -114,7 +114,7 @@ def write_report(path: Path, settings: Mapping[str, Any], figures: Sequence[Mapp
             continue
         y, low, high = (np.array([f["divergence"][n] for f in points]) for n in ("value", "low", "high"))
         x = [f["file_mb"] for f in points]
-        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
+        axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", capsize=3, label=label)
         for f, height in zip(points, y):
             name = f["system"].removeprefix("ours:").removesuffix("-rounded")
             axes.annotate(name, (f["file_mb"], height), xytext=(5, 5), textcoords="offset points", fontsize=8)

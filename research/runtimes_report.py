@@ -142,7 +142,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Plots the disagreement over the file's size, with intervals; a line joins the sizes of one runtime."""
+    """Plots the disagreement over the file's size, with intervals, in a colour for each runtime."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -153,9 +153,9 @@ def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         y, low, high = (
             100 * np.array([f["disagreement"][name] for f in points]) for name in ("value", "low", "high")
         )
-        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=kind)
+        axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", capsize=3, label=kind)
         for f, height in zip(points, y):
-            label = f["system"].removeprefix(f"{kind}:").removesuffix("-rounded")
+            label = (f["system"].partition(":")[2] or f["system"]).removesuffix("-rounded")
             axes.annotate(
                 label, (f["file_mb"], height), xytext=(5, 5), textcoords="offset points", fontsize=8
             )
@@ -169,9 +169,12 @@ def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
 
 
 def _kind(figure: Mapping[str, Any]) -> str:
-    """The runtime that a line of the plot stands for."""
+    """The runtime that a colour of the plot stands for; compact models have one of their own."""
     system = figure["system"]
-    return "rounded as whisper.cpp, in PyTorch" if system.endswith("-rounded") else system.partition(":")[0]
+    if system.endswith("-rounded"):
+        return "rounded as whisper.cpp, in PyTorch"
+    runtime, _, name = system.partition(":")
+    return f"ours, {runtime}" if name.startswith("ours") else runtime
 
 
 def write_report(

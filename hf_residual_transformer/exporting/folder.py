@@ -17,7 +17,7 @@ from ..folders import complete_folder, prepare_output_dir, save_processor
 from ..whisper import language_and_task_ids
 from . import sherpa
 from .ggml import save_q4_0
-from .graph import FLOATS, Graph, save
+from .graph import FLOATS, OPERATOR_BITS, Graph, save
 from .whisper import ACTIVATIONS, ENGLISH_ONLY, decoder_graph, encoder_graph
 
 logger = logging.get_logger(__name__)
@@ -83,10 +83,15 @@ def export_model(
 
 
 def _say_widened(name: str, graph: Graph) -> None:
-    for (bits, wider), number in sorted(graph.widened.items()):
+    if graph.widened:
+        known = ", ".join(map(str, OPERATOR_BITS))
+        numbers = ", ".join(
+            f"{number} of {bits} bits in {wider}" for (bits, wider), number in sorted(graph.widened.items())
+        )
         logger.warning(
-            f"{name}: {number} matrices of {bits} bits are stored in {wider}, since no operator has {bits}; their "
-            "numbers stay the same, and the file is larger than the checkpoint"
+            f"{name}: some matrices are stored in more bits than they have, since ONNX Runtime knows {known} "
+            f"({numbers}). Their numbers stay the same, and the file is larger than the checkpoint. A model that is "
+            f"compressed with bits=({known}) exports as small as it is"
         )
 
 
