@@ -27,6 +27,7 @@ from typing import Any
 
 import jiwer
 import numpy as np
+import onnx
 import pytest
 import torch
 from browser import CHROMIUM, Browser
@@ -37,6 +38,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForCon
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer import ResidualConfig, ResidualWhisperConfig
+from hf_residual_transformer.exporting.graph import OPERATOR_BITS
 from hf_residual_transformer.modeling import residual_linears
 from hf_residual_transformer.quantization import quantize
 from hf_residual_transformer.speech.audio import decode_audio
@@ -65,10 +67,10 @@ def settings(rank: int, scale_bits: int, **bits: int) -> ResidualConfig:
     return ResidualConfig(group_size=1, rank=rank, **options)
 
 
-def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig) -> Any:
+def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig, embedding_bits: Any = 4) -> Any:
     """The compact form of a dense Whisper whose matrices are rounded plainly."""
     config = ResidualWhisperConfig.from_dense_config(
-        dense.config, encoder, decoder_residual_config=decoder, embedding_bits=4
+        dense.config, encoder, decoder_residual_config=decoder, embedding_bits=embedding_bits
     )
     model = hrt.ResidualWhisperForConditionalGeneration(config).eval()
     source, own = dense.state_dict(), model.state_dict()
@@ -85,7 +87,9 @@ def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig) -> Any
                 u, s, v = torch.svd_lowrank(left, len(linear.residual_A), niter=1)
                 linear.residual_B.copy_(u * s), linear.residual_A.copy_(v.T)
         table = dense.get_input_embeddings().weight
-        model.get_input_embeddings().write(quantize(table, bits=4, scale_bits=decoder.scale_bits))
+        for start, part in model.get_input_embeddings().ranges:
+            few = quantize(table[start : start + part.num_embeddings], **part.rounding)
+            part.write(few)
     model.generation_config = dense.generation_config
     return model
 
@@ -102,7 +106,9 @@ def dense(scripts) -> Any:
 def compact(dense, tmp_path_factory) -> Path:
     """The folder of the compact model, in 16 bits."""
     torch.manual_seed(0)
-    model = rounded(dense, settings(8, 16, fc1=5, q_proj=8), settings(4, 8, fc2=3))
+    encoder = settings(8, 16, fc1=5, q_proj=8, **{"layers.3.self_attn.v_proj": 2})
+    decoder = settings(4, 8, fc2=3, **{"layers.2.self_attn.q_proj": 2})
+    model = rounded(dense, encoder, decoder, [[1024, 8], [16384, 5], [50257, 4], [51865, 2]])
     model.processor = dense.processor
     folder = tmp_path_factory.mktemp("compact")
     model.half().save_pretrained(folder)
@@ -157,6 +163,17 @@ def assert_alike(texts: dict[str, str], wanted: dict[str, Any]) -> None:
     for name, text in texts.items():
         words = [" ".join(re.findall(r"\w+", said.lower())) for said in (wanted[name].text, text)]
         assert jiwer.wer(*words) <= UNLIKE, (text, wanted[name].text)
+
+
+def test_the_exported_model_has_all_numbers_of_bits_that_the_runtime_knows(exported):
+    products = [
+        node
+        for path in (exported / "onnx").iterdir()
+        for node in onnx.load(path).graph.node
+        if node.op_type == "MatMulNBits"
+    ]
+    bits = {attribute.i for node in products for attribute in node.attribute if attribute.name == "bits"}
+    assert bits == set(OPERATOR_BITS)
 
 
 @pytest.mark.parametrize(("accuracy_level", "tolerance"), [(0, 1e-4), (None, 0.05), (4, 0.05)])
