@@ -118,6 +118,7 @@ def write_report(path: Path, settings: Mapping[str, Any], figures: Sequence[Mapp
         for f, height in zip(points, y):
             name = f["system"].removeprefix("ours:").removesuffix("-rounded")
             axes.annotate(name, (f["file_mb"], height), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.12)  # for the names
     axes.set_xlim(left=0)
     axes.set_yscale("log")
     axes.set_xlabel("file, MB")
