@@ -108,7 +108,7 @@ def compact(dense, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     encoder = settings(8, 16, fc1=5, q_proj=8, **{"layers.3.self_attn.v_proj": 2})
     decoder = settings(4, 8, fc2=3, **{"layers.2.self_attn.q_proj": 2})
-    model = rounded(dense, encoder, decoder, [[1024, 8], [16384, 5], [50257, 4], [51865, 2]])
+    model = rounded(dense, encoder, decoder, [[1024, 8], [32768, 5], [50257, 2], [51865, 4]])
     model.processor = dense.processor
     folder = tmp_path_factory.mktemp("compact")
     model.half().save_pretrained(folder)
