@@ -251,7 +251,7 @@ def main() -> None:
             logging_steps=max(1, args.max_steps // 10),
             seed=args.seed,
         )
-        kept = "kept" if outcome.is_kept else "not kept"
+        chosen, kept = ("distilled", "kept") if outcome.is_kept else ("converted", "not kept")
         print(f"loss on validation {outcome.loss_before:.5f}, then {outcome.loss_after:.5f}: {kept}")
         losses = {f"step_{entry['step']}": entry["loss"] for entry in outcome.log if "loss" in entry}
     model = model.half().float()
@@ -324,7 +324,7 @@ def main() -> None:
         },
         "without_pytorch": {"runtime": "onnx-asr", "versions": found["versions"]},
         "memory": memory,
-        "chosen": "distilled" if outcome.is_kept else "converted",
+        "chosen": chosen,
         "validation_loss": {"converted": outcome.loss_before, "distilled": outcome.loss_after},
         "distillation_loss": losses,
         "conversion": report.to_dict(),
@@ -344,9 +344,7 @@ def main() -> None:
         print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
     whole = parameters.model_bytes
     print(f"\nwhole model at {whole.ratio:.1%} of the dense bytes")
-    print(
-        f"the model is in {output}, {'distilled' if outcome.is_kept else 'as converted'}; exported, it is in {exported}"
-    )
+    print(f"the {chosen} model is in {output}; exported, it is in {exported}")
     print(f"all figures are in {results}")
 
 

@@ -181,9 +181,9 @@ def test_a_fitted_branch_need_not_run_again(name, monkeypatch):
     has_decoder = len([stack for stack in FAMILIES[name].stacks if stack.is_in(case(name).dense)]) > 1
     options = {"decoder_residual_config": config} if has_decoder else {}
     skipped: list[nn.Module] = []
-    skip = refinement._skipped
+    skip = refinement.forward_as
     monkeypatch.setattr(
-        refinement, "_skipped", lambda module, output: skipped.append(module) or skip(module, output)
+        refinement, "forward_as", lambda module, forward: skipped.append(module) or skip(module, forward)
     )
     found = case(name).compressed(config, **options).state_dict()
     assert skipped

@@ -10,8 +10,8 @@ of the compressed model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..families import Block, LayerStack, Stage
 from ..layers import QuantizedWeight, ResidualLinear, rows_last, unpacked_weights
+from ..modeling import forward_as
 from ..reporting import ModuleError
 from .fitting import fit_group
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
@@ -283,6 +284,9 @@ def _calls(
 
         return hook
 
+    def given(output: Any) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: output
+
     def finish(block: Block) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             finished[block.module] = output, {block.writer: calls[block.writer]}
@@ -297,19 +301,9 @@ def _calls(
             handles.append(layer.get_submodule(block.module).register_forward_hook(finish(block)))
     with ExitStack() as skipped:
         for path, (output, of_writer) in known.items():
-            skipped.enter_context(_skipped(layer.get_submodule(path), output))
+            skipped.enter_context(forward_as(layer.get_submodule(path), given(output)))
             calls |= of_writer
         result = run_until_reached(lambda: layer(hidden_states, *args, **kwargs), handles)
     if result is None:
         return calls, hidden_states
     return calls, result[0] if isinstance(result, tuple) else result
-
-
-@contextmanager
-def _skipped(module: Any, output: Any) -> Iterator[None]:
-    """Inside this context, the module gives `output` without running."""
-    module.forward = lambda *_args, **_kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
