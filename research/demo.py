@@ -41,6 +41,7 @@ from hf_residual_transformer.folders import file_bytes, model_bytes, require_spa
 from hf_residual_transformer.hub import Figures, settings_of, write_model_card
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.quantization import BITS
+from hf_residual_transformer.speech.collators import is_multilingual
 from hf_residual_transformer.speech.datasets import load_speech_dataset
 from hf_residual_transformer.speech.metrics import EvaluationResult, error_rates, evaluate_asr
 from hf_residual_transformer.speech.windows import WindowCollator, calibration_batches
@@ -130,7 +131,7 @@ def measure_memory(folder: str) -> dict[str, Any]:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.sum()
     weights = psutil.Process().memory_full_info().uss
-    tokens = model.generate(features, language="en")
+    tokens = model.generate(features, **({"language": "en"} if is_multilingual(model) else {}))
     return {
         "weights": weights - before,
         "after_transcribing": psutil.Process().memory_full_info().uss - before,
