@@ -18,7 +18,7 @@ from .classes import MODEL_TYPE_PREFIX, RECOGNIZERS, model_classes_of
 from .configuration import ResidualConfigMixin
 from .families import FAMILIES, REFUSED
 from .modeling import ResidualMixin
-from .quantization import BLOCK
+from .quantization import BLOCK, ROTATION
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,7 @@ def compress(
     parts: Sequence[str] | None = None,
     bits: int | Sequence[int] | str | None = "auto",
     block_size: int = BLOCK,
+    rotation: int = ROTATION,
     residual_config: ResidualConfig | None = None,
     start: str = "calibrated",
     iterations: int | None = None,
@@ -83,6 +84,8 @@ def compress(
         bits: the most bits that a full matrix may have; all numbers of bits that it may have, such as (2, 4, 8), which
             ONNX Runtime has; or None for matrices in floating point. "auto" is 8.
         block_size: the number of weights that have one scale: 32, 64 or 128.
+        rotation: the number of inputs that are rotated together before a matrix is rounded, so that this loses less:
+            16, 32, 64, 128 or 256, or 1 for none. Fewer make a slightly faster model.
         residual_config: what to share, instead of what `size` chooses; `size` then chooses the ranks alone.
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
         iterations: rounds of alternation for groups of layers that have no closed form.
@@ -119,7 +122,7 @@ def compress(
         )
     options: dict[str, Any] = {}
     if residual_config is None:
-        options = {"shared_bits": bits, "parts": parts, "block_size": block_size}
+        options = {"shared_bits": bits, "parts": parts, "block_size": block_size, "rotation": rotation}
     if iterations is not None:
         options["iterations"] = iterations
     residual = residual_class_of(dense).from_dense(

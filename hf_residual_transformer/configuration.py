@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .folders import save_code
-from .quantization import BLOCK, BLOCKS, FEWEST, MOST, SCALE_BITS
+from .quantization import BLOCK, BLOCKS, FEWEST, MOST, ROTATIONS, SCALE_BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as DenseConfig
@@ -25,10 +25,11 @@ else:
 
 RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits", "short_windows")
 # 1 is that of version 0.1.0, which wrote no number. 2 has decoders, embeddings, numbers of bits, and what is shared.
-# 3 has scales in 8 bits.
-FORMAT = 3
-# What only the file of a config has, beside its fields: the format, and by stack and module the sizes of its groups.
-FILE_FIELDS = ("residual_format", "residual_sharing")
+# 3 has scales in 8 bits, and 4 has rotations.
+FORMAT = 4
+# What only the file of a config has, beside its fields: the format, by stack and module the sizes of its groups, and
+# the rotations of its matrices. No shape of a tensor would tell if these were wrong.
+FILE_FIELDS = ("residual_format", "residual_sharing", "residual_rotations")
 # The first of these fields that a dense config class checks is a text in the file. So the dense classes refuse the
 # checkpoint, whose compact matrices they would leave random.
 GUARD_FIELDS = ("init_std", "initializer_range", "vocab_size", "hidden_size", "durations")
@@ -103,6 +104,9 @@ class ResidualConfig:
         block_size: the number of weights in a row of a quantised `U` that have one scale: 32, 64 or 128.
         scale_bits: the bits of each of these scales: 16, or 8, beside which each row has one scale in the model's
             dtype. A compression whose `size` or `budget` chooses all settings takes 8.
+        rotation: how many inputs of a quantised `U` are rotated together by a Hadamard matrix, so that rounding loses
+            less: 16, 32, 64, 128 or 256, or 1 for none. Where this does not divide the number of inputs, it is the
+            largest power of two that does. A compression whose `size` or `budget` chooses all settings takes 128.
         diagonal: the matrices that have a `D_l`: "none", "square" or "all". In a rectangular matrix, `D_l` has
             one entry for each position of the main diagonal.
         share_biases: whether the layers of a group share one bias, rather than having one each.
@@ -127,6 +131,7 @@ class ResidualConfig:
     bits_pattern: dict[str, int] = field(default_factory=dict)
     block_size: int = BLOCK
     scale_bits: int = SCALE_BITS[0]
+    rotation: int = 1
 
     def __post_init__(self) -> None:
         sizes = values_of(self.group_size)
@@ -139,14 +144,10 @@ class ResidualConfig:
             raise ValueError(f"`rank` must be an integer of at least 0, got {self.rank!r}")
         for name, least, most in (("rank_pattern", 0, math.inf), ("bits_pattern", FEWEST, MOST)):
             object.__setattr__(self, name, _checked_pattern(name, getattr(self, name), least, most))
-        if self.block_size not in BLOCKS or isinstance(self.block_size, bool):
-            raise ValueError(
-                f"`block_size` must be one of {', '.join(map(str, BLOCKS))}, got {self.block_size!r}"
-            )
-        if self.scale_bits not in SCALE_BITS or isinstance(self.scale_bits, bool):
-            raise ValueError(
-                f"`scale_bits` must be one of {', '.join(map(str, SCALE_BITS))}, got {self.scale_bits!r}"
-            )
+        for name, choices in (("block_size", BLOCKS), ("scale_bits", SCALE_BITS), ("rotation", ROTATIONS)):
+            value = getattr(self, name)
+            if value not in choices or not _is_int(value, 1):
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
         if self.diagonal not in DIAGONALS:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
         if not isinstance(self.share_biases, bool):
@@ -272,7 +273,7 @@ class ResidualConfigMixin(DenseConfig):
     Classes with a decoder have two fields more. `decoder_residual_config` is the decoder's, or None where its layers
     stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays
     dense, or such pairs as `[[4096, 5], [51865, 3]]`: tokens below 4096 have five bits, and those from there to 51865
-    have three. Its blocks have the `block_size` and `scale_bits` of the decoder, or else of the encoder.
+    have three. It has the `block_size`, `scale_bits` and `rotation` of the decoder, or else of the encoder.
 
     Whisper's has `short_windows`: whether the encoder leaves out the padding of short recordings, which a model must be
     trained for; see `hrt.distill`.
@@ -380,10 +381,10 @@ class ResidualConfigMixin(DenseConfig):
         return found
 
     @property
-    def embedding_blocks(self) -> tuple[int, int]:
-        """The number of weights of the token embedding that have one scale, and the bits of a scale."""
+    def embedding_blocks(self) -> tuple[int, int, int]:
+        """The `block_size`, `scale_bits` and `rotation` of the token embedding."""
         config = self.residual_config_of("decoder") or self.residual_config
-        return config.block_size, config.scale_bits
+        return config.block_size, config.scale_bits, config.rotation
 
     @classmethod
     def dense_class(cls) -> type[DenseConfig]:

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .quantization import BITS, BLOCK, LEVELS, SCALE_BITS, Quantized, dequantize, levels_of, lowest
+from .quantization import (
+    BITS,
+    BLOCK,
+    LEVELS,
+    SCALE_BITS,
+    Quantized,
+    dequantize,
+    levels_of,
+    lowest,
+    rotate,
+    rotation_of,
+)
 
 
 class SharedLinear(nn.Linear):
@@ -31,6 +42,7 @@ class SharedLinear(nn.Linear):
     """
 
     bits: int | None = None  # not quantised
+    rotation = 1  # none
 
     def forward(
         self,
@@ -52,13 +64,34 @@ class SharedLinear(nn.Linear):
         few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
         stored, scale = self.stored()
         if torch.compiler.is_exporting() or few or is_of_torchao(stored):
-            return _factored(hidden_states, bias, self.weight, residual_A, residual_B, diagonal)
+            return self._factored(hidden_states, bias, residual_A, residual_B, diagonal)
         if scale is None and residual_A is None and diagonal is None:
             return F.linear(hidden_states, stored, bias)
         output: Tensor = _ComposedLinear.apply(
-            hidden_states, bias, stored, scale, residual_A, residual_B, diagonal
+            hidden_states, bias, stored, scale, self.rotation, residual_A, residual_B, diagonal
         )
         return output
+
+    def _factored(
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        residual_A: Tensor | None,
+        residual_B: Tensor | None,
+        diagonal: Tensor | None,
+    ) -> Tensor:
+        """`U x + B (A x) + D x + bias`, added up in place. Casts are for autocast, which does not see this."""
+        rows = hidden_states.flatten(0, -2)
+        stored, scale = self.stored()
+        if scale is None:
+            output = F.linear(rows, stored, bias)
+        else:  # a few rows are rotated sooner than the matrix
+            output = F.linear(rotate(rows, self.rotation), _numbers(stored, scale, self.in_features), bias)
+        if residual_A is not None and residual_B is not None:
+            output.addmm_(F.linear(rows, residual_A), residual_B.T.to(output.dtype))
+        if diagonal is not None:
+            _add_diagonal(output, rows, diagonal)
+        return output.unflatten(0, hidden_states.shape[:-1])
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The tensors that hold `U`: the weight and None, or where it is quantised, `packed` and `scale`."""
@@ -82,6 +115,7 @@ class QuantizedWeight(nn.Module):
         bits: of each weight, from 2 to 8.
         block_size: the number of weights in a row that have one scale.
         scale_bits: of each such scale: 16, a float in the dtype, or 8, an integer beside the scale of the row.
+        rotation: how many columns are rotated together, as in `quantize`.
     """
 
     weight_packed: Tensor
@@ -96,9 +130,11 @@ class QuantizedWeight(nn.Module):
         bits: int = BITS,
         block_size: int = BLOCK,
         scale_bits: int = SCALE_BITS[0],
+        rotation: int = 1,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.rotation = rotation_of(in_features, rotation)
         self.bits, self.block_size, self.scale_bits = bits, block_size, scale_bits
         shape = (out_features, in_features * bits // 8)
         self.register_buffer("weight_packed", torch.empty(shape, device=device, dtype=torch.uint8))
@@ -114,12 +150,17 @@ class QuantizedWeight(nn.Module):
         """The matrix, (out_features, in_features), computed at each access unless it is unpacked."""
         if self._unpacked is not None:
             return self._unpacked
-        return dequantize(self.weight_packed, self.scale(), self.bits)
+        return rotate(dequantize(self.weight_packed, self.scale(), self.bits), self.rotation)
 
     @property
     def rounding(self) -> dict[str, int]:
         """The arguments of `quantization.quantize` that give integers and scales in this form."""
-        return {"bits": self.bits, "block_size": self.block_size, "scale_bits": self.scale_bits}
+        return {
+            "bits": self.bits,
+            "block_size": self.block_size,
+            "scale_bits": self.scale_bits,
+            "rotation": self.rotation,
+        }
 
     def scale(self, rows: Tensor | None = None) -> Tensor:
         """The scale of each block in the dtype of `weight_scale`, (out_features, num_blocks), or those of some rows.
@@ -138,7 +179,8 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def write(self, quantized: Quantized) -> None:
-        """Copies a quantised matrix of the same shape, bits, block size and bits of the scales into the tensors."""
+        """Copies a quantised matrix of the same shape and form into the tensors."""
+        assert quantized.rotation == self.rotation
         self.weight_packed.copy_(quantized.packed)
         if self.weight_levels is None:
             self.weight_scale.copy_(quantized.scale)
@@ -158,7 +200,7 @@ class QuantizedWeight(nn.Module):
         """Shape for `print(model)`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"block_size={self.block_size}, scale_bits={self.scale_bits}"
+            f"block_size={self.block_size}, scale_bits={self.scale_bits}, rotation={self.rotation}"
         )
 
 
@@ -178,6 +220,7 @@ class QuantizedSharedLinear(QuantizedWeight):
         self.bias = nn.Parameter(scale.new_empty(out_features)) if bias else None
 
     forward = SharedLinear.forward
+    _factored = SharedLinear._factored
 
     def reset_parameters(self) -> None:
         """As in `QuantizedWeight`, with a bias of zeros."""
@@ -198,6 +241,7 @@ class QuantizedEmbedding(QuantizedWeight):
         bits: of each weight, from 2 to 8.
         block_size: the number of weights that have one scale.
         scale_bits: of each such scale, 16 or 8.
+        rotation: how many columns are rotated together, as in `quantize`.
         num_embeddings: rows, where it takes the place of some of those of `dense`; by default all.
     """
 
@@ -207,6 +251,7 @@ class QuantizedEmbedding(QuantizedWeight):
         bits: int,
         block_size: int = BLOCK,
         scale_bits: int = SCALE_BITS[0],
+        rotation: int = 1,
         num_embeddings: int | None = None,
     ) -> None:
         weight = dense.weight
@@ -219,6 +264,7 @@ class QuantizedEmbedding(QuantizedWeight):
             bits,
             block_size,
             scale_bits,
+            rotation,
         )
         self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
 
@@ -231,11 +277,14 @@ class QuantizedEmbedding(QuantizedWeight):
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
         ids = input_ids.flatten()
         rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
-        return rows.unflatten(0, input_ids.shape)
+        return rotate(rows, self.rotation).unflatten(0, input_ids.shape)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
-        output: Tensor = _ComposedLinear.apply(hidden_states, None, *self.stored(), None, None, None)
+        stored, scale = self.stored()
+        if scale is not None:  # a few states are rotated sooner than the vectors of all tokens
+            hidden_states = rotate(hidden_states, self.rotation)
+        output: Tensor = _ComposedLinear.apply(hidden_states, None, stored, scale, 1, None, None, None)
         return output
 
 
@@ -249,6 +298,7 @@ class MixedEmbedding(nn.Module):
         ranges: for each range of token ids, in order, the id at which it ends, exclusive, and its bits.
         block_size: the number of weights that have one scale.
         scale_bits: of each such scale, 16 or 8.
+        rotation: how many columns are rotated together, as in `quantize`.
     """
 
     def __init__(
@@ -257,12 +307,13 @@ class MixedEmbedding(nn.Module):
         ranges: Sequence[Sequence[int]],
         block_size: int = BLOCK,
         scale_bits: int = SCALE_BITS[0],
+        rotation: int = 1,
     ) -> None:
         super().__init__()
         ends = [end for end, _ in ranges]
         self.starts = [0, *ends[:-1]]
         self.parts = nn.ModuleList(
-            QuantizedEmbedding(dense, bits, block_size, scale_bits, end - start)
+            QuantizedEmbedding(dense, bits, block_size, scale_bits, rotation, end - start)
             for start, (end, bits) in zip(self.starts, ranges)
         )
         self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
@@ -363,24 +414,6 @@ def is_of_torchao(weight: Tensor) -> bool:
     return not plain and type(weight).__module__.startswith("torchao.")
 
 
-def _factored(
-    hidden_states: Tensor,
-    bias: Tensor | None,
-    shared: Tensor,
-    residual_A: Tensor | None,
-    residual_B: Tensor | None,
-    diagonal: Tensor | None,
-) -> Tensor:
-    """`U x + B (A x) + D x + bias`, added up in place. Casts are for autocast, which does not see such operations."""
-    rows = hidden_states.flatten(0, -2)
-    output = F.linear(rows, shared, bias)
-    if residual_A is not None and residual_B is not None:
-        output.addmm_(F.linear(rows, residual_A), residual_B.T.to(output.dtype))
-    if diagonal is not None:
-        _add_diagonal(output, rows, diagonal)
-    return output.unflatten(0, hidden_states.shape[:-1])
-
-
 def _add_diagonal(output: Tensor, rows: Tensor, diagonal: Tensor) -> None:
     """Adds `D x` to `output`, (num_rows, out_features), for `rows`, (num_rows, in_features)."""
     size = len(diagonal)
@@ -391,28 +424,35 @@ class _ComposedLinear(torch.autograd.Function):
     """`F.linear` with `U + B A + D`, which the backward pass composes again.
 
     Kept for every layer, the composed matrices would take the memory of a dense model's weights. Only the inputs and
-    the parameters are kept, as in a dense layer. `stored` and `scale` hold `U`, and `compose` adds the `components`.
+    the parameters are kept, as in a dense layer. `stored`, `scale` and `rotation` give `U`, and `compose` adds the
+    `components`.
     """
 
     @staticmethod
     def forward(
-        hidden_states: Tensor, bias: Tensor | None, stored: Tensor, scale: Tensor | None, *components: Any
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        stored: Tensor,
+        scale: Tensor | None,
+        rotation: int,
+        *components: Any,
     ) -> Tensor:
-        weight = compose(_full(stored, scale, hidden_states.shape[-1]), *components)
+        weight = compose(_full(stored, scale, rotation, hidden_states.shape[-1]), *components)
         return F.linear(hidden_states, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        hidden_states, _, *components = inputs
+        hidden_states, _, stored, scale, ctx.rotation, *components = inputs
         # Under autocast, a dense layer too keeps its inputs in the dtype that it computes in.
-        ctx.save_for_backward(hidden_states.to(output.dtype), *components)
+        ctx.save_for_backward(hidden_states.to(output.dtype), stored, scale, *components)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, stored, scale, residual_A, residual_B, diagonal = ctx.saved_tensors
         of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal = [None] * 7
         if ctx.needs_input_grad[0]:
-            weight = compose(_full(stored, scale, hidden_states.shape[-1]), residual_A, residual_B, diagonal)
+            shared = _full(stored, scale, ctx.rotation, hidden_states.shape[-1])
+            weight = compose(shared, residual_A, residual_B, diagonal)
             of_input = grad @ weight.to(grad.dtype)
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
@@ -425,15 +465,21 @@ class _ComposedLinear(torch.autograd.Function):
             if diagonal is not None:
                 of_diagonal = of_shared.diagonal()
             if ctx.needs_input_grad[3]:
-                numbers = _full(stored, torch.ones_like(scale), hidden_states.shape[-1])
-                of_scale = (of_shared * numbers).unflatten(1, (scale.shape[1], -1)).sum(2)
+                numbers = _numbers(stored, torch.ones_like(scale), hidden_states.shape[-1])
+                products = rotate(of_shared, ctx.rotation) * numbers
+                of_scale = products.unflatten(1, (scale.shape[1], -1)).sum(2)
         of_shared = of_shared if ctx.needs_input_grad[2] else None
-        return of_input, of_bias, of_shared, of_scale, of_A, of_B, of_diagonal
+        return of_input, of_bias, of_shared, of_scale, None, of_A, of_B, of_diagonal
 
 
-def _full(stored: Tensor, scale: Tensor | None, in_features: int) -> Tensor:
+def _full(stored: Tensor, scale: Tensor | None, rotation: int, in_features: int) -> Tensor:
     """`U` from the tensors that hold it, see `SharedLinear.stored`."""
-    return stored if scale is None else dequantize(stored, scale, stored.shape[1] * 8 // in_features)
+    return stored if scale is None else rotate(_numbers(stored, scale, in_features), rotation)
+
+
+def _numbers(stored: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    """A matrix in few bits, still rotated."""
+    return dequantize(stored, scale, stored.shape[1] * 8 // in_features)
 
 
 def compose(

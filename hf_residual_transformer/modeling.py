@@ -114,7 +114,7 @@ class ResidualMixin(DenseModel):
             self._quantize_embedding(config.embedding_bits, *config.embedding_blocks)
         self.post_init()
 
-    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int, scale_bits: int) -> None:
+    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int, *form: int) -> None:
         """Puts few bits in the place of the token embedding, and of the output that is tied to it."""
         embedding: Any = self.get_input_embeddings()
         output = self.get_output_embeddings()
@@ -128,13 +128,13 @@ class ResidualMixin(DenseModel):
                 f"multiple of {block_size}, got {bits}"
             )
         if isinstance(bits, int):
-            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size, scale_bits))
+            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size, *form))
         else:
             if bits[-1][0] != embedding.num_embeddings:
                 raise ValueError(
                     f"`embedding_bits` must end at {embedding.num_embeddings}, the number of tokens, got {bits}"
                 )
-            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size, scale_bits))
+            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size, *form))
         if output is not None:
             self.set_output_embeddings(TiedOutput(self))
             self._tied_weights_keys = {}  # the output has no weight that could be tied
@@ -224,7 +224,9 @@ class ResidualMixin(DenseModel):
                 f"{checkpoint} does not fit {cls.__name__}: it lacks {missing[0]!r} ({len(missing)} such weights), "
                 "which would be random; save or fetch the checkpoint again"
             )
-        _check_sharing(checkpoint, model, _recorded_sharing(pretrained_model_name_or_path, kwargs))
+        recorded = _recorded(pretrained_model_name_or_path, kwargs)
+        _check_sharing(checkpoint, model, recorded.get("residual_sharing"))
+        _check_rotations(checkpoint, model, recorded.get("residual_rotations"))
         for name, value in model.named_parameters():
             _check_finite(checkpoint, name, value)
         for module in model.modules():
@@ -282,6 +284,7 @@ class ResidualMixin(DenseModel):
         kwargs.setdefault("save_original_format", False)
         if not hasattr(self, "peft_config"):  # with an adapter, only this is saved
             self.config.residual_sharing = sharing_of(self)
+            self.config.residual_rotations = rotations_of(self)
             _note_ranks(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
@@ -431,15 +434,30 @@ def _linears_at(owner: Any, path: str) -> Iterator[ResidualLinear]:
     return (getattr(module, "base_layer", module) for module in found)  # under an adapter of PEFT
 
 
-def _recorded_sharing(folder_or_id: Any, options: dict[str, Any]) -> Any:
-    """What the config file of a checkpoint says that its layers share; None where it says nothing, as in 0.1.0."""
+def rotations_of(model: Any) -> list[int]:
+    """The numbers of columns that are rotated together in matrices of the model, each once, in ascending order."""
+    return sorted({module.rotation for module in model.modules() if isinstance(module, QuantizedWeight)})
+
+
+def _recorded(folder_or_id: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What the config file of a checkpoint says; nothing where there is none."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     known = {name: options[name] for name in names if name in options}
     try:
         values, _ = PreTrainedConfig.get_config_dict(folder_or_id, **known)
     except (OSError, TypeError):  # weights without a config, such as a state dict
-        return None
-    return values.get("residual_sharing")
+        return {}
+    return dict(values)
+
+
+def _check_rotations(checkpoint: str, model: Any, recorded: Any) -> None:
+    """Raises ValueError where matrices would be rotated otherwise than they were."""
+    if recorded is not None and not set(rotations_of(model)) <= set(recorded):  # a part may have fewer
+        raise ValueError(
+            f"{checkpoint} does not fit {type(model).__name__}: its matrices have rotations of {recorded}, but the "
+            f"config says {rotations_of(model)}; `rotation` of `residual_config` must be as it was when the checkpoint "
+            "was saved"
+        )
 
 
 def _check_sharing(checkpoint: str, model: Any, recorded: Any) -> None:
@@ -574,7 +592,7 @@ def _shared_like(
             f"`shared_bits` must be None for {module_path}, whose {dense.in_features} inputs are no multiple of "
             f"{config.block_size}, got {bits}"
         )
-    return QuantizedSharedLinear(*shape, bits, config.block_size, config.scale_bits)
+    return QuantizedSharedLinear(*shape, bits, config.block_size, config.scale_bits, config.rotation)
 
 
 def _checked_rank(config: ResidualConfig, path: str, shape: Sequence[int], least: int) -> int:

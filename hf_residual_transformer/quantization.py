@@ -7,6 +7,11 @@ columns compensate for the error that rounding a column makes in the outputs, as
 
 A scale has 16 bits of its own, or 8: it is then a signed integer, and each row has one scale in float16, of which the
 scales of its blocks are multiples of the 128th part. The k-quants of llama.cpp have two levels of scales, too.
+
+A matrix may be rotated before it is rounded, with the inputs that it multiplies: `W x = (W H) (H x)` for an orthogonal
+`H` that is its own inverse. Where some inputs vary much more than others, as they do from head to head, each rotated
+column then counts as much as any other, and the columns that are rounded last can compensate for more. QuIP#
+rotates for a similar reason (https://arxiv.org/abs/2402.04396, section 3).
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ BLOCK = 32  # the number of weights that have one scale, by default
 SWEEPS = 4
 ROWS = 4096  # rounded at a time, since a token embedding takes many times its memory otherwise
 BLOCKS = (32, 64, 128)  # those that MatMulNBits of ONNX Runtime also has
+ROTATIONS = (1, 16, 32, 64, 128, 256)  # numbers of columns that are rotated together; 1 rotates nothing
+ROTATION = 128  # by default, where a budget chooses all settings
 SCALE_BITS = (16, 8)  # of the scale of a block; the first is that of configs which say nothing
 # The 8-bit scale of a block is an integer from -127 to 127 times the scale of its row divided by this.
 LEVELS = 128
@@ -42,20 +49,42 @@ class Quantized(NamedTuple):
         bits: the bits of each weight.
         row_scale: the scale of each row, of shape (out_features, 1), if the scales of blocks have 8 bits; `scale` then
             has whole multiples of `row_scale / LEVELS`.
+        rotation: the number of columns that were rotated together before.
     """
 
     packed: Tensor
     scale: Tensor
     bits: int
     row_scale: Tensor | None = None
+    rotation: int = 1
 
     def weight(self) -> Tensor:
         """The matrix, of shape (out_features, in_features), in the dtype of `scale`."""
-        return dequantize(self.packed, self.scale, self.bits)
+        return rotate(dequantize(self.packed, self.scale, self.bits), self.rotation)
+
+
+def rotate(values: Tensor, size: int) -> Tensor:
+    """Values times a Hadamard matrix for each `size` of their features, which is its own inverse, (..., features).
+
+    Args:
+        values: (..., features), for inputs or for rows of a matrix.
+        size: a power of two that divides the number of features; 1 changes nothing.
+    """
+    if size == 1:
+        return values
+    return (values.unflatten(-1, (-1, size)) @ hadamard(size, values)).flatten(-2)
+
+
+def hadamard(size: int, like: Tensor) -> Tensor:
+    """The orthogonal Hadamard matrix (size, size), by Sylvester's construction, with the dtype and device of `like`."""
+    found = like.new_full((1, 1), size**-0.5)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found
 
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The matrix that `Quantized` describes, in the dtype of `scale`."""
+    """The matrix of these integers and scales, still rotated if it was, in the dtype of `scale`."""
     places = _places(bits)
     numbers = packed.unflatten(1, (-1, len(places) * bits // 8))
     values = scale.new_empty(*numbers.shape[:2], len(places))
@@ -83,6 +112,7 @@ def quantize(
     block_size: int = BLOCK,
     sweeps: int = SWEEPS,
     scale_bits: int = SCALE_BITS[0],
+    rotation: int = 1,
 ) -> Quantized:
     """Quantises a matrix. float16 holds the scales, or with `scale_bits=8` those of the rows, exactly.
 
@@ -94,7 +124,12 @@ def quantize(
         block_size: the number of weights that have one scale.
         sweeps: with a covariance, how often all scales and then all integers are improved, after the first rounding.
         scale_bits: the bits of each scale, 16 or 8. The integers are rounded with the scales that are stored.
+        rotation: how many columns are rotated together, a power of two. Where it does not divide the number of columns,
+            it is the largest power of two that does.
     """
+    rotation = rotation_of(weight.shape[1], rotation)
+    if covariance is not None:
+        covariance = rotate(rotate(covariance, rotation).T, rotation)
     onward, dtype = None, torch.float64  # row j: how later columns compensate for the error of column j
     if covariance is not None:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
@@ -103,7 +138,7 @@ def quantize(
         onward, covariance = torch.linalg.cholesky(inverse, upper=True).to(dtype), covariance.to(dtype)
     packed, found, of_rows = [], [], []
     for rows in weight.split(ROWS):  # which are independent of one another
-        rows = rows.to(dtype)
+        rows = rotate(rows.to(dtype), rotation)
         row_scale = _row_scale(rows, bits) if scale_bits == 8 else None
         codes, scales = _round_onward(rows, covariance, onward, bits, block_size, row_scale)
         if covariance is not None:
@@ -114,7 +149,13 @@ def quantize(
         found.append(scales.double())
         if row_scale is not None:
             of_rows.append(row_scale.double())
-    return Quantized(torch.cat(packed), torch.cat(found), bits, torch.cat(of_rows) if of_rows else None)
+    row_scales = torch.cat(of_rows) if of_rows else None
+    return Quantized(torch.cat(packed), torch.cat(found), bits, row_scales, rotation)
+
+
+def rotation_of(in_features: int, wanted: int) -> int:
+    """The largest power of two that divides `in_features` and is at most `wanted`, a power of two."""
+    return math.gcd(in_features, wanted)
 
 
 def levels_of(scale: Tensor, row_scale: Tensor) -> Tensor:

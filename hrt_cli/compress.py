@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, default=32, help="weights that have one scale: 32, 64 or 128 (default: 32)"
     )
     how.add_argument(
+        "--rotation",
+        type=int,
+        default=128,
+        help="inputs that are rotated together before rounding, 1 for none (default: 128)",
+    )
+    how.add_argument(
         "--num-windows",
         type=int,
         metavar="N",
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         options: dict[str, Any] = {}
         if residual_config is None:
             options["bits"] = "auto" if args.bits is None else bits
-            options |= {"parts": args.parts, "block_size": args.block_size}
+            options |= {"parts": args.parts, "block_size": args.block_size, "rotation": args.rotation}
         model = compress(
             dense,
             args.audio if calibrated else None,

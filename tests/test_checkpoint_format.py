@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import tiny_whisper_config
 from test_contract import build
 from test_family_contract import NAMES, residual
-from transformers import AutoConfig, AutoModel, WhisperModel
+from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, WhisperModel
 
-from hf_residual_transformer import ResidualConfig, ResidualWhisperModel, classes
+from hf_residual_transformer import (
+    ResidualConfig,
+    ResidualWhisperForConditionalGeneration,
+    ResidualWhisperModel,
+    classes,
+)
 from hf_residual_transformer.configuration import FORMAT, GUARD, GUARD_FIELDS
 from hf_residual_transformer.families import FAMILIES
 
@@ -46,9 +52,22 @@ def test_a_group_size_with_as_many_groups_is_refused(saved, tmp_path):
 
 
 def test_a_file_that_says_nothing_still_loads(saved, tmp_path):
-    said = ("residual_format", "residual_sharing")
+    said = ("residual_format", "residual_sharing", "residual_rotations")
     old = edited(saved[1], tmp_path, *said, init_std=0.02, initializer_range=0.02)
     assert AutoModel.from_pretrained(old).config.residual_config.group_size == 3
+
+
+def test_a_rotation_that_is_not_that_of_the_matrices_is_refused(tmp_path):
+    form = ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=4, rotation=32)
+    ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=form)).save_pretrained(
+        tmp_path
+    )
+    assert AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path).config.residual_config.rotation == 32
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["residual_config"]["rotation"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"rotations of \[32\], but the config says \[16\]"):
+        AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("found", [FORMAT + 1, 0, "2"])

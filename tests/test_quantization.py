@@ -23,10 +23,14 @@ from hf_residual_transformer.quantization import (
     FEWEST,
     LEVELS,
     MOST,
+    ROTATION,
+    ROTATIONS,
     SCALE_BITS,
     dequantize,
     levels_of,
     quantize,
+    rotate,
+    rotation_of,
 )
 
 EACH = hrt.ResidualConfig(group_size=1, rank=2, diagonal="none", shared_bits=4)
@@ -84,7 +88,7 @@ def test_every_bit_more_leaves_a_third_of_the_error_or_less():
 
 def test_rounding_is_nearer_than_that_of_q4_0_and_scales_are_exact_in_16_bits():
     weight = matrix()
-    packed, scale, bits, _ = quantize(weight)
+    packed, scale, bits, *_ = quantize(weight)
     error = (dequantize(packed, scale, bits) - weight).square().sum()
     assert error < 0.97 * (nearest(weight) - weight).square().sum()
     assert packed.shape == (24, 32) and packed.dtype == torch.uint8 and scale.shape == (24, 2)
@@ -146,13 +150,51 @@ def test_scales_in_8_bits_add_little_to_the_error_of_rounding(bits, most, make):
     assert errors[1] < most * errors[0] and errors[3] < most * errors[2]
 
 
-def twins(bias, rank, diagonal, bits=4, scale_bits=16):
+@pytest.mark.parametrize("size", ROTATIONS)
+def test_a_rotation_keeps_lengths_and_is_its_own_inverse(size):
+    values = matrix(5, 512).double()
+    rotated = rotate(values, size)
+    torch.testing.assert_close(rotated.norm(dim=1), values.norm(dim=1))
+    torch.testing.assert_close(rotate(rotated, size), values)
+    assert torch.equal(rotated, values) == (size == 1)
+    # Each group of columns by itself.
+    torch.testing.assert_close(rotated[:, :size], rotate(values[:, :size], size))
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted", "found"), [(384, 256, 128), (512, 64, 64), (96, 128, 32), (512, 1, 1)]
+)
+def test_a_rotation_divides_the_columns(features, wanted, found):
+    assert rotation_of(features, wanted) == found
+    assert quantize(matrix(4, features), None, rotation=wanted).rotation == found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_rotation_loses_less_where_inputs_vary_much_more_than_others(bits):
+    weight, covariance = matrix(48, 256).double(), matrix(1, 256, seed=3)[0].double().mul(2).exp().diag()
+    errors = []
+    for rotation in (1, 64):
+        difference = quantize(weight, covariance, bits, rotation=rotation).weight() - weight
+        errors.append(((difference @ covariance) * difference).sum())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_what_the_bits_can_hold_in_the_rotated_columns_comes_back_exactly():
+    numbers = matrix(8, 256, seed=4).mul(2).round().clamp(-8, 7).double()
+    numbers[:, ::BLOCK] = -8
+    weight = rotate(numbers, 64)
+    torch.testing.assert_close(quantize(weight, bits=4, rotation=64).weight(), weight)
+
+
+def twins(bias, rank, diagonal, bits=4, scale_bits=16, rotation=1):
     """Two layers over a quantised `U`, and the same over a plain one of equal weight."""
     groups = []
     for quantised in (True, False):
         options = (64, 24, bias == "shared", torch.device("cpu"), torch.float32)
         shared = (
-            QuantizedSharedLinear(*options, bits, BLOCK, scale_bits) if quantised else SharedLinear(*options)
+            QuantizedSharedLinear(*options, bits, BLOCK, scale_bits, rotation)
+            if quantised
+            else SharedLinear(*options)
         )
         layers = [ResidualLinear(nn.ModuleList([shared]), 0, rank, diagonal, bias == "own") for _ in range(2)]
         for module in (shared, *layers):
@@ -166,12 +208,12 @@ def twins(bias, rank, diagonal, bits=4, scale_bits=16):
 @pytest.mark.parametrize(
     ("bias", "rank", "diagonal", "bits"), [("own", 3, True, 4), ("shared", 0, False, 4), ("own", 3, False, 3)]
 )
-@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+@pytest.mark.parametrize(("scale_bits", "rotation"), [(16, 1), (8, 1), (8, 32)])
 @pytest.mark.parametrize("frames", [3, 200])
 def test_outputs_and_gradients_are_those_over_the_same_plain_weight(
-    frames, scale_bits, bias, rank, diagonal, bits
+    frames, scale_bits, rotation, bias, rank, diagonal, bits
 ):
-    found, groups = [], twins(bias, rank, diagonal, bits, scale_bits)
+    found, groups = [], twins(bias, rank, diagonal, bits, scale_bits, rotation)
     for group in groups:
         inputs = matrix(2 * frames, 64, seed=2).reshape(2, frames, 64).requires_grad_()
         outputs = [layer(inputs) for layer in group["layers"]]
@@ -181,7 +223,7 @@ def test_outputs_and_gradients_are_those_over_the_same_plain_weight(
     torch.testing.assert_close(found[0], found[1])
     quantised, plain = (group["shared"] for group in groups)
     numbers = dequantize(quantised.weight_packed, torch.ones_like(quantised.scale()), bits)
-    of_scale = (plain.weight.grad * numbers).unflatten(1, (-1, BLOCK)).sum(2)
+    of_scale = (rotate(plain.weight.grad, rotation) * numbers).unflatten(1, (-1, BLOCK)).sum(2)
     if scale_bits == 8:
         of_scale = (of_scale * quantised.weight_levels / LEVELS).sum(1, keepdim=True)
     torch.testing.assert_close(quantised.weight_scale.grad, of_scale, rtol=1e-4, atol=1e-4)
@@ -196,9 +238,9 @@ def test_backward_keeps_no_full_weight():
     assert any(tensor.dtype == torch.uint8 for tensor in kept)
 
 
-@pytest.mark.parametrize(("bits", "scale_bits"), [(3, 16), (4, 16), (3, 8)])
-def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits, scale_bits):
-    group, _ = twins("own", 3, False, bits, scale_bits)
+@pytest.mark.parametrize(("bits", "scale_bits", "rotation"), [(3, 16, 1), (4, 16, 32), (3, 8, 64)])
+def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits, scale_bits, rotation):
+    group, _ = twins("own", 3, False, bits, scale_bits, rotation)
     network = Alone(group["shared"], group["layers"][0])
     frames = torch.export.Dim("frames", min=2, max=4096)
     exported = torch.export.export(network, (matrix(50, 64)[None],), dynamic_shapes=({1: frames},))
@@ -209,19 +251,19 @@ def test_an_exported_layer_takes_any_length_and_keeps_few_bits(bits, scale_bits)
     assert sum(tensor.nbytes for tensor in kept) == sum(t.nbytes for t in network.state_dict().values())
 
 
-@pytest.mark.parametrize(("bits", "scale_bits"), [(3, 16), (4, 16), (3, 8)])
-def test_a_compiled_layer_is_one_graph(bits, scale_bits):
-    group, _ = twins("own", 3, False, bits, scale_bits)
+@pytest.mark.parametrize(("bits", "scale_bits", "rotation"), [(3, 16, 1), (4, 16, 32), (3, 8, 64)])
+def test_a_compiled_layer_is_one_graph(bits, scale_bits, rotation):
+    group, _ = twins("own", 3, False, bits, scale_bits, rotation)
     torch.compiler.reset()  # what other tests compile counts towards the limit of recompilations
     compiled = torch.compile(group["layers"][0], fullgraph=True, backend="aot_eager")
     for frames in (3, 700):
         torch.testing.assert_close(compiled(matrix(frames, 64)), group["layers"][0](matrix(frames, 64)))
 
 
-@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+@pytest.mark.parametrize(("scale_bits", "rotation"), [(16, 1), (8, 1), (8, 32)])
 @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
-def test_models_are_saved_loaded_halved_and_merged(family, scale_bits, tmp_path):
-    each = replace(EACH, scale_bits=scale_bits)
+def test_models_are_saved_loaded_halved_and_merged(family, scale_bits, rotation, tmp_path):
+    each = replace(EACH, scale_bits=scale_bits, rotation=rotation)
     if family == "whisper":
         model = hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=each))
         inputs = {"input_features": whisper_inputs()[:2], "labels": torch.tensor([[72, 73], [80, 81]])}
@@ -297,7 +339,8 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
     assert {2, 3, 4} >= set(chosen.bits_pattern.values()) and 1 in chosen.group_size.values()
-    assert chosen.scale_bits == 8
+    assert chosen.scale_bits == 8 and chosen.rotation == ROTATION
+    assert from_dense(dense, budget=0.6, rotation=1, **options).config.residual_config.rotation == 1
     report = hrt.size_report(model)
     assert 0.57 < report.encoder_bytes.ratio <= 0.6
     encoder = model.half().model.encoder
@@ -391,6 +434,11 @@ def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(
         (lambda: hrt.ResidualConfig(shared_bits=9), "`shared_bits` must be from 2 to 8, None, or .* got 9"),
         (lambda: hrt.ResidualConfig(scale_bits=4), "`scale_bits` must be one of 16, 8, got 4"),
         (lambda: hrt.ResidualConfig(scale_bits="8"), "`scale_bits` must be one of 16, 8, got '8'"),
+        (
+            lambda: hrt.ResidualConfig(rotation=48),
+            "`rotation` must be one of 1, 16, 32, 64, 128, 256, got 48",
+        ),
+        (lambda: hrt.ResidualConfig(rotation=True), "`rotation` must be one of 1, .*, got True"),
         (lambda: hrt.ResidualConfig(shared_bits=True), "`shared_bits` must be from 2 to 8, .* got True"),
         (lambda: hrt.ResidualConfig(shared_bits={"fc1": 1}), "`shared_bits` must be from 2 to 8, .*'fc1': 1"),
         (

@@ -327,7 +327,8 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
                     [_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]
                 ).sum(0)
         cost = len(weights) * (out_features + in_features)
-        numbers, block_size = search.bits(group), search.config.block_size
+        numbers = search.bits(group)
+        block_size, rotation = search.config.block_size, search.config.rotation
         floating = [bits for bits in numbers if bits is None]
         number = 0 if group.size is None else mean.numel()
         found += [Curve(group, None, errors.cpu().numpy(), cost, float(number)) for _ in floating]
@@ -335,11 +336,12 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
         if not few:
             continue
         reference = REFERENCE_BITS if REFERENCE_BITS in few else few[0]
-        quantized = quantize_for(mean, inputs, reference, block_size, sweeps=0)
+        quantized = quantize_for(mean, inputs, reference, block_size, sweeps=0, rotation=rotation)
         missing = root @ (mean - quantized.weight())
         alone = len(weights) == 1
         left = _tails(missing, inputs) if alone else ((missing @ inputs) * missing).sum()
-        for bits, ratio in rounding_ratios(mean, inputs.diagonal(), few, reference, block_size).items():
+        ratios = rounding_ratios(mean, inputs.diagonal(), few, reference, block_size, rotation)
+        for bits, ratio in ratios.items():
             of_bits = (ratio * left if alone else errors + ratio * left).cpu().numpy()
             size = quantized_parameters(mean.shape, bits, block_size, search.config.scale_bits)
             found.append(Curve(group, bits, of_bits, cost, size))
@@ -363,6 +365,7 @@ def embedding_curves(
     block_size: int,
     measure: Callable[[Tensor], float] | None = None,
     scale_bits: int = SCALE_BITS[0],
+    rotation: int = 1,
 ) -> list[Curve]:
     """The errors of ranges of tokens for each number of bits. The end of a range is the layer of its group.
 
@@ -376,6 +379,7 @@ def embedding_curves(
         block_size: the number of weights that have one scale.
         measure: gives the effect of another table; by default it is estimated.
         scale_bits: the bits of each scale, 16 or 8.
+        rotation: how many columns are rotated together.
     """
     found, start = [], 0
     for end, numbers in ranges:
@@ -383,11 +387,14 @@ def embedding_curves(
         errors: dict[int, float] = {}
         for bits in [number for number in numbers if number <= MOST_MEASURED_BITS] or numbers[:1]:
             rounded = table.clone()
-            rounded[start:end] = quantize_for(rows, metric, bits, block_size, sweeps=0).weight()
+            rounded[start:end] = quantize_for(
+                rows, metric, bits, block_size, sweeps=0, rotation=rotation
+            ).weight()
             errors[bits] = measure(rounded) if measure else statistics.errors(rounded - table).sum().item()
         last = max(errors)
         others = [last, *(bits for bits in numbers if bits not in errors)]
-        for bits, ratio in rounding_ratios(rows, metric.diagonal(), others, last, block_size).items():
+        ratios = rounding_ratios(rows, metric.diagonal(), others, last, block_size, rotation)
+        for bits, ratio in ratios.items():
             errors[bits] = ratio * errors[last]
         for bits, error in errors.items():
             size = quantized_parameters(rows.shape, bits, block_size, scale_bits)
@@ -399,13 +406,13 @@ def embedding_curves(
 
 
 def rounding_ratios(
-    weight: Tensor, variances: Tensor, numbers: Sequence[int], reference: int, block_size: int
+    weight: Tensor, variances: Tensor, numbers: Sequence[int], reference: int, block_size: int, rotation: int
 ) -> dict[int, float]:
     """By number of bits, the error of rounding relative to that with `reference` bits, from some of the rows."""
     sample = weight[::SAMPLED_ROWS].double()
 
     def error(bits: int) -> float:
-        difference = quantize(sample, None, bits, block_size).weight() - sample
+        difference = quantize(sample, None, bits, block_size, rotation=rotation).weight() - sample
         return (difference.square() @ variances).sum().item()
 
     base = error(reference) if len(numbers) > 1 else 1.0

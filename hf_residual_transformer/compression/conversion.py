@@ -29,7 +29,7 @@ from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bit
 from ..families import Family, LayerStack
 from ..layers import QuantizedWeight, as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
-from ..quantization import BITS, BLOCK, FEWEST, MOST
+from ..quantization import BITS, BLOCK, FEWEST, MOST, ROTATION
 from ..reporting import ConversionReport, ModuleError, saved_tensors
 from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
@@ -106,6 +106,7 @@ class Request:
     budget: float | None
     numbers: tuple[int, ...] | None
     block_size: int
+    rotation: int
     iterations: int
     progress: bool
     processes: Processes
@@ -124,6 +125,7 @@ def convert(
     budget: float | None = None,
     shared_bits: int | Sequence[int] | str | None = AUTO,
     block_size: int = BLOCK,
+    rotation: int = ROTATION,
     iterations: int = ITERATIONS,
     distributed: bool = False,
     progress: bool = True,
@@ -159,6 +161,7 @@ def convert(
             may have, such as (4, 8). "auto" is 8. None keeps `U` in floating point, to be trained and exported as any
             matrix. A `residual_config` states its own bits, so it must be "auto" beside one.
         block_size: the number of weights of a quantised `U` that have one scale, where `budget` chooses all settings.
+        rotation: how many inputs of a quantised `U` are rotated together, where `budget` chooses all settings.
         iterations: rounds of alternation for groups without a closed form.
         distributed: whether all processes of `torch.distributed` convert together, each of which runs the model on
             its share of the calibration. All call this with the same arguments, and all get the same model.
@@ -186,6 +189,7 @@ def convert(
             budget,
             shared_bits,
             block_size,
+            rotation,
             iterations,
             progress and processes.index == 0,
             processes,
@@ -236,6 +240,7 @@ def _checked(
     budget: float | None,
     shared_bits: Any,
     block_size: int,
+    rotation: int,
     iterations: int,
     progress: bool,
     processes: Processes,
@@ -263,7 +268,9 @@ def _checked(
         )
     numbers = _numbers(MOST if shared_bits == AUTO else shared_bits)
     for bits in numbers or (None,):
-        ResidualConfig(shared_bits=bits, block_size=block_size)  # refuses numbers that cannot be
+        ResidualConfig(
+            shared_bits=bits, block_size=block_size, rotation=rotation
+        )  # refuses numbers that cannot be
     if parts is not None:
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         unknown = [part for part in parts if part not in PARTS]
@@ -280,7 +287,9 @@ def _checked(
         plan = Plan({ENCODER: ResidualConfig()})
     if plan is None and budget is None:
         budget = BUDGETS[None if numbers is None else BITS]
-    return Request(plan, parts, batches, start, budget, numbers, block_size, iterations, progress, processes)
+    return Request(
+        plan, parts, batches, start, budget, numbers, block_size, rotation, iterations, progress, processes
+    )
 
 
 def _numbers(shared_bits: Any) -> tuple[int, ...] | None:
@@ -390,6 +399,7 @@ class _Conversion:
                 shared_bits=None if request.numbers is None else request.numbers[-1],
                 block_size=request.block_size,
                 scale_bits=CHOSEN_SCALE_BITS,
+                rotation=1 if request.numbers is None else request.rotation,
             )
             search = Search(source, config, request.numbers, is_open=True)
         groups = search.groups()
@@ -502,6 +512,7 @@ class _Conversion:
                 blocks.block_size,
                 None if of_table is None else measure,
                 blocks.scale_bits,
+                blocks.rotation,
             )
             fixed -= table.numel()
         try:
@@ -573,9 +584,9 @@ def _curves_of_run(
     part: _Part, run_idx: int, *, rounds: bool
 ) -> tuple[list[Curve], dict[str, PlainRounding]]:
     """The same of a run of layers, whose statistics are not kept."""
-    source, statistics = part.search.source, part.observe(run_idx)
+    source, config, statistics = part.search.source, part.search.config, part.observe(run_idx)
     curves = curves_of(part.search, part.runs[run_idx], statistics)
-    return curves, round_plainly(source, statistics, part.search.config.block_size) if rounds else {}
+    return curves, round_plainly(source, statistics, config.block_size, config.rotation) if rounds else {}
 
 
 def _scaled(

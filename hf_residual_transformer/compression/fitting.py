@@ -91,6 +91,7 @@ def fit_group(
     bits: int | None = None,
     block_size: int = BLOCK,
     scale_bits: int = SCALE_BITS[0],
+    rotation: int = 1,
     iterations: int = ITERATIONS,
 ) -> list[Components]:
     """Minimises `sum_l tr(G E_l C_l E_lᵀ)`, `E_l = W_l - U - B_l A_l - D_l`, by alternating closed forms.
@@ -112,6 +113,7 @@ def fit_group(
             it is.
         block_size: the number of weights of a rounded `U` that have one scale.
         scale_bits: the number of bits of each such scale, 16 or 8.
+        rotation: how many columns of a rounded `U` are rotated together.
         iterations: rounds after the first.
     """
     out_features, in_features = weights[0].shape
@@ -146,7 +148,9 @@ def fit_group(
             ]
             U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
         elif bits is not None:
-            quantized = quantize_for(U, total @ total.T, bits, block_size, scale_bits=scale_bits)
+            quantized = quantize_for(
+                U, total @ total.T, bits, block_size, scale_bits=scale_bits, rotation=rotation
+            )
             U = quantized.weight()
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.quantized = U if shared else None, quantized
@@ -169,9 +173,11 @@ def quantize_for(
     block_size: int = BLOCK,
     sweeps: int = SWEEPS,
     scale_bits: int = SCALE_BITS[0],
+    rotation: int = 1,
 ) -> Quantized:
     """A `U` in few bits, for inputs of that covariance, which need not be damped."""
-    return quantize(shared, damp(covariance, ROUNDING_DAMPING), bits, block_size, sweeps, scale_bits)
+    damped = damp(covariance, ROUNDING_DAMPING)
+    return quantize(shared, damped, bits, block_size, sweeps, scale_bits, rotation)
 
 
 def _truncate_between(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -51,14 +51,17 @@ class PlainRounding:
 
 
 def round_plainly(
-    source: LayerStack, statistics: dict[tuple[int, str], MatrixStatistics], block_size: int
+    source: LayerStack,
+    statistics: dict[tuple[int, str], MatrixStatistics],
+    block_size: int,
+    rotation: int,
 ) -> dict[str, PlainRounding]:
     """The plain rounding of the matrices of a run of layers, by module path."""
     found: dict[str, PlainRounding] = {}
     for (layer, path), entry in statistics.items():
         linear = source.linear(layer, path)
         weight = linear.weight.double()
-        difference = quantize(weight, None, CHECK_BITS, block_size).weight() - weight
+        difference = quantize(weight, None, CHECK_BITS, block_size, rotation=rotation).weight() - weight
         bias = linear.bias
         if entry.centred and bias is not None:
             bias = (bias - difference @ entry.mean).to(bias)

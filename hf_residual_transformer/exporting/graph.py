@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from ..layers import LowRankLinear, QuantizedWeight, ResidualLinear
-from ..quantization import LEVELS, lowest
+from ..quantization import LEVELS, hadamard, lowest
 
 OPSET = 17
 CONTRIB = "com.microsoft"  # operators that ONNX Runtime has beside the standard ones
@@ -47,6 +47,7 @@ class Graph:
         self.floats, self.accuracy_level = FLOATS[floats], accuracy_level
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._counts: Counter[str] = Counter()
+        self._rotated: dict[tuple[str, int], str] = {}  # by value and size of the rotation
 
     def input(self, name: str, dtype: int, shape: list[Any]) -> str:
         """Declares an input; a string in `shape` names a dimension that may vary."""
@@ -69,12 +70,12 @@ class Graph:
 
         Weights stay outside, so that both branches, and every other node, may use them.
         """
-        outer, graphs = self.nodes, []
+        outer, rotated, graphs = self.nodes, self._rotated, []
         for build in (then, otherwise):
-            self.nodes = []
+            self.nodes, self._rotated = [], dict(rotated)  # what a branch computes is known nowhere else
             outputs = [helper.make_empty_tensor_value_info(value) for value in build()]
             graphs.append(helper.make_graph(self.nodes, self._unused("branch"), [], outputs))
-        self.nodes = outer
+        self.nodes, self._rotated = outer, rotated
         name = self._unused("If")
         names = [f"{name}_{index}" for index in range(len(graphs[0].output))]
         self.nodes.append(
@@ -172,6 +173,7 @@ class Graph:
     def product(self, weight: QuantizedWeight, x: str, bias: str | None = None) -> str:
         """The product of `x` with a matrix in few bits, and its bias added."""
         packed, bits = self._packed(weight)
+        x = self.rotated(x, weight.rotation)
         inputs = [x, packed, self._scale(weight), *([] if bias is None else ["", "", bias])]
         return self.add(
             "MatMulNBits",
@@ -201,7 +203,20 @@ class Graph:
         integers = self.add("Add", codes, self.number(float(lowest(bits))))
         scales = self.add("Unsqueeze", self.add("Gather", self._scale(weight), ids), self.integers(-1))
         scaled = self.add("Mul", integers, scales)
-        return self.add("Reshape", scaled, self.integers(0, 0, weight.in_features))
+        rows = self.add("Reshape", scaled, self.integers(0, 0, weight.in_features))
+        return self.rotated(rows, weight.rotation)
+
+    def rotated(self, x: str, size: int) -> str:
+        """(batch_size, seq_len, features) with each `size` features rotated together, once for all of its products."""
+        if size == 1:
+            return x
+        if (x, size) not in self._rotated:
+            matrix = f"rotation_{size}"
+            self.initializers[matrix] = numpy_helper.from_array(hadamard(size, torch.ones(1)).numpy(), matrix)
+            parts = self.add("Reshape", x, self.integers(0, 0, -1, size))
+            product = self.add("MatMul", parts, matrix)
+            self._rotated[x, size] = self.add("Reshape", product, self.integers(0, 0, -1))
+        return self._rotated[x, size]
 
     def _scale(self, weight: QuantizedWeight) -> str:
         """The scale of each block in float32, (out_features, blocks)."""

@@ -54,6 +54,15 @@ FORMS: dict[str, dict[str, Any]] = {
         ),
         "embedding_bits": [[40, 5], [len(WHISPER_VOCAB), 3]],
     },
+    "rotated": {
+        "residual_config": ResidualConfig(
+            group_size=2, rank=2, shared_bits=4, diagonal="all", scale_bits=8, rotation=16
+        ),
+        "decoder_residual_config": ResidualConfig(
+            group_size=1, rank=2, shared_bits=2, diagonal="none", scale_bits=8, rotation=32
+        ),
+        "embedding_bits": [[40, 4], [len(WHISPER_VOCAB), 2]],
+    },
     "embedding of six bits": {"residual_config": ResidualConfig(group_size=1), "embedding_bits": 6},
     "embedding in ranges": {
         "residual_config": ResidualConfig(group_size=1),
@@ -345,6 +354,7 @@ def test_blocks_alone_are_written_for_whisper_cpp_without_rounding_again(options
         ({"shared_bits": 5}, "has 5 bits"),
         ({"scale_bits": 8}, "has scales in 8 bits"),
         ({"diagonal": "all"}, "has a diagonal"),
+        ({"rotation": 16}, "is rotated, 16 inputs together"),
         ({"shared_bits": None}, "is in floating point"),
     ],
 )
