@@ -106,7 +106,9 @@ class ResidualConfig:
             dtype. A compression whose `size` or `budget` chooses all settings takes 8.
         rotation: how many inputs of a quantised `U` are rotated together by a Hadamard matrix, so that rounding loses
             less: 16, 32, 64, 128 or 256, or 1 for none. Where this does not divide the number of inputs, it is the
-            largest power of two that does. A compression whose `size` or `budget` chooses all settings takes 128.
+            largest power of two that does. A dict gives a number by module name, and modules that it does not name are
+            not rotated. A compression whose `size` or `budget` chooses all settings takes 128, but in the encoder only
+            for matrices with no more inputs than outputs.
         diagonal: the matrices that have a `D_l`: "none", "square" or "all". In a rectangular matrix, `D_l` has
             one entry for each position of the main diagonal.
         share_biases: whether the layers of a group share one bias, rather than having one each.
@@ -131,7 +133,7 @@ class ResidualConfig:
     bits_pattern: dict[str, int] = field(default_factory=dict)
     block_size: int = BLOCK
     scale_bits: int = SCALE_BITS[0]
-    rotation: int = 1
+    rotation: int | dict[str, int] = 1
 
     def __post_init__(self) -> None:
         sizes = values_of(self.group_size)
@@ -145,9 +147,11 @@ class ResidualConfig:
         for name, least, most in (("rank_pattern", 0, math.inf), ("bits_pattern", FEWEST, MOST)):
             object.__setattr__(self, name, _checked_pattern(name, getattr(self, name), least, most))
         for name, choices in (("block_size", BLOCKS), ("scale_bits", SCALE_BITS), ("rotation", ROTATIONS)):
-            value = getattr(self, name)
-            if value not in choices or not _is_int(value, 1):
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+            values = values_of(self.rotation) if name == "rotation" else [getattr(self, name)]
+            if not all(_is_int(value, 1) and value in choices for value in values):
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}"
+                )
         if self.diagonal not in DIAGONALS:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
         if not isinstance(self.share_biases, bool):
@@ -168,7 +172,7 @@ class ResidualConfig:
                 f"`shared_bits` must be None where `group_size` leaves out `U`, got {self.shared_bits!r}; a "
                 "`group_size` of 1 gives each layer a `U` of its own"
             )
-        for name in ("group_size", "shared_bits"):
+        for name in ("group_size", "shared_bits", "rotation"):
             if isinstance(getattr(self, name), dict):
                 object.__setattr__(self, name, dict(getattr(self, name)))
         names = self.target_modules
@@ -222,10 +226,16 @@ class ResidualConfig:
 
     def names(self) -> dict[str, Iterable[str]]:
         """The module names in each field that can hold module names."""
-        sizes, bits = (
-            value if isinstance(value, dict) else () for value in (self.group_size, self.shared_bits)
+        sizes, bits, rotations = (
+            value if isinstance(value, dict) else ()
+            for value in (self.group_size, self.shared_bits, self.rotation)
         )
-        return {"group_size": sizes, "target_modules": self.target_modules or (), "shared_bits": bits}
+        return {
+            "group_size": sizes,
+            "target_modules": self.target_modules or (),
+            "shared_bits": bits,
+            "rotation": rotations,
+        }
 
     def is_target(self, role: str) -> bool:
         """Whether the modules called `role` are replaced; all others stay dense."""
@@ -252,6 +262,10 @@ class ResidualConfig:
             return self.bits_pattern[key]
         return self.shared_bits.get(role) if isinstance(self.shared_bits, dict) else self.shared_bits
 
+    def rotation_of(self, role: str) -> int:
+        """How many inputs of the modules called `role` are rotated together where their `U` has few bits."""
+        return self.rotation.get(role, 1) if isinstance(self.rotation, dict) else self.rotation
+
     def rank_of(self, path: str) -> int:
         """The rank of the matrix at `path`, such as `layers.3.self_attn.q_proj`."""
         key = key_of(self.rank_pattern, path)
@@ -273,7 +287,7 @@ class ResidualConfigMixin(DenseConfig):
     Classes with a decoder have two fields more. `decoder_residual_config` is the decoder's, or None where its layers
     stay dense. `embedding_bits` is the number of bits of each weight of the token embedding, or None where it stays
     dense, or such pairs as `[[4096, 5], [51865, 3]]`: tokens below 4096 have five bits, and those from there to 51865
-    have three. It has the `block_size`, `scale_bits` and `rotation` of the decoder, or else of the encoder.
+    have three. Its blocks have the `block_size` and `scale_bits` of the decoder, or else of the encoder.
 
     Whisper's has `short_windows`: whether the encoder leaves out the padding of short recordings, which a model must be
     trained for; see `hrt.distill`.
@@ -381,10 +395,10 @@ class ResidualConfigMixin(DenseConfig):
         return found
 
     @property
-    def embedding_blocks(self) -> tuple[int, int, int]:
-        """The `block_size`, `scale_bits` and `rotation` of the token embedding."""
+    def embedding_blocks(self) -> tuple[int, int]:
+        """The number of weights of the token embedding that have one scale, and the bits of a scale."""
         config = self.residual_config_of("decoder") or self.residual_config
-        return config.block_size, config.scale_bits, config.rotation
+        return config.block_size, config.scale_bits
 
     @classmethod
     def dense_class(cls) -> type[DenseConfig]:

@@ -241,7 +241,6 @@ class QuantizedEmbedding(QuantizedWeight):
         bits: of each weight, from 2 to 8.
         block_size: the number of weights that have one scale.
         scale_bits: of each such scale, 16 or 8.
-        rotation: how many columns are rotated together, as in `quantize`.
         num_embeddings: rows, where it takes the place of some of those of `dense`; by default all.
     """
 
@@ -251,7 +250,6 @@ class QuantizedEmbedding(QuantizedWeight):
         bits: int,
         block_size: int = BLOCK,
         scale_bits: int = SCALE_BITS[0],
-        rotation: int = 1,
         num_embeddings: int | None = None,
     ) -> None:
         weight = dense.weight
@@ -264,7 +262,6 @@ class QuantizedEmbedding(QuantizedWeight):
             bits,
             block_size,
             scale_bits,
-            rotation,
         )
         self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
 
@@ -277,14 +274,11 @@ class QuantizedEmbedding(QuantizedWeight):
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
         ids = input_ids.flatten()
         rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
-        return rotate(rows, self.rotation).unflatten(0, input_ids.shape)
+        return rows.unflatten(0, input_ids.shape)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
-        stored, scale = self.stored()
-        if scale is not None:  # a few states are rotated sooner than the vectors of all tokens
-            hidden_states = rotate(hidden_states, self.rotation)
-        output: Tensor = _ComposedLinear.apply(hidden_states, None, stored, scale, 1, None, None, None)
+        output: Tensor = _ComposedLinear.apply(hidden_states, None, *self.stored(), 1, None, None, None)
         return output
 
 
@@ -298,7 +292,6 @@ class MixedEmbedding(nn.Module):
         ranges: for each range of token ids, in order, the id at which it ends, exclusive, and its bits.
         block_size: the number of weights that have one scale.
         scale_bits: of each such scale, 16 or 8.
-        rotation: how many columns are rotated together, as in `quantize`.
     """
 
     def __init__(
@@ -307,13 +300,12 @@ class MixedEmbedding(nn.Module):
         ranges: Sequence[Sequence[int]],
         block_size: int = BLOCK,
         scale_bits: int = SCALE_BITS[0],
-        rotation: int = 1,
     ) -> None:
         super().__init__()
         ends = [end for end, _ in ranges]
         self.starts = [0, *ends[:-1]]
         self.parts = nn.ModuleList(
-            QuantizedEmbedding(dense, bits, block_size, scale_bits, rotation, end - start)
+            QuantizedEmbedding(dense, bits, block_size, scale_bits, end - start)
             for start, (end, bits) in zip(self.starts, ranges)
         )
         self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim

@@ -114,7 +114,7 @@ class ResidualMixin(DenseModel):
             self._quantize_embedding(config.embedding_bits, *config.embedding_blocks)
         self.post_init()
 
-    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int, *form: int) -> None:
+    def _quantize_embedding(self, bits: int | list[list[int]], block_size: int, scale_bits: int) -> None:
         """Puts few bits in the place of the token embedding, and of the output that is tied to it."""
         embedding: Any = self.get_input_embeddings()
         output = self.get_output_embeddings()
@@ -128,13 +128,13 @@ class ResidualMixin(DenseModel):
                 f"multiple of {block_size}, got {bits}"
             )
         if isinstance(bits, int):
-            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size, *form))
+            self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size, scale_bits))
         else:
             if bits[-1][0] != embedding.num_embeddings:
                 raise ValueError(
                     f"`embedding_bits` must end at {embedding.num_embeddings}, the number of tokens, got {bits}"
                 )
-            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size, *form))
+            self.set_input_embeddings(MixedEmbedding(embedding, bits, block_size, scale_bits))
         if output is not None:
             self.set_output_embeddings(TiedOutput(self))
             self._tied_weights_keys = {}  # the output has no weight that could be tied
@@ -551,9 +551,8 @@ def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConf
             if group_size is not None:
                 first = f"layers.{group[0]}.{module_path}"
                 used["bits_pattern"].add(key_of(config.bits_pattern, first))
-                bank.append(
-                    _shared_like(dense, config, config.bits_of(role, first), shares_bias, module_path)
-                )
+                bits, rotation = config.bits_of(role, first), config.rotation_of(role)
+                bank.append(_shared_like(dense, config, bits, rotation, shares_bias, module_path))
             for layer_idx in group:
                 path = f"layers.{layer_idx}.{module_path}"
                 used["rank_pattern"].add(key_of(config.rank_pattern, path))
@@ -580,7 +579,7 @@ def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConf
 
 
 def _shared_like(
-    dense: nn.Linear, config: ResidualConfig, bits: int | None, bias: bool, module_path: str
+    dense: nn.Linear, config: ResidualConfig, bits: int | None, rotation: int, bias: bool, module_path: str
 ) -> SharedLinear | QuantizedSharedLinear:
     """The module for the `U` of a group of matrices like `dense`."""
     weight = dense.weight
@@ -592,7 +591,7 @@ def _shared_like(
             f"`shared_bits` must be None for {module_path}, whose {dense.in_features} inputs are no multiple of "
             f"{config.block_size}, got {bits}"
         )
-    return QuantizedSharedLinear(*shape, bits, config.block_size, config.scale_bits, config.rotation)
+    return QuantizedSharedLinear(*shape, bits, config.block_size, config.scale_bits, rotation)
 
 
 def _checked_rank(config: ResidualConfig, path: str, shape: Sequence[int], least: int) -> int:

@@ -339,7 +339,9 @@ def test_a_budget_is_one_of_bytes_and_what_layers_add_makes_up_for_rounding():
     model = from_dense(dense, budget=0.6, **options)
     chosen = model.config.residual_config
     assert {2, 3, 4} >= set(chosen.bits_pattern.values()) and 1 in chosen.group_size.values()
-    assert chosen.scale_bits == 8 and chosen.rotation == ROTATION
+    assert chosen.scale_bits == 8
+    square = ("q_proj", "k_proj", "v_proj", "out_proj")
+    assert chosen.rotation == dict.fromkeys((*square, "fc1"), ROTATION)
     assert from_dense(dense, budget=0.6, rotation=1, **options).config.residual_config.rotation == 1
     report = hrt.size_report(model)
     assert 0.57 < report.encoder_bytes.ratio <= 0.6
@@ -437,6 +439,13 @@ def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(
         (
             lambda: hrt.ResidualConfig(rotation=48),
             "`rotation` must be one of 1, 16, 32, 64, 128, 256, got 48",
+        ),
+        (lambda: hrt.ResidualConfig(rotation={"fc1": 3}), "`rotation` must be one of 1, .*'fc1': 3"),
+        (
+            lambda: hrt.ResidualWhisperModel(
+                tiny_whisper_config(residual_config=replace(EACH, rotation={"fc3": 16}))
+            ),
+            "`rotation` must name modules of a whisper encoder layer .* got 'fc3'",
         ),
         (lambda: hrt.ResidualConfig(rotation=True), "`rotation` must be one of 1, .*, got True"),
         (lambda: hrt.ResidualConfig(shared_bits=True), "`shared_bits` must be from 2 to 8, .* got True"),

@@ -328,7 +328,8 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
                 ).sum(0)
         cost = len(weights) * (out_features + in_features)
         numbers = search.bits(group)
-        block_size, rotation = search.config.block_size, search.config.rotation
+        block_size = search.config.block_size
+        rotation = search.config.rotation_of(search.source.stack.role_of(group.module_path))
         floating = [bits for bits in numbers if bits is None]
         number = 0 if group.size is None else mean.numel()
         found += [Curve(group, None, errors.cpu().numpy(), cost, float(number)) for _ in floating]
@@ -365,7 +366,6 @@ def embedding_curves(
     block_size: int,
     measure: Callable[[Tensor], float] | None = None,
     scale_bits: int = SCALE_BITS[0],
-    rotation: int = 1,
 ) -> list[Curve]:
     """The errors of ranges of tokens for each number of bits. The end of a range is the layer of its group.
 
@@ -379,7 +379,6 @@ def embedding_curves(
         block_size: the number of weights that have one scale.
         measure: gives the effect of another table; by default it is estimated.
         scale_bits: the bits of each scale, 16 or 8.
-        rotation: how many columns are rotated together.
     """
     found, start = [], 0
     for end, numbers in ranges:
@@ -387,14 +386,11 @@ def embedding_curves(
         errors: dict[int, float] = {}
         for bits in [number for number in numbers if number <= MOST_MEASURED_BITS] or numbers[:1]:
             rounded = table.clone()
-            rounded[start:end] = quantize_for(
-                rows, metric, bits, block_size, sweeps=0, rotation=rotation
-            ).weight()
+            rounded[start:end] = quantize_for(rows, metric, bits, block_size, sweeps=0).weight()
             errors[bits] = measure(rounded) if measure else statistics.errors(rounded - table).sum().item()
         last = max(errors)
         others = [last, *(bits for bits in numbers if bits not in errors)]
-        ratios = rounding_ratios(rows, metric.diagonal(), others, last, block_size, rotation)
-        for bits, ratio in ratios.items():
+        for bits, ratio in rounding_ratios(rows, metric.diagonal(), others, last, block_size).items():
             errors[bits] = ratio * errors[last]
         for bits, error in errors.items():
             size = quantized_parameters(rows.shape, bits, block_size, scale_bits)
@@ -406,7 +402,12 @@ def embedding_curves(
 
 
 def rounding_ratios(
-    weight: Tensor, variances: Tensor, numbers: Sequence[int], reference: int, block_size: int, rotation: int
+    weight: Tensor,
+    variances: Tensor,
+    numbers: Sequence[int],
+    reference: int,
+    block_size: int,
+    rotation: int = 1,
 ) -> dict[int, float]:
     """By number of bits, the error of rounding relative to that with `reference` bits, from some of the rows."""
     sample = weight[::SAMPLED_ROWS].double()

@@ -399,7 +399,7 @@ class _Conversion:
                 shared_bits=None if request.numbers is None else request.numbers[-1],
                 block_size=request.block_size,
                 scale_bits=CHOSEN_SCALE_BITS,
-                rotation=1 if request.numbers is None else request.rotation,
+                rotation=_rotation(request, source),
             )
             search = Search(source, config, request.numbers, is_open=True)
         groups = search.groups()
@@ -512,7 +512,6 @@ class _Conversion:
                 blocks.block_size,
                 None if of_table is None else measure,
                 blocks.scale_bits,
-                blocks.rotation,
             )
             fixed -= table.numel()
         try:
@@ -568,6 +567,23 @@ class _Conversion:
         return errors
 
 
+def _rotation(request: Request, source: LayerStack) -> int | dict[str, int]:
+    """The rotations where a budget chooses all settings.
+
+    In an encoder, which computes many frames at once, a matrix with more inputs than outputs is not rotated: its inputs
+    take the most time, and it gains the least.
+    """
+    if request.numbers is None or request.rotation == 1:
+        return 1
+    if source.stack.name == DECODER:
+        return request.rotation
+    shapes = {
+        role: source.linear(0, path).weight.shape
+        for role, path in source.stack.of_layer(source.layers[0]).roles.items()
+    }
+    return {role: request.rotation for role, (outputs, inputs) in shapes.items() if inputs <= outputs}
+
+
 def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve], PlainRounding]]:
     """The curves of a part by module path, and if `rounds` the plain rounding of the same matrices."""
     found: dict[str, tuple[list[Curve], PlainRounding]] = {}
@@ -586,7 +602,7 @@ def _curves_of_run(
     """The same of a run of layers, whose statistics are not kept."""
     source, config, statistics = part.search.source, part.search.config, part.observe(run_idx)
     curves = curves_of(part.search, part.runs[run_idx], statistics)
-    return curves, round_plainly(source, statistics, config.block_size, config.rotation) if rounds else {}
+    return curves, round_plainly(source, statistics, config) if rounds else {}
 
 
 def _scaled(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from ..configuration import ResidualConfig
 from ..families import LayerStack
 from ..quantization import quantize
 from .inputs import Batch, inputs_of, is_token, set_frozen, without_memory
@@ -53,15 +54,23 @@ class PlainRounding:
 def round_plainly(
     source: LayerStack,
     statistics: dict[tuple[int, str], MatrixStatistics],
-    block_size: int,
-    rotation: int,
+    config: ResidualConfig,
 ) -> dict[str, PlainRounding]:
     """The plain rounding of the matrices of a run of layers, by module path."""
     found: dict[str, PlainRounding] = {}
     for (layer, path), entry in statistics.items():
         linear = source.linear(layer, path)
         weight = linear.weight.double()
-        difference = quantize(weight, None, CHECK_BITS, block_size, rotation=rotation).weight() - weight
+        difference = (
+            quantize(
+                weight,
+                None,
+                CHECK_BITS,
+                config.block_size,
+                rotation=config.rotation_of(source.stack.role_of(path)),
+            ).weight()
+            - weight
+        )
         bias = linear.bias
         if entry.centred and bias is not None:
             bias = (bias - difference @ entry.mean).to(bias)

@@ -133,7 +133,13 @@ def _save_configs(model: Any, processor: Any, folder: Path) -> None:
         logger.warning(
             f"the generation config lacks {', '.join(missing)}; the export has them from the tokenizer's tokens"
         )
-    _write(folder / "generation_config.json", generation | missing)
+    generation |= missing
+    if not generation["is_multilingual"]:
+        logger.warning(
+            "this model knows English alone, but onnx-asr asks every Whisper for a language and a task, and such a model "
+            "may then hear nothing; transformers.js, and sherpa-onnx with --format sherpa-onnx, ask it for English alone"
+        )
+    _write(folder / "generation_config.json", generation)
 
 
 def _tokens_for_generation(tokenizer: Any, vocab_size: int) -> dict[str, Any]:

@@ -56,7 +56,12 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "rotated": {
         "residual_config": ResidualConfig(
-            group_size=2, rank=2, shared_bits=4, diagonal="all", scale_bits=8, rotation=16
+            group_size=2,
+            rank=2,
+            shared_bits=4,
+            diagonal="all",
+            scale_bits=8,
+            rotation={"fc1": 16, "q_proj": 32},
         ),
         "decoder_residual_config": ResidualConfig(
             group_size=1, rank=2, shared_bits=2, diagonal="none", scale_bits=8, rotation=32
@@ -257,6 +262,13 @@ def test_a_generation_config_without_languages_gets_those_of_the_tokenizer(tmp_p
     for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
         assert found[name] == wanted[name]
     assert any("lang_to_id" in record.getMessage() for record in caplog.records)
+
+
+def test_an_export_that_knows_english_alone_says_which_runtimes_ask_it_rightly(tmp_path, caplog):
+    model = whisper("dense")
+    model.generation_config.is_multilingual = False
+    exported(model, tmp_path)
+    assert any("onnx-asr asks every Whisper for a language" in r.getMessage() for r in caplog.records)
 
 
 def test_a_folder_with_files_is_refused_and_stays_as_it_is(tmp_path):
