@@ -136,8 +136,8 @@ def _save_configs(model: Any, processor: Any, folder: Path) -> None:
     generation |= missing
     if not generation["is_multilingual"]:
         logger.warning(
-            "this model knows English alone, but onnx-asr asks every Whisper for a language and a task, and such a model "
-            "may then hear nothing; transformers.js, and sherpa-onnx with --format sherpa-onnx, ask it for English alone"
+            "this model knows English alone, but onnx-asr asks every Whisper for a language and a task, and such a "
+            "model may then hear nothing; transformers.js and sherpa-onnx ask it for English alone"
         )
     _write(folder / "generation_config.json", generation)
 
