@@ -62,9 +62,9 @@ def scripts() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def settings(rank: int, scale_bits: int, **bits: int) -> ResidualConfig:
+def settings(rank: int, scale_bits: int, rotation: Any = 1, **bits: int) -> ResidualConfig:
     options = {"shared_bits": 4, "diagonal": "none", "bits_pattern": bits, "scale_bits": scale_bits}
-    return ResidualConfig(group_size=1, rank=rank, **options)
+    return ResidualConfig(group_size=1, rank=rank, rotation=rotation, **options)
 
 
 def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig, embedding_bits: Any = 4) -> Any:
@@ -80,7 +80,7 @@ def rounded(dense: Any, encoder: ResidualConfig, decoder: ResidualConfig, embedd
         for path, linear in residual_linears(model):
             weight = source[f"{path}.weight"]
             shared = linear.shared
-            few = quantize(weight, None, shared.bits, shared.block_size, scale_bits=shared.scale_bits)
+            few = quantize(weight, **shared.rounding)
             shared.write(few)
             if linear.residual_A is not None and linear.residual_B is not None:
                 left = weight - few.weight().float()
@@ -106,8 +106,9 @@ def dense(scripts) -> Any:
 def compact(dense, tmp_path_factory) -> Path:
     """The folder of the compact model, in 16 bits."""
     torch.manual_seed(0)
-    encoder = settings(8, 16, fc1=5, q_proj=8, **{"layers.3.self_attn.v_proj": 2})
-    decoder = settings(4, 8, fc2=3, **{"layers.2.self_attn.q_proj": 2})
+    rotated = dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "fc1"), 128)
+    encoder = settings(8, 16, rotated, fc1=5, q_proj=8, **{"layers.3.self_attn.v_proj": 2})
+    decoder = settings(4, 8, 128, fc2=3, **{"layers.2.self_attn.q_proj": 2})
     model = rounded(dense, encoder, decoder, [[1024, 8], [32768, 5], [50257, 2], [51865, 4]])
     model.processor = dense.processor
     folder = tmp_path_factory.mktemp("compact")
