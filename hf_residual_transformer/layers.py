@@ -236,6 +236,9 @@ class QuantizedSharedLinear(QuantizedWeight):
 class QuantizedEmbedding(QuantizedWeight):
     """A table of token vectors in few bits, (num_tokens, hidden_size), used for look-up and for logits.
 
+    What all vectors have in common, `weight_mean` of shape (hidden_size,), is kept apart, so that the few bits hold how
+    tokens differ. It adds the same number to the logits of all tokens of the table.
+
     Args:
         dense: the embedding that it takes the place of.
         bits: of each weight, from 2 to 8.
@@ -264,6 +267,18 @@ class QuantizedEmbedding(QuantizedWeight):
             scale_bits,
         )
         self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
+        self.weight_mean = nn.Parameter(self.weight_scale.new_zeros(dense.embedding_dim))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (num_tokens, hidden_size), computed at each access unless it is unpacked."""
+        weight = super().weight
+        return weight if self._unpacked is not None else weight + self.weight_mean
+
+    def reset_parameters(self) -> None:
+        """As in `QuantizedWeight`, with a mean of zeros."""
+        super().reset_parameters()
+        init.zeros_(self.weight_mean)
 
     @property
     def ranges(self) -> list[tuple[int, QuantizedEmbedding]]:
@@ -274,12 +289,15 @@ class QuantizedEmbedding(QuantizedWeight):
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
         ids = input_ids.flatten()
         rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
-        return rows.unflatten(0, input_ids.shape)
+        return (rows + self.weight_mean).unflatten(0, input_ids.shape)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
-        output: Tensor = _ComposedLinear.apply(hidden_states, None, *self.stored(), 1, None, None, None)
-        return output
+        stored, scale = self.stored()
+        output: Tensor = _ComposedLinear.apply(hidden_states, None, stored, scale, 1, None, None, None)
+        if scale is None:  # unpacked, with the mean
+            return output
+        return output + F.linear(hidden_states, self.weight_mean[None])
 
 
 class MixedEmbedding(nn.Module):

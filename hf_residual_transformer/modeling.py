@@ -24,7 +24,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations import PeftAdapterMixin
 
-from .configuration import ResidualConfig, key_of
+from .configuration import MEAN_FORMAT, ResidualConfig, key_of
 from .families import Family, Stack, groups_of
 from .folders import save_processor, shards_of
 from .layers import (
@@ -201,13 +201,17 @@ class ResidualMixin(DenseModel):
                 f"{type(error).__name__}: {error}"
             ) from error
         model, info = loaded
+        recorded = _recorded(pretrained_model_name_or_path, kwargs)
+        missing_keys = info["missing_keys"]
+        if recorded.get("residual_format", 1) < MEAN_FORMAT:  # the means of older files are 0
+            missing_keys = {key for key in missing_keys if not key.endswith(".weight_mean")}
         owners = [stack.find(model) for stack in cls.family.stacks if stack.is_in(model)]
         paths = [path for path, module in model.named_modules() if module in owners]
         # A checkpoint of the model without its head has shorter paths.
         places = "|".join({rf"(^|\.){path.rpartition('.')[2]}\." if path else "^" for path in paths})
         of_layers_or_table = re.compile(rf"({places})(layers|shared|embed_tokens)\.|\bproj_out\.")
         for problem, keys in (
-            ("lacks", info["missing_keys"]),
+            ("lacks", missing_keys),
             ("has the wrong shape for", {key for key, *_ in info["mismatched_keys"]}),
             ("has no use for its", info["unexpected_keys"]),
         ):
@@ -218,13 +222,12 @@ class ResidualMixin(DenseModel):
                     f"({len(of_layers)} such weights). Convert a dense checkpoint with {cls.__name__}."
                     "from_dense(...); of a residual one, check `residual_config` in its config.json"
                 )
-        missing = sorted(key for key in info["missing_keys"] if not _is_of_new_head(model, key))
+        missing = sorted(key for key in missing_keys if not _is_of_new_head(model, key))
         if missing:
             raise ValueError(
                 f"{checkpoint} does not fit {cls.__name__}: it lacks {missing[0]!r} ({len(missing)} such weights), "
                 "which would be random; save or fetch the checkpoint again"
             )
-        recorded = _recorded(pretrained_model_name_or_path, kwargs)
         _check_sharing(checkpoint, model, recorded.get("residual_sharing"))
         _check_rotations(checkpoint, model, recorded.get("residual_rotations"))
         for name, value in model.named_parameters():

@@ -135,7 +135,8 @@ def size_report(model: nn.Module) -> SizeReport:
             of_part = Count(in_bytes, number * FLOAT_BITS // 8)
             known = parts.get("token embedding", Count(0, 0))
             parts["token embedding"] = Count(known.unique + of_part.unique, known.dense + of_part.dense)
-            own = module.weight_scale.numel() + quantized_weights(module, scales=True).total()
+            floats = module.weight_scale.numel() + module.weight_mean.numel()
+            own = floats + quantized_weights(module, scales=True).total()
             parameters.append(Count(own, number))
     dense_saved = saved + sum(count.dense - count.unique for count in parts.values())
     unique = (

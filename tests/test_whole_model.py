@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomize_, tiny_whisper_config
-from safetensors.torch import load_file
+from conftest import WHISPER_VOCAB, randomize_, tiny_whisper_config
+from safetensors.torch import load_file, save_file
 from test_conversion import dense_whisper, whisper_inputs
 from torch.nn import functional
 from transformers import AutoModelForSpeechSeq2Seq, WhisperModel
@@ -200,7 +201,10 @@ def test_there_is_one_table_for_look_up_and_for_logits(tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     own = {key: value for key, value in saved.items() if "embed_tokens" in key}
     vocabulary, hidden = model.config.vocab_size, model.config.d_model
-    assert sum(value.nbytes for value in own.values()) == vocabulary * hidden * 5 // 8 + vocabulary * 2
+    assert (
+        sum(value.nbytes for value in own.values())
+        == vocabulary * hidden * 5 // 8 + vocabulary * 2 + hidden * 2
+    )
     report = hrt.size_report(model)
     assert report.model_bytes.unique == sum(value.nbytes for value in saved.values())
     assert report.parts["token embedding"].unique == sum(value.nbytes for value in own.values())
@@ -221,7 +225,7 @@ def test_the_table_has_scales_in_the_bits_of_the_decoder(tmp_path):
     vocabulary, hidden = config.vocab_size, config.d_model
     assert own["weight_levels"].shape == (vocabulary, hidden // 32)
     assert own["weight_levels"].dtype == torch.int8 and own["weight_scale"].shape == (vocabulary, 1)
-    in_bytes = vocabulary * (hidden * 5 // 8 + hidden // 32 + 2)
+    in_bytes = vocabulary * (hidden * 5 // 8 + hidden // 32 + 2) + hidden * 2
     report = hrt.size_report(model)
     assert report.parts["token embedding"].unique == in_bytes == sum(v.nbytes for v in own.values())
     assert report.model_bytes.unique == sum(value.nbytes for value in saved.values())
@@ -230,6 +234,63 @@ def test_the_table_has_scales_in_the_bits_of_the_decoder(tmp_path):
         logits = model(**batch).logits
         torch.testing.assert_close(again(**batch).logits, logits, rtol=0, atol=0)
         torch.testing.assert_close(model.merge()(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [{}, {"embedding_bits": [[40, 4], [len(WHISPER_VOCAB), 3]]}])
+def test_a_table_adds_the_mean_of_its_vectors_to_vectors_and_logits(form):
+    model, batch = randomize_(Whisper(tiny_whisper_config(**FORM | form))), inputs()
+    parts = [part for _, part in model.get_input_embeddings().ranges]
+    assert all(part.weight_mean.abs().sum() > 0 for part in parts)
+    logits = model(**batch).logits
+    logits.square().sum().backward()
+    assert all(part.weight_mean.grad.abs().sum() > 0 for part in parts)
+    with torch.no_grad():
+        torch.testing.assert_close(model.merge()(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+        with unpacked_weights(model):
+            torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+        for part in parts:
+            part.weight_mean.zero_()
+        assert (model(**batch).logits - logits).abs().max() > 1e-3
+
+
+def test_a_table_of_an_older_format_has_no_mean_and_loads_but_a_new_one_must_have_it(tmp_path):
+    model = Whisper(tiny_whisper_config(**FORM))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [key for key in tensors if key.endswith("weight_mean")]
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks '.*embed_tokens.weight_mean'"):
+        AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"residual_format": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert not loaded.get_input_embeddings().weight_mean.any()
+    torch.testing.assert_close(loaded(**inputs()).logits, model(**inputs()).logits)
+
+
+def test_the_mean_of_the_vectors_is_kept_apart_so_that_few_bits_lose_less():
+    dense = dense_whisper()
+    table = dense.get_input_embeddings().weight
+    with torch.no_grad():
+        table += 3 * table.std() * torch.randn(table.shape[1], generator=torch.Generator().manual_seed(3))
+    model = Whisper.from_dense(dense, calibration=labelled(), budget=0.4, progress=False)
+    parts = model.get_input_embeddings().ranges
+    for start, part in parts:
+        mean = table[start : start + part.num_embeddings].mean(0)
+        torch.testing.assert_close(part.weight_mean, mean, rtol=1e-3, atol=1e-3)
+    plain = Whisper.from_dense(
+        dense,
+        model.config.residual_config,
+        calibration=labelled(),
+        decoder_residual_config=model.config.decoder_residual_config,
+        embedding_bits=model.config.embedding_bits,
+        progress=False,
+    )
+    assert not plain.get_input_embeddings().weight_mean.any() if len(parts) == 1 else True
+    errors = [(m.get_input_embeddings().weight - table).square().sum() for m in (model, plain)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.parametrize("scale_bits", SCALE_BITS)
@@ -242,7 +303,7 @@ def test_gradients_of_the_scales_come_from_both_uses_of_the_table(scale_bits):
     plain = copy.deepcopy(model.merge()).requires_grad_()
     plain(**batch).logits.square().sum().backward()
     gradient = plain.get_input_embeddings().weight.grad
-    numbers = (table.weight / table.scale().repeat_interleave(32, 1)).detach()
+    numbers = ((table.weight - table.weight_mean) / table.scale().repeat_interleave(32, 1)).detach()
     expected = (gradient * numbers).unflatten(1, (-1, 32)).sum(2)
     if scale_bits == 8:
         expected = (expected * table.weight_levels / LEVELS).sum(1, keepdim=True)

@@ -366,6 +366,7 @@ def embedding_curves(
     block_size: int,
     measure: Callable[[Tensor], float] | None = None,
     scale_bits: int = SCALE_BITS[0],
+    centred: bool = True,
 ) -> list[Curve]:
     """The errors of ranges of tokens for each number of bits. The end of a range is the layer of its group.
 
@@ -379,21 +380,24 @@ def embedding_curves(
         block_size: the number of weights that have one scale.
         measure: gives the effect of another table; by default it is estimated.
         scale_bits: the bits of each scale, 16 or 8.
+        centred: whether each range keeps the mean of its vectors apart.
     """
     found, start = [], 0
     for end, numbers in ranges:
-        rows, metric = table[start:end], statistics.metric(start, end)
+        metric = statistics.metric(start, end)
+        mean = table[start:end].mean(0) if centred else table.new_zeros(table.shape[1])
+        rows = table[start:end] - mean
         errors: dict[int, float] = {}
         for bits in [number for number in numbers if number <= MOST_MEASURED_BITS] or numbers[:1]:
             rounded = table.clone()
-            rounded[start:end] = quantize_for(rows, metric, bits, block_size, sweeps=0).weight()
+            rounded[start:end] = quantize_for(rows, metric, bits, block_size, sweeps=0).weight() + mean
             errors[bits] = measure(rounded) if measure else statistics.errors(rounded - table).sum().item()
         last = max(errors)
         others = [last, *(bits for bits in numbers if bits not in errors)]
         for bits, ratio in rounding_ratios(rows, metric.diagonal(), others, last, block_size).items():
             errors[bits] = ratio * errors[last]
         for bits, error in errors.items():
-            size = quantized_parameters(rows.shape, bits, block_size, scale_bits)
+            size = quantized_parameters(rows.shape, bits, block_size, scale_bits) + len(mean)
             found.append(
                 Curve(Group(EMBEDDING, 1, (end,), EMBEDDING), bits, np.array([max(error, 0.0)]), 0, size)
             )

@@ -471,7 +471,12 @@ class _Conversion:
             metric = (
                 torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
             )
-            part.write(quantize_for(table[start:end], metric, **part.rounding))
+            rows = table[start:end]
+            if self.request.plan is None:  # settings by hand may be for a runtime that has blocks alone
+                mean = rows.mean(0).to(part.weight_mean)
+                part.weight_mean.copy_(mean)
+                rows = rows - mean
+            part.write(quantize_for(rows, metric, **part.rounding))
 
     def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
         budget = self.request.budget
@@ -512,6 +517,7 @@ class _Conversion:
                 blocks.block_size,
                 None if of_table is None else measure,
                 blocks.scale_bits,
+                self.request.plan is None,
             )
             fixed -= table.numel()
         try:

@@ -145,6 +145,8 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
             problem = f"has {weight.bits} bits"
         elif weight.scale_bits != 16:
             problem = f"has scales in {weight.scale_bits} bits, which float16 would round"
+        elif getattr(weight, "weight_mean", None) is not None and weight.weight_mean.any():
+            problem = "keeps what its tokens have in common apart"
         elif weight.rotation != 1:
             problem = f"is rotated, {weight.rotation} inputs together"
         elif getattr(linear, "residual_A", None) is not None and linear.residual_A.shape[0]:

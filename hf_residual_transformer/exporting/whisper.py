@@ -171,7 +171,7 @@ def feed_forward(graph: Graph, layer: Any, x: str, activation: str) -> str:
 
 def look_up(graph: Graph, embedding: nn.Module, ids: str) -> str:
     if isinstance(embedding, QuantizedEmbedding):
-        return graph.rows(embedding, ids)
+        return _rows(graph, embedding, ids)
     if isinstance(embedding, MixedEmbedding):
         return _look_up_in_parts(graph, embedding, ids)
     stored = graph.stored(f"{graph.path(embedding)}.weight", embedding.weight)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def _look_up_in_parts(graph: Graph, embedding: MixedEmbedding, ids: str) -> str:
     found = None
     for start, part in embedding.ranges:
         low, last = graph.whole(0), graph.whole(part.num_embeddings - 1)
-        rows = graph.rows(part, graph.add("Clip", graph.add("Sub", ids, graph.whole(start)), low, last))
+        rows = _rows(graph, part, graph.add("Clip", graph.add("Sub", ids, graph.whole(start)), low, last))
         if found is not None:
             is_here = graph.add("GreaterOrEqual", ids, graph.whole(start))
             rows = graph.add("Where", graph.add("Unsqueeze", is_here, graph.integers(-1)), rows, found)
@@ -192,11 +192,33 @@ def _look_up_in_parts(graph: Graph, embedding: MixedEmbedding, ids: str) -> str:
     return found
 
 
+def _rows(graph: Graph, part: QuantizedEmbedding, ids: str) -> str:
+    """The vectors of tokens of one range."""
+    rows, mean = graph.rows(part, ids), _mean(graph, part)
+    return rows if mean is None else graph.add("Add", rows, mean)
+
+
+def _logits(graph: Graph, part: QuantizedEmbedding, x: str) -> str:
+    """The logits of the tokens of one range."""
+    logits, mean = graph.product(part, x), _mean(graph, part)
+    if mean is None:
+        return logits
+    of_mean = graph.add("Unsqueeze", graph.add("MatMul", x, mean), graph.integers(-1))
+    return graph.add("Add", logits, of_mean)
+
+
+def _mean(graph: Graph, part: QuantizedEmbedding) -> str | None:
+    """What the vectors have in common; None where it is kept in none."""
+    return (
+        graph.tensor(f"{graph.path(part)}.weight_mean", part.weight_mean) if part.weight_mean.any() else None
+    )
+
+
 def logits_of(graph: Graph, model: Any, x: str) -> str:
     """Logits from the embedding itself where the output is tied to it, so that it is stored once."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(output, TiedOutput):
-        products = [graph.product(part, x) for _, part in embedding.ranges]
+        products = [_logits(graph, part, x) for _, part in embedding.ranges]
         return products[0] if len(products) == 1 else graph.add("Concat", *products, axis=-1)
     if output.weight is embedding.weight and output.bias is None:
         table = graph.tensor(f"{graph.path(embedding)}.weight", embedding.weight)

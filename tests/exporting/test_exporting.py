@@ -332,7 +332,9 @@ def blocks_alone(**options: Any) -> Any:
     config = tiny_whisper_config(
         residual_config=stack, decoder_residual_config=stack, embedding_bits=4, **sizes
     )
-    return randomize_(ResidualWhisperForConditionalGeneration(config)).half().float()
+    model = randomize_(ResidualWhisperForConditionalGeneration(config)).half().float()
+    model.get_input_embeddings().weight_mean.data.zero_()
+    return model
 
 
 @pytest.mark.parametrize("options", [{}, {"bits_pattern": {"fc1": 2, "q_proj": 3}}, {"block_size": 64}])
@@ -374,6 +376,13 @@ def test_what_is_more_than_blocks_is_refused_for_whisper_cpp(options, problem, t
     with pytest.raises(ValueError, match=f"`format` must be onnx for this model, got ggml.*{problem}"):
         exported(blocks_alone(**options), tmp_path, format="ggml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mean_of_the_tokens_is_refused_for_whisper_cpp(tmp_path):
+    model = blocks_alone()
+    model.get_input_embeddings().weight_mean.data[3] = 1
+    with pytest.raises(ValueError, match="embed_tokens keeps what its tokens have in common apart"):
+        exported(model, tmp_path, format="ggml")
 
 
 def test_ranges_of_tokens_are_refused_for_whisper_cpp(tmp_path):
