@@ -261,7 +261,7 @@ def test_a_table_of_an_older_format_has_no_mean_and_loads_but_a_new_one_must_hav
     (name,) = [key for key in tensors if key.endswith("weight_mean")]
     del tensors[name]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match="lacks '.*embed_tokens.weight_mean'"):
+    with pytest.raises(ValueError, match=r"lacks '.*embed_tokens\.weight_mean'"):
         AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"residual_format": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))

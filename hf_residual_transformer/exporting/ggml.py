@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layers import MixedEmbedding, QuantizedWeight
+from ..layers import MixedEmbedding, QuantizedEmbedding, QuantizedWeight
 from ..modeling import residual_linears
 from .graph import repacked
 
@@ -145,7 +145,7 @@ def _plain_blocks(model: Any) -> dict[str, QuantizedWeight]:
             problem = f"has {weight.bits} bits"
         elif weight.scale_bits != 16:
             problem = f"has scales in {weight.scale_bits} bits, which float16 would round"
-        elif getattr(weight, "weight_mean", None) is not None and weight.weight_mean.any():
+        elif isinstance(weight, QuantizedEmbedding) and weight.weight_mean.any():
             problem = "keeps what its tokens have in common apart"
         elif weight.rotation != 1:
             problem = f"is rotated, {weight.rotation} inputs together"
