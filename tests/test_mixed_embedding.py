@@ -108,7 +108,8 @@ def test_errors_of_ranges_add_up_to_that_of_the_table_and_follow_their_use():
     logits = states @ table.T
     logits[:, :40] += 8  # the first tokens are frequent
     statistics.add_logits(states, logits.softmax(-1))
-    statistics.add_lookup(torch.randint(0, 40, (50,), generator=generator), torch.randn(50, 32))
+    ids = torch.randint(0, 40, (50,), generator=generator)
+    statistics.add_lookup(ids, torch.randn(50, 32, generator=generator))
     curves = embedding_curves(table, statistics, [(40, (2, 3)), (300, (2, 3))], 32)
     errors = {(curve.group.layers[0], curve.bits): curve.errors[0] for curve in curves}
     assert errors[40, 3] > 3 * errors[300, 3]
