@@ -297,7 +297,9 @@ class QuantizedEmbedding(QuantizedWeight):
         output: Tensor = _ComposedLinear.apply(hidden_states, None, stored, scale, 1, None, None, None)
         if scale is None:  # unpacked, with the mean
             return output
-        return output + F.linear(hidden_states, self.weight_mean[None])
+        # Not a product with a matrix of one row, whose sums depend on where the tensors lie in memory.
+        of_mean = (hidden_states * self.weight_mean).sum(-1, keepdim=True)
+        return output + of_mean.to(output.dtype)
 
 
 class MixedEmbedding(nn.Module):
