@@ -26,7 +26,8 @@ else:
 RESIDUAL_FIELDS = ("residual_config", "decoder_residual_config", "embedding_bits", "short_windows")
 # 1 is that of version 0.1.0, which wrote no number. 2 has decoders, embeddings, numbers of bits, and what is shared.
 # 3 has scales in 8 bits. 4 has rotations, and the mean of the token vectors.
-FORMAT = MEAN_FORMAT = 4
+FORMAT = 4
+MEAN_FORMAT = 4  # the first in which a token table has a mean
 # What only the file of a config has, beside its fields: the format, by stack and module the sizes of its groups, and
 # the rotations of its matrices. No shape of a tensor would tell if these were wrong.
 FILE_FIELDS = ("residual_format", "residual_sharing", "residual_rotations")

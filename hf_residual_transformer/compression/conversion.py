@@ -267,10 +267,8 @@ def _checked(
             f"({plan.configs[ENCODER].shared_bits!r}), got {shared_bits!r}"
         )
     numbers = _numbers(MOST if shared_bits == AUTO else shared_bits)
-    for bits in numbers or (None,):
-        ResidualConfig(
-            shared_bits=bits, block_size=block_size, rotation=rotation
-        )  # refuses numbers that cannot be
+    for bits in numbers or (None,):  # a config refuses numbers that cannot be
+        ResidualConfig(shared_bits=bits, block_size=block_size, rotation=rotation)
     if parts is not None:
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         unknown = [part for part in parts if part not in PARTS]
@@ -330,6 +328,8 @@ class _Conversion:
 
     def __init__(self, cls: type[ResidualMixin], dense: Any, request: Request) -> None:
         self.cls, self.dense, self.request = cls, dense, request
+        # Settings by hand may be for a runtime that has blocks alone, and no mean of the token vectors.
+        self.centres_table = request.plan is None
         family = cls.family
         self.stacks = {s.name: LayerStack(s, dense) for s in family.stacks if s.is_in(dense)}
         names = self._part_names()
@@ -472,7 +472,7 @@ class _Conversion:
                 torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
             )
             rows = table[start:end]
-            if self.request.plan is None:  # settings by hand may be for a runtime that has blocks alone
+            if self.centres_table:
                 mean = rows.mean(0).to(part.weight_mean)
                 part.weight_mean.copy_(mean)
                 rows = rows - mean
@@ -517,7 +517,7 @@ class _Conversion:
                 blocks.block_size,
                 None if of_table is None else measure,
                 blocks.scale_bits,
-                self.request.plan is None,
+                self.centres_table,
             )
             fixed -= table.numel()
         try:

@@ -61,16 +61,9 @@ def round_plainly(
     for (layer, path), entry in statistics.items():
         linear = source.linear(layer, path)
         weight = linear.weight.double()
-        difference = (
-            quantize(
-                weight,
-                None,
-                CHECK_BITS,
-                config.block_size,
-                rotation=config.rotation_of(source.stack.role_of(path)),
-            ).weight()
-            - weight
-        )
+        rotation = config.rotation_of(source.stack.role_of(path))
+        rounded = quantize(weight, None, CHECK_BITS, config.block_size, rotation=rotation).weight()
+        difference = rounded - weight
         bias = linear.bias
         if entry.centred and bias is not None:
             bias = (bias - difference @ entry.mean).to(bias)

@@ -203,8 +203,7 @@ class Graph:
         integers = self.add("Add", codes, self.number(float(lowest(bits))))
         scales = self.add("Unsqueeze", self.add("Gather", self._scale(weight), ids), self.integers(-1))
         scaled = self.add("Mul", integers, scales)
-        rows = self.add("Reshape", scaled, self.integers(0, 0, weight.in_features))
-        return self.rotated(rows, weight.rotation)
+        return self.add("Reshape", scaled, self.integers(0, 0, weight.in_features))
 
     def rotated(self, x: str, size: int) -> str:
         """(batch_size, seq_len, features) with each `size` features rotated together, once for all of its products."""
