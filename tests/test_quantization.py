@@ -220,7 +220,9 @@ def test_outputs_and_gradients_are_those_over_the_same_plain_weight(
         sum((output * output.detach().cos()).sum() for output in outputs).backward()
         gradients = {n: p.grad for n, p in group.named_parameters() if not n.startswith("shared.weight")}
         found.append((*outputs, inputs.grad, gradients))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+    # The sums of a rotation are rounded in another order than those of its matrix.
+    rounding = {} if rotation == 1 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(found[0], found[1], **rounding)
     quantised, plain = (group["shared"] for group in groups)
     numbers = dequantize(quantised.weight_packed, torch.ones_like(quantised.scale()), bits)
     of_scale = (rotate(plain.weight.grad, rotation) * numbers).unflatten(1, (-1, BLOCK)).sum(2)

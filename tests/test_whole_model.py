@@ -288,7 +288,7 @@ def test_the_mean_of_the_vectors_is_kept_apart_so_that_few_bits_lose_less():
         embedding_bits=model.config.embedding_bits,
         progress=False,
     )
-    assert not plain.get_input_embeddings().weight_mean.any() if len(parts) == 1 else True
+    assert not any(part.weight_mean.any() for _, part in plain.get_input_embeddings().ranges)
     errors = [(m.get_input_embeddings().weight - table).square().sum() for m in (model, plain)]
     assert errors[0] < 0.5 * errors[1]
 
@@ -416,12 +416,12 @@ def test_keys_and_values_count_alike_over_however_many_windows_they_are_observed
     batches = 8 * labelled(1)
     for windows in (1, 8):
         monkeypatch.setattr(conversion, "ENCODER_WINDOWS", windows)
-        Whisper.from_dense(dense_whisper(), calibration=batches, budget=0.5, progress=False)
+        Whisper.from_dense(dense_whisper(), calibration=batches, budget=0.5, rotation=1, progress=False)
     for path in ("encoder_attn.k_proj", "encoder_attn.v_proj"):
         few, all_windows = (
             sum(error for key, error in errors.items() if key[0] == path and key[2] == 4) for errors in found
         )
-        assert 0.25 < few / all_windows < 4, path  # the sum over windows is 8 times as large
+        assert 0.4 < few / all_windows < 2.5, path  # the sum over windows is 8 times as large
 
 
 def test_without_labels_the_dense_model_transcribes_the_recordings(monkeypatch):
