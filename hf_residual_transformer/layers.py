@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .kernels import KernelWeight, is_fast, kernel_weight
 from .quantization import (
     BITS,
     BLOCK,
@@ -82,16 +83,16 @@ class SharedLinear(nn.Linear):
     ) -> Tensor:
         """`U x + B (A x) + D x + bias`, added up in place. Casts are for autocast, which does not see this."""
         rows = hidden_states.flatten(0, -2)
-        stored, scale = self.stored()
-        if scale is None:
-            output = F.linear(rows, stored, bias)
-        else:  # a few rows are rotated sooner than the matrix
-            output = F.linear(rotate(rows, self.rotation), _numbers(stored, scale, self.in_features), bias)
+        output = self._product(rows, bias)
         if residual_A is not None and residual_B is not None:
             output.addmm_(F.linear(rows, residual_A), residual_B.T.to(output.dtype))
         if diagonal is not None:
             _add_diagonal(output, rows, diagonal)
         return output.unflatten(0, hidden_states.shape[:-1])
+
+    def _product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """`U x + bias` for a few rows, (num_rows, in_features) to (num_rows, out_features)."""
+        return F.linear(rows, self.weight, bias)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The tensors that hold `U`: the weight and None, or where it is quantised, `packed` and `scale`."""
@@ -144,6 +145,7 @@ class QuantizedWeight(nn.Module):
         shape = shape if levels is None else (out_features, 1)
         self.weight_scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._unpacked: Tensor | None = None  # see `unpacked_weights`
+        self._kernel: tuple[KernelWeight | None, list[Any]] = (None, [])  # see `kernel`
 
     @property
     def weight(self) -> Tensor:
@@ -176,6 +178,21 @@ class QuantizedWeight(nn.Module):
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """`packed` and `scale`, or the matrix and None while it is unpacked."""
         return (self.weight_packed, self.scale()) if self._unpacked is None else (self._unpacked, None)
+
+    def kernel(self) -> KernelWeight | None:
+        """The matrix, still rotated, in the form of a kernel, which takes as much memory again; None where it has none.
+
+        It is made again where the tensors have changed since.
+        """
+        kernel, known = self._kernel
+        big = [t.detach() for t in (self.weight_packed, self.weight_levels) if t is not None]
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in big]
+        # Steps of a training change the scales alone, and not always in a way that moves their version.
+        if not known or versions != known[1] or not torch.equal(known[2], self.weight_scale):
+            kernel = kernel_weight(self.weight_packed, self.scale(), self.bits)
+            # As long as their tensors are kept here, no others can have the same place in memory.
+            self._kernel = kernel, [big, versions, self.weight_scale.detach().clone()]
+        return kernel
 
     @torch.no_grad()
     def write(self, quantized: Quantized) -> None:
@@ -221,6 +238,16 @@ class QuantizedSharedLinear(QuantizedWeight):
 
     forward = SharedLinear.forward
     _factored = SharedLinear._factored
+
+    def _product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        if self._unpacked is not None:
+            return F.linear(rows, self._unpacked, bias)
+        rows = rotate(rows, self.rotation)  # sooner than the matrix
+        kernel = self.kernel() if is_fast(rows) else None
+        if kernel is None:
+            return F.linear(rows, _numbers(self.weight_packed, self.scale(), self.in_features), bias)
+        output = kernel.product(rows)
+        return output if bias is None else output.add_(bias)
 
     def reset_parameters(self) -> None:
         """As in `QuantizedWeight`, with a bias of zeros."""
@@ -293,10 +320,15 @@ class QuantizedEmbedding(QuantizedWeight):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
-        stored, scale = self.stored()
-        output: Tensor = _ComposedLinear.apply(hidden_states, None, stored, scale, 1, None, None, None)
-        if scale is None:  # unpacked, with the mean
-            return output
+        rows = hidden_states.flatten(0, -2)
+        kernel = self.kernel() if self._unpacked is None and is_fast(rows) else None
+        if kernel is not None:
+            output = kernel.product(rows).unflatten(0, hidden_states.shape[:-1])
+        else:
+            stored, scale = self.stored()
+            output = _ComposedLinear.apply(hidden_states, None, stored, scale, 1, None, None, None)
+            if scale is None:  # unpacked, with the mean
+                return output
         # Not a product with a matrix of one row, whose sums depend on where the tensors lie in memory.
         of_mean = (hidden_states * self.weight_mean).sum(-1, keepdim=True)
         return output + of_mean.to(output.dtype)

@@ -75,11 +75,23 @@ def rotate(values: Tensor, size: int) -> Tensor:
     return (values.unflatten(-1, (-1, size)) @ hadamard(size, values)).flatten(-2)
 
 
+HADAMARD: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
 def hadamard(size: int, like: Tensor) -> Tensor:
-    """The orthogonal Hadamard matrix (size, size), by Sylvester's construction, with the dtype and device of `like`."""
-    found = like.new_full((1, 1), size**-0.5)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    """The orthogonal Hadamard matrix (size, size), by Sylvester's construction, with the dtype and device of `like`.
+
+    It is made once, since a decoder asks for it at each token.
+    """
+    key = (size, like.dtype, like.device)
+    if not torch.compiler.is_compiling() and key in HADAMARD:
+        return HADAMARD[key]
+    with torch.inference_mode(False):
+        found = torch.full((1, 1), size**-0.5, dtype=like.dtype, device=like.device)
+        while len(found) < size:
+            found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    if not torch.compiler.is_compiling() and type(found) is Tensor:  # and not of a tracer
+        HADAMARD[key] = found
     return found
 
 
