@@ -50,6 +50,8 @@ from hf_residual_transformer.folders import file_bytes
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.training.arguments import parse_args, read_json
 
+OF_DECODER = ("generate", "token")
+PROMPT = 8  # tokens
 REPEAT_SECONDS = 0.1  # Shorter calls are timed several at once.
 ALLOCATORS = {"": {}, ", fixed malloc threshold": FIXED_MALLOC}
 Calls = Mapping[str, Callable[[], Any]]
@@ -77,6 +79,9 @@ class BenchmarkArguments:
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Of weights and inputs."}
     )
+    dense_dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "Of the dense model, where it is another than --dtype."}
+    )
     batch_size: int = field(default=1, metadata={"help": "Recordings at a time; streamed chunks come alone."})
     seconds: list[float] = field(
         default_factory=lambda: [30.0],
@@ -92,7 +97,7 @@ class BenchmarkArguments:
     what: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Parts to measure: encoder, streaming, training, generate (Whisper), memory, loading, "
+            "help": "Parts to measure: encoder, streaming, training, generate and token (Whisper), memory, loading, "
             "scaling, compile; by default all that there are."
         },
     )
@@ -109,7 +114,7 @@ class BenchmarkArguments:
         shape = SIZES[self.size]
         others: dict[str, Any] = {"layers": self.layers, "width": self.width}
         self.shape = replace(shape, **{name: value for name, value in others.items() if value is not None})
-        known = [part for part in PARTS if part != "generate" or shape.family == "whisper"]
+        known = [part for part in PARTS if part not in OF_DECODER or shape.family == "whisper"]
         self.what = known if self.what is None else self.what
         for part in self.what:
             if part not in known:
@@ -147,7 +152,8 @@ class BenchmarkArguments:
         rank = "by matrix" if residual.rank_pattern else residual.rank
         settings = f"K={json.dumps(residual.group_size)}, R={rank}, diagonal {residual.diagonal}"
         size = self.size if self.shape == SIZES[self.size] else f"{self.shape.layers} x {self.shape.width}"
-        return f"{size}, {settings}; {self.device}, {self.dtype}, batch {self.batch_size}"
+        dtypes = self.dtype if self.dense_dtype in (None, self.dtype) else f"{self.dtype}, dense {self.dense_dtype}"
+        return f"{size}, {settings}; {self.device}, {dtypes}, batch {self.batch_size}"
 
 
 GOALS = {
@@ -155,6 +161,7 @@ GOALS = {
     "training": Goal(1.05),
     "streaming": Goal(1.00, strict=True),
     "generate": Goal(1.01),
+    "token": Goal(0.70),
     "compile": Goal(1.02),
     "scaling": Goal(1.02),
     "state": Goal(0.40),
@@ -165,21 +172,31 @@ GOALS = {
 
 
 def build(
-    args: BenchmarkArguments, shape: Shape, residual: hrt.ResidualConfig, residual_class: Any = None
+    args: BenchmarkArguments,
+    shape: Shape,
+    residual: hrt.ResidualConfig,
+    residual_class: Any = None,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """Builds the dense and the residual model with random weights, in evaluation mode."""
+    """Builds the dense and the residual model with random weights, in evaluation mode.
+
+    `fields` are further ones of the residual model's config.
+    """
     residual_class = residual_class or ENCODERS[shape.family]
-    config = residual_class.config_class(**shape.config_values(), residual_config=residual)
+    config = residual_class.config_class(**shape.config_values(), residual_config=residual, **fields)
     dense = residual_class.dense_class()(config.to_dense_config())
     models = {"dense": dense, "residual": residual_class(config)}
-    dtype = getattr(torch, args.dtype)
-    return {kind: model.to(args.device, dtype).eval() for kind, model in models.items()}
+    dtypes = {"dense": args.dense_dtype or args.dtype, "residual": args.dtype}
+    return {kind: model.to(args.device, getattr(torch, dtypes[kind])).eval() for kind, model in models.items()}
 
 
 def forwards(models: dict[str, Any], seconds: float, batch_size: int) -> Calls:
     """Returns a forward pass of each model on the same inputs."""
     inputs = random_inputs(models["dense"], seconds, batch_size)
-    return {kind: partial(torch.no_grad()(run_encoder), model, inputs) for kind, model in models.items()}
+    return {
+        kind: partial(torch.no_grad()(run_encoder), model, inputs.to(model.dtype))
+        for kind, model in models.items()
+    }
 
 
 def interleave(device: str, calls: Calls, repeats: int, what: str) -> Pair:
@@ -234,7 +251,7 @@ def measure_streaming(args: BenchmarkArguments) -> Iterator[Comparison]:
 def measure_training(args: BenchmarkArguments) -> Iterator[Comparison]:
     models = build(args, args.shape, args.residual)
     inputs = random_inputs(models["dense"], args.longest, args.batch_size)
-    calls = {kind: training_step(model.train(), inputs) for kind, model in models.items()}
+    calls = {kind: training_step(model.train(), inputs.to(model.dtype)) for kind, model in models.items()}
     yield compare(args, "training", f"step, {args.longest:g} s", calls)
 
 
@@ -243,8 +260,38 @@ def measure_generate(args: BenchmarkArguments) -> Iterator[Comparison]:
     models = build(args, args.shape, args.residual, hrt.ResidualWhisperForConditionalGeneration)
     inputs = random_inputs(models["dense"], 30.0, args.batch_size)
     length = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
-    calls = {kind: partial(model.generate, inputs, **length) for kind, model in models.items()}
+    calls = {
+        kind: partial(model.generate, inputs.to(model.dtype), **length) for kind, model in models.items()
+    }
     yield compare(args, "generate", f"{args.new_tokens} tokens, 30 s", calls)
+
+
+def measure_token(args: BenchmarkArguments) -> Iterator[Comparison]:
+    """Measures one token of a decoder that has read 30 seconds and a few tokens; decoder and token table are compact,
+    too.
+    """
+    fields = {"decoder_residual_config": args.residual, "embedding_bits": args.residual.shared_bits}
+    models = build(args, args.shape, args.residual, hrt.ResidualWhisperForConditionalGeneration, **fields)
+    calls = {kind: next_token(model) for kind, model in models.items()}
+    yield compare(args, "token", f"after 30 s and {PROMPT} tokens", calls)
+
+
+@torch.no_grad()
+def next_token(model: Any) -> Callable[[], Any]:
+    """Returns a function that computes the logits of the same token each time."""
+    config = model.config
+    states = torch.randn(1, config.max_source_positions, config.d_model).to(model.device, model.dtype)
+    prompt = torch.full((1, PROMPT), config.decoder_start_token_id, device=model.device)
+    read = model(encoder_outputs=(states,), decoder_input_ids=prompt, use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def call() -> Any:
+        token = prompt[:, :1]
+        logits = model(encoder_outputs=(states,), decoder_input_ids=token, past_key_values=read).logits
+        read.crop(PROMPT)
+        return logits
+
+    return call
 
 
 def measure_compile(args: BenchmarkArguments) -> Iterator[Comparison]:
@@ -335,6 +382,7 @@ PARTS: dict[str, Callable[[BenchmarkArguments], Iterator[Comparison]]] = {
     "streaming": measure_streaming,
     "training": measure_training,
     "generate": measure_generate,
+    "token": measure_token,
     "memory": measure_memory,
     "loading": measure_loading,
     "scaling": measure_scaling,

@@ -92,10 +92,8 @@ def replaced(roundings: Sequence[Rounding]) -> Iterator[None]:
                 linear.bias = bias
 
 
-def log_chances(model: Any, batch: Batch, keys: Cache | None = None) -> Tensor:
-    """Log-probabilities of every token at each token of the labels that is no padding, (number, vocabulary).
-
-    They are in float64, since a divergence is of second order in differences that cancel to first order.
+def logits_of(model: Any, batch: Batch, keys: Cache | None = None) -> Tensor:
+    """The logits of every token at each token of the labels that is no padding, (number, vocabulary).
 
     Args:
         model: with a decoder.
@@ -106,7 +104,23 @@ def log_chances(model: Any, batch: Batch, keys: Cache | None = None) -> Tensor:
     if keys is not None:
         inputs |= {"past_key_values": EncoderDecoderCache(DynamicCache(), keys), "use_cache": True}
     logits: Tensor = model(**inputs).logits
-    return logits[is_token(batch).to(logits.device)].double().log_softmax(-1)
+    return logits[is_token(batch).to(logits.device)]
+
+
+def divergence_of(reference: Tensor, found: Tensor) -> Tensor:
+    """`KL(reference || found)` of the probabilities that logits give, in nats for each row, of shape (number,).
+
+    It is of second order in differences that cancel to first order, so that the mean difference is taken away first.
+
+    Args:
+        reference: logits of shape (number, vocabulary).
+        found: other logits of the same shape.
+    """
+    chances = reference.softmax(-1)
+    moved = found - reference
+    moved -= (chances * moved).sum(-1, keepdim=True)
+    moved.clamp_(max=80)  # whose exponential float32 has
+    return (chances * (moved.expm1() - moved)).sum(-1).log1p()
 
 
 def cross_keys(model: Any, batch: Batch) -> Cache | None:
@@ -139,7 +153,7 @@ class Divergence:
 
     def __init__(self, model: Any, batches: Sequence[Batch], processes: Processes = ALONE) -> None:
         self.model, self.batches, self.processes = model, batches, processes
-        self.reference = [log_chances(model, batch) for batch in batches]
+        self.reference = [logits_of(model, batch) for batch in batches]
         self.keys: list[Cache | None] = []
         self.kept_bytes = 0
         for batch in batches:
@@ -153,8 +167,8 @@ class Divergence:
         total = 0.0
         for batch, reference, keys in zip(self.batches, self.reference, self.keys):
             batch = without_memory(batch) if keeps is Keeps.NOTHING else batch
-            found = log_chances(self.model, batch, keys if keeps is Keeps.KEYS else None)
-            total += (reference.exp() * (reference - found)).sum().item()
+            found = logits_of(self.model, batch, keys if keeps is Keeps.KEYS else None)
+            total += divergence_of(reference, found).sum().item()
         counts = [total, sum(map(len, self.reference))]
         sums = torch.tensor(counts, dtype=torch.float64, device=self.model.device)
         self.processes.total([sums])

@@ -21,11 +21,13 @@ from .trainers import (
     DistillationOutcome,
     DistillationTrainer,
     Seq2SeqDistillationTrainer,
+    learns_decoder_alone,
 )
 
 WINDOW_SECONDS = 10.0
 # Short windows start far from the teacher. Scales of few bits bear less than the rest (measured in docs/LOG.md).
 SHORT_WINDOWS_RATE, SCALES_PART = 6e-5, 0.3
+DECODER_RATE = 5e-5  # where the decoder learns alone (docs/LOG.md)
 # Values of a config with which a student runs as its teacher does; the first three are Whisper's names.
 WITHOUT_NOISE: dict[str, Any] = {
     "dropout": 0.0,
@@ -62,7 +64,11 @@ def trainer_class_for(model: Any) -> type[DistillationTrainer]:
 
 
 def default_learning_rate(student: Any, teacher: Any) -> float:
-    """`learning_rate_for` the encoders of `student` and `teacher`; at least `SHORT_WINDOWS_RATE` for short windows."""
+    """`learning_rate_for` the encoders of `student` and `teacher`; at least `SHORT_WINDOWS_RATE` for short windows, and
+    `DECODER_RATE` where the decoder learns alone.
+    """
+    if learns_decoder_alone(student):
+        return DECODER_RATE
     encoders = [family_of(student).find_encoder(model) for model in (student, teacher)]
     rate = learning_rate_for(relative_size(*encoders), mean_bits(student))
     return max(rate, SHORT_WINDOWS_RATE) if has_short_windows(student.config) else rate
@@ -112,7 +118,8 @@ def prepare_windows(
     Args:
         student: the model that learns.
         processor: its processor.
-        window_seconds: length of the windows, by default `WINDOW_SECONDS`.
+        window_seconds: length of the windows, by default `WINDOW_SECONDS`, or all that the model hears where its
+            decoder learns alone.
         short_windows: whether the student is to have short windows. One that has them keeps them in any case.
 
     Raises:
@@ -127,9 +134,9 @@ def prepare_windows(
         student.config.short_windows = True
         choose_windows(student)
     if not has_short_windows(student.config):
-        return WindowCollator(
-            processor, min(WINDOW_SECONDS, longest) if window_seconds is None else window_seconds
-        )
+        if window_seconds is None:
+            window_seconds = longest if learns_decoder_alone(student) else min(WINDOW_SECONDS, longest)
+        return WindowCollator(processor, window_seconds)
     if window_seconds is not None:
         raise ValueError(
             f"`window_seconds` must be None beside `short_windows`, which trains on all lengths, got {window_seconds}"

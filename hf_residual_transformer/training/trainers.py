@@ -9,18 +9,19 @@ fine-tune on labels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.utils import logging
 
 from ..families import Family, family_of, frame_mask, num_frames_of
-from ..layers import SHARED, ResidualLinear
+from ..layers import SHARED, QuantizedEmbedding, QuantizedWeight, ResidualLinear, quantized_weights
 from ..modeling import forward_as
 from ..speech.transcription import encode, encoder_window, transcribe
 from ..whisper import MARGIN_FRAMES, has_short_windows, num_heard_frames
@@ -30,6 +31,7 @@ from .losses import HiddenStateLoss, LogitsLoss
 from .states import record_states
 
 logger = logging.get_logger(__name__)
+SCALE_UNIT = 40.0  # docs/LOG.md
 TEACHER_STATES = "teacher_states"  # in a batch, what the teacher's encoder gives for it
 
 
@@ -146,16 +148,15 @@ class DistillationTrainer(GuardedTrainer):
         return self.family.find_encoder(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer` does, and sets `outcome`. Label-free training freezes a decoder that is dense meanwhile,
-        and any decoder where short windows are learnt, since it gets more noise than it learns (docs/LOG.md).
+        """Trains as `Trainer` does, and sets `outcome`.
+
+        Label-free training freezes a decoder that is dense meanwhile, and any decoder where short windows are learnt,
+        since it gets more noise than it learns (docs/LOG.md). It freezes the encoder where `learns_decoder_alone`.
 
         With `RecipeArguments(keep="better")` and an `eval_dataset`, the student gets its weights back if the loss on
         this data does not fall.
         """
-        config: Any = self.model.config
-        compact = any(getattr(config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
-        alone = self.label_free and (not compact or has_short_windows(config))
-        with _frozen_but(self.encoder, self.model) if alone else nullcontext():
+        with self._frozen_part():
             chooses = isinstance(self.args, RecipeArguments) and self.args.keep == "better"
             if not chooses or self.eval_dataset is None:
                 result = super().train(*args, **kwargs)
@@ -184,6 +185,17 @@ class DistillationTrainer(GuardedTrainer):
         result.metrics.update(kept)
         return result
 
+    def _frozen_part(self) -> AbstractContextManager[None]:
+        """Inside this context, what does not learn has no gradients."""
+        of_encoder = {id(parameter): parameter for parameter in self.encoder.parameters()}
+        if not self.label_free:
+            return nullcontext()
+        if "logits" in self.weights and learns_decoder_alone(self.model):
+            return _frozen(of_encoder.values())
+        if has_compact_decoder(self.model) and not has_short_windows(self.model.config):
+            return nullcontext()
+        return _frozen(p for p in self.model.parameters() if id(p) not in of_encoder)
+
     def _forget_preparation(self) -> None:
         """Lets the student be prepared for training after an evaluation.
 
@@ -198,14 +210,28 @@ class DistillationTrainer(GuardedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer as `Trainer` does, and splits its groups by component if `learning_rates` is a dict.
 
+        Without a rate for "shared", scales of few-bit weights get a rate of their own, `SCALE_UNIT` times the rate of the
+        group for each unit of their mean magnitude. Adam moves every parameter by about its rate, however small it is,
+        and the scale of an 8-bit weight is a sixty-fourth of that of a 2-bit one.
+
         Raises:
             ValueError: if `learning_rates` names a component without trained parameters.
         """
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         rates = self.distillation.learning_rates
+        trained_model = self.model if model is None else model
+        if created and not (isinstance(rates, dict) and "shared" in rates):
+            scales = {
+                id(module.weight_scale)
+                for module in trained_model.modules()
+                if isinstance(module, QuantizedWeight)
+            }
+            optimizer.param_groups = [
+                part for group in optimizer.param_groups for part in _relative_to_scales(group, scales)
+            ]
         if created and isinstance(rates, dict) and rates:
-            component_of = _components(self.model if model is None else model)
+            component_of = _components(trained_model)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             missing = rates.keys() - {component_of.get(id(p), "rest") for p in trained}
             if missing:
@@ -430,11 +456,25 @@ class CTCDistillationTrainer(DistillationTrainer):
         return super()._share(name, shares)
 
 
+def has_compact_decoder(model: Any) -> bool:
+    """Whether the decoder's layers or the token embedding are compact."""
+    return any(getattr(model.config, name, None) for name in ("decoder_residual_config", "embedding_bits"))
+
+
+def learns_decoder_alone(model: Any) -> bool:
+    """Whether a distillation leaves the encoder as it is: it has few bits, as the decoder has, and full windows.
+
+    Most of the divergence is then the decoder's, and most of the time would be the encoder's (docs/LOG.md).
+    """
+    encoder = family_of(model).find_encoder(model)
+    full = not has_short_windows(model.config)
+    return full and has_compact_decoder(model) and bool(quantized_weights(encoder))
+
+
 @contextmanager
-def _frozen_but(part: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Inside this context, only the parameters of `part` have gradients."""
-    kept = {id(parameter) for parameter in part.parameters()}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside this context, these parameters have no gradients."""
+    frozen = [parameter for parameter in parameters if parameter.requires_grad]
     try:
         _set_requires_grad(frozen, False)
         yield
@@ -447,13 +487,26 @@ def _set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
         parameter.requires_grad_(value)
 
 
+def _relative_to_scales(group: dict[str, Any], scales: set[int]) -> Iterator[dict[str, Any]]:
+    """A group of an optimizer without the parameters whose ids are `scales`, then one group for each of these."""
+    others = [p for p in group["params"] if id(p) not in scales]
+    if others:
+        yield {**group, "params": others}
+    for parameter in group["params"]:
+        if id(parameter) in scales:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            magnitude = whole.detach().float().abs().mean().item()
+            yield {**group, "params": [parameter], "lr": SCALE_UNIT * magnitude * group["lr"]}
+
+
 def _components(model: nn.Module) -> dict[int, str]:
     """The key in `learning_rates` for each parameter of the residual layers, by the parameter's id."""
     names = {}
     for module in model.modules():
-        if isinstance(module, (ResidualLinear, *SHARED)):
+        if isinstance(module, (ResidualLinear, *SHARED, QuantizedEmbedding)):
             for name, parameter in module.named_parameters(recurse=False):
                 kinds = {"weight": "shared", "weight_scale": "shared"}
                 kinds |= {"residual_A": "lora", "residual_B": "lora"}
+                kinds |= {"weight_mean": "rest"}
                 names[id(parameter)] = kinds.get(name, "diagonal")
     return names

@@ -13,7 +13,8 @@ from hf_residual_transformer.compression.measurement import (
     Divergence,
     Keeps,
     cross_keys,
-    log_chances,
+    divergence_of,
+    logits_of,
     replaced,
 )
 from hf_residual_transformer.families import FAMILIES, LayerStack
@@ -42,7 +43,7 @@ def test_kept_keys_give_the_same_chances(view_and_batch):
     keys = cross_keys(view, batch)
     assert keys is not None
     for _ in range(2):  # they can be used again
-        torch.testing.assert_close(log_chances(view, batch, keys), log_chances(view, batch))
+        torch.testing.assert_close(logits_of(view, batch, keys), logits_of(view, batch))
 
 
 @torch.no_grad()
@@ -72,3 +73,14 @@ def test_without_room_nothing_is_kept(view_and_batch, monkeypatch):
     assert divergence.kept_bytes == bytes_of_one  # of the first, after which there is no room
     with replaced(roundings_of(name, view, path)):
         assert divergence(Keeps.KEYS) == pytest.approx(divergence(Keeps.NOTHING), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_a_small_divergence_has_no_error_of_rounding(size):
+    torch.manual_seed(0)
+    reference = 8 * torch.randn(5, 50_000)
+    found = reference + size * torch.randn(5, 50_000) + torch.randn(5, 1)  # one number for all tokens changes nothing
+    wanted, own = (values.double().log_softmax(-1) for values in (reference, found))
+    expected = (wanted.exp() * (wanted - own)).sum(-1)
+    # In float32 alone, the plain formula is off by more than the smallest of these divergences.
+    torch.testing.assert_close(divergence_of(reference, found).double(), expected, rtol=0.02, atol=0)

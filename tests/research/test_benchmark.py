@@ -171,6 +171,38 @@ def test_wav2vec2_runs_by_the_same_functions(scripts):
         assert scripts.benchmark_model.run_encoder(model, inputs).shape == (1, 4, 64)
 
 
+def test_the_next_token_is_computed_again_each_time_with_all_parts_in_few_bits(scripts, monkeypatch):
+    args = scripts.benchmark.BenchmarkArguments(
+        size="tiny",
+        layers=1,
+        width=64,
+        residual_config='{"group_size": 1, "rank": 2, "diagonal": "none", "shared_bits": 4}',
+        dtype="bfloat16",
+        dense_dtype="float32",
+        repeats=2,
+    )
+    monkeypatch.setattr(scripts.benchmark, "REPEAT_SECONDS", 0.0)
+    seen = {}
+
+    def compared(_args, part, _what, calls):
+        for kind, call in calls.items():
+            first, second = call(), call()
+            assert torch.equal(first, second) and first.shape[:2] == (1, 1)
+            seen[kind] = first.dtype
+        return part
+
+    monkeypatch.setattr(scripts.benchmark, "compare", compared)
+    built = []
+    build = scripts.benchmark.build
+    monkeypatch.setattr(
+        scripts.benchmark, "build", lambda *a, **fields: built.append(build(*a, **fields)) or built[0]
+    )
+    assert list(scripts.benchmark.measure_token(args)) == ["token"]
+    assert seen == {"dense": torch.float32, "residual": torch.bfloat16}
+    assert hrt.size_report(built[0]["residual"]).model_bytes.ratio < 0.35
+    assert "bfloat16, dense float32" in args.title
+
+
 def test_a_run_leaves_every_figure_with_its_settings_a_table_and_plots(
     scripts, monkeypatch, tmp_path, capsys, in_this_process
 ):

@@ -36,7 +36,12 @@ from hf_residual_transformer.speech.transcription import encode, encoder_window,
 from hf_residual_transformer.speech.windows import WindowCollator
 from hf_residual_transformer.training.arguments import DistillationArguments
 from hf_residual_transformer.training.losses import HiddenStateLoss, LogitsLoss
-from hf_residual_transformer.training.trainers import CTCDistillationTrainer, Seq2SeqDistillationTrainer
+from hf_residual_transformer.training.trainers import (
+    CTCDistillationTrainer,
+    Seq2SeqDistillationTrainer,
+    _components,
+    learns_decoder_alone,
+)
 
 RESIDUAL = ResidualConfig(group_size=2, rank=3, diagonal="all")
 WEIGHTS = ("hidden_weight", "final_weight", "logits_weight", "labels_weight")
@@ -341,6 +346,56 @@ def test_label_free_training_moves_the_encoder_alone(tmp_path):
     assert not teacher.training
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.requires_grad for p in student.get_decoder().parameters())
+
+
+def few_bit_student(**changes: Any) -> Any:
+    """A model in which encoder, decoder and token table have few bits."""
+    four = ResidualConfig(group_size=1, rank=2, diagonal="none", shared_bits=4)
+    fields = {"residual_config": four, "decoder_residual_config": four, "embedding_bits": 4, **changes}
+    student = ResidualWhisperForConditionalGeneration(tiny_whisper_config(**fields))
+    student.generation_config = whisper_generation_config()
+    return student
+
+
+def test_where_all_parts_have_few_bits_the_decoder_alone_learns(tmp_path):
+    _, teacher = whisper_pair()
+    teacher.generation_config = whisper_generation_config()
+    student, data = few_bit_student(), whisper_data(4, labels=False)
+    assert learns_decoder_alone(student)
+    before, buffers = weights_of(student), {name: b.clone() for name, b in student.named_buffers()}
+    weights = {"final_weight": 1.0, "logits_weight": 1.0}
+    trainer = trainer_for(student, teacher, data, tmp_path, weights, max_steps=8, learning_rate=1e-3)
+    start = trainer.evaluate(data)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(data)["eval_loss"] < start
+    moved = changed(before, student)
+    assert all(name.startswith("model.decoder.") for name in moved)
+    # Scales, factors, biases, norms, and the mean of the token vectors.
+    for part in ("fc1.0.weight_scale", "residual_A", "residual_B", "fc1.bias", "layer_norm.weight", "weight_mean"):
+        assert any(name.endswith(part) for name in moved), part
+    assert all(torch.equal(value, dict(student.named_buffers())[name]) for name, value in buffers.items())
+    frozen = [name for name, p in student.get_encoder().named_parameters() if not p.requires_grad]
+    assert frozen == ["embed_positions.weight"]  # as before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual_config": RESIDUAL},
+        {"decoder_residual_config": None, "embedding_bits": None},
+        {"short_windows": True},
+    ],
+)
+def test_other_encoders_learn(changes):
+    assert not learns_decoder_alone(few_bit_student(**changes))
+
+
+def test_scales_of_the_token_table_have_the_rate_of_scales():
+    student = few_bit_student()
+    kinds = {name: _components(student).get(id(p), "rest") for name, p in student.named_parameters()}
+    assert kinds["model.decoder.embed_tokens.weight_scale"] == "shared"
+    assert kinds["model.decoder.embed_tokens.weight_mean"] == "rest"
+    assert kinds["model.decoder.shared.fc1.0.weight_scale"] == "shared"
 
 
 def test_the_last_hidden_state_is_that_after_the_final_norm(tmp_path):
