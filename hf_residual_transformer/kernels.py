@@ -51,7 +51,7 @@ class KernelWeight(NamedTuple):
 
 
 def is_fast(rows: Tensor) -> bool:
-    """Whether the kernel is faster than dequantising the matrix that `rows`, (num_rows, in_features), are multiplied by."""
+    """Whether the kernel is faster for `rows`, (num_rows, in_features), than dequantising the matrix."""
     return (
         rows.dtype == torch.bfloat16
         and rows.device.type == "cpu"
@@ -76,8 +76,10 @@ def kernel_weight(packed: Tensor, scale: Tensor, bits: int) -> KernelWeight | No
         return None
     scales, offsets = scale, torch.zeros_like(scale)
     base = 2**KERNEL_BITS
-    if bits > KERNEL_BITS:  # 16 times the high half, and the low half, whose offset makes up for the kernel's -8
-        numbers = torch.cat([numbers.div(base, rounding_mode="floor") + base // 2, numbers.remainder(base)], 1)
+    if bits > KERNEL_BITS:
+        # 16 times the high half, and the low half, whose offset makes up for the 8 that the kernel takes away.
+        high, low = numbers.div(base, rounding_mode="floor") + base // 2, numbers.remainder(base)
+        numbers = torch.cat([high, low], 1)
         scales, offsets = torch.cat([base * scale, scale], 1), torch.cat([offsets, base // 2 * scale], 1)
     else:
         numbers = numbers + base // 2

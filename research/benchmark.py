@@ -152,7 +152,11 @@ class BenchmarkArguments:
         rank = "by matrix" if residual.rank_pattern else residual.rank
         settings = f"K={json.dumps(residual.group_size)}, R={rank}, diagonal {residual.diagonal}"
         size = self.size if self.shape == SIZES[self.size] else f"{self.shape.layers} x {self.shape.width}"
-        dtypes = self.dtype if self.dense_dtype in (None, self.dtype) else f"{self.dtype}, dense {self.dense_dtype}"
+        dtypes = (
+            self.dtype
+            if self.dense_dtype in (None, self.dtype)
+            else f"{self.dtype}, dense {self.dense_dtype}"
+        )
         return f"{size}, {settings}; {self.device}, {dtypes}, batch {self.batch_size}"
 
 
@@ -187,7 +191,9 @@ def build(
     dense = residual_class.dense_class()(config.to_dense_config())
     models = {"dense": dense, "residual": residual_class(config)}
     dtypes = {"dense": args.dense_dtype or args.dtype, "residual": args.dtype}
-    return {kind: model.to(args.device, getattr(torch, dtypes[kind])).eval() for kind, model in models.items()}
+    return {
+        kind: model.to(args.device, getattr(torch, dtypes[kind])).eval() for kind, model in models.items()
+    }
 
 
 def forwards(models: dict[str, Any], seconds: float, batch_size: int) -> Calls:

@@ -44,12 +44,11 @@ from hf_residual_transformer.quantization import BITS
 from hf_residual_transformer.speech.collators import is_multilingual
 from hf_residual_transformer.speech.datasets import load_speech_dataset
 from hf_residual_transformer.speech.metrics import EvaluationResult, error_rates, evaluate_asr
-from hf_residual_transformer.speech.windows import WindowCollator, calibration_batches
+from hf_residual_transformer.speech.windows import calibration_batches
 from hf_residual_transformer.training.arguments import parse_args
 from hf_residual_transformer.training.recipe import (
-    WINDOW_SECONDS,
-    learning_rate_for,
-    mean_bits,
+    default_learning_rate,
+    prepare_windows,
     short_distillation,
 )
 
@@ -75,13 +74,14 @@ class DemoArguments:
         metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
     max_steps: int = field(default=20, metadata={"help": "Steps of distillation."})
-    batch_size: int = field(default=6, metadata={"help": "Clips a step, packed into windows."})
-    window_seconds: float = field(
-        default=WINDOW_SECONDS, metadata={"help": "Length of a window in distillation."}
+    batch_size: int = field(default=12, metadata={"help": "Clips a step, packed into windows."})
+    window_seconds: float | None = field(
+        default=None,
+        metadata={"help": "Length of a window in distillation; by default all that the model hears."},
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of distillation; by default by the encoder's size or bits."},
+        metadata={"help": "Peak learning rate of distillation; by default that of `hrt distill`."},
     )
     max_test_clips: int = field(
         default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
@@ -236,7 +236,7 @@ def main() -> None:
         print(report, parameters, sep="\n\n")
     rate = args.learning_rate
     if rate is None:
-        rate = learning_rate_for(parameters.encoder.ratio, mean_bits(model))
+        rate = default_learning_rate(model, dense)
     with stage("distil"):
         validation = load_speech_dataset(SAMPLE, "validation", text_column=None)
         outcome = short_distillation(
@@ -244,7 +244,7 @@ def main() -> None:
             dense,
             load_speech_dataset(SAMPLE, "train", text_column=None),
             output / "trainer",
-            collator=WindowCollator(processor, args.window_seconds),
+            collator=prepare_windows(model, processor, args.window_seconds, short_windows=False),
             validation=spread(validation, args.max_validation_clips),
             per_device_train_batch_size=args.batch_size,
             max_steps=args.max_steps,

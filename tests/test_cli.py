@@ -308,6 +308,18 @@ def test_distill_trains_on_packed_windows_without_transcripts(tmp_path, compress
     assert isinstance(loaded, ResidualWhisperForConditionalGeneration)
 
 
+def test_a_distilled_model_is_saved_in_the_dtype_that_it_had(tmp_path, compressed, dense_whisper):
+    half = tmp_path / "half"
+    AutoModelForSpeechSeq2Seq.from_pretrained(compressed["whisper"]).half().save_pretrained(half)
+    AutoProcessor.from_pretrained(compressed["whisper"]).save_pretrained(half)
+    output = tmp_path / "out"
+    words = ["distill", half, "--teacher", dense_whisper, *DATA, *TRAINING, "--eval-split", "validation"]
+    assert run(*words, "--keep", "always", "--out", output) == 0
+    assert AutoModelForSpeechSeq2Seq.from_pretrained(output).dtype == torch.float16
+    assert moved(half, output)
+    assert "eval_loss" in json.loads((output / "eval_results.json").read_text())
+
+
 def test_distill_gives_short_windows_but_not_with_transcripts(tmp_path, compressed, dense_whisper, capsys):
     words = [
         "distill",

@@ -133,7 +133,8 @@ def run_distillation(
         processing_class=processor,
         run_data=asdict(data),
     )
-    train_and_save(trainer, lambda: restore_windows(student, trainer.outcome, had_windows))
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    train_and_save(trainer, lambda: restore_windows(student, trainer.outcome, had_windows), stored)
 
 
 def run_seq2seq_finetuning(
@@ -370,13 +371,16 @@ def _labels_trainer(
     )
 
 
-def train_and_save(trainer: Any, finish: Callable[[], None] | None = None) -> None:
+def train_and_save(
+    trainer: Any, finish: Callable[[], None] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the
     model, its processor, the trainer's log and the results in the output folder.
 
     Args:
         trainer: of any kind.
         finish: called between training and saving.
+        dtype: of the parameters as they are saved, and evaluated; by default their own. FSDP and DeepSpeed keep theirs.
     """
     output_dir = Path(trainer.args.output_dir)
     require_space(output_dir, bytes_to_write(trainer, model_bytes(trainer.model)))
@@ -387,7 +391,11 @@ def train_and_save(trainer: Any, finish: Callable[[], None] | None = None) -> No
     if trainer.is_world_process_zero() and new.is_dir():
         shutil.rmtree(new)  # of a run that was killed
     trainer.accelerator.wait_for_everyone()
+    own = trainer.model.dtype
+    if dtype is not None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.model.to(dtype)
     trainer.save_model(str(new))
+    trainer.model.to(own)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         save_processor(trainer.processing_class, new)

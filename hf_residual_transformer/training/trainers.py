@@ -210,9 +210,9 @@ class DistillationTrainer(GuardedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer as `Trainer` does, and splits its groups by component if `learning_rates` is a dict.
 
-        Without a rate for "shared", scales of few-bit weights get a rate of their own, `SCALE_UNIT` times the rate of the
-        group for each unit of their mean magnitude. Adam moves every parameter by about its rate, however small it is,
-        and the scale of an 8-bit weight is a sixty-fourth of that of a 2-bit one.
+        Without a rate for "shared", scales of few-bit weights get a rate of their own: that of their group times
+        `SCALE_UNIT` times their mean magnitude. Adam moves every parameter by about its rate, however small it is, and
+        the scale of a matrix in 8 bits is a sixty-fourth of that of the same matrix in 2.
 
         Raises:
             ValueError: if `learning_rates` names a component without trained parameters.

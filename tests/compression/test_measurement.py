@@ -79,7 +79,9 @@ def test_without_room_nothing_is_kept(view_and_batch, monkeypatch):
 def test_a_small_divergence_has_no_error_of_rounding(size):
     torch.manual_seed(0)
     reference = 8 * torch.randn(5, 50_000)
-    found = reference + size * torch.randn(5, 50_000) + torch.randn(5, 1)  # one number for all tokens changes nothing
+    found = (
+        reference + size * torch.randn(5, 50_000) + torch.randn(5, 1)
+    )  # one number for all tokens changes nothing
     wanted, own = (values.double().log_softmax(-1) for values in (reference, found))
     expected = (wanted.exp() * (wanted - own)).sum(-1)
     # In float32 alone, the plain formula is off by more than the smallest of these divergences.

@@ -371,7 +371,14 @@ def test_where_all_parts_have_few_bits_the_decoder_alone_learns(tmp_path):
     moved = changed(before, student)
     assert all(name.startswith("model.decoder.") for name in moved)
     # Scales, factors, biases, norms, and the mean of the token vectors.
-    for part in ("fc1.0.weight_scale", "residual_A", "residual_B", "fc1.bias", "layer_norm.weight", "weight_mean"):
+    for part in (
+        "fc1.0.weight_scale",
+        "residual_A",
+        "residual_B",
+        "fc1.bias",
+        "layer_norm.weight",
+        "weight_mean",
+    ):
         assert any(name.endswith(part) for name in moved), part
     assert all(torch.equal(value, dict(student.named_buffers())[name]) for name, value in buffers.items())
     frozen = [name for name, p in student.get_encoder().named_parameters() if not p.requires_grad]
