@@ -156,8 +156,9 @@ def distill(
 ) -> Any:
     """The compact model after a short distillation on recordings, whose transcripts are not read.
 
-    Only the encoder of `student` learns, in place. A student that is given by name is trained without dropout,
-    LayerDrop and SpecAugment, as the teacher runs.
+    Only the compact parts of `student` learn, in place: the decoder alone where encoder and decoder have few bits, and
+    the encoder where the decoder is dense, or where short windows are learnt. A student that is given by name is
+    trained without dropout, LayerDrop and SpecAugment, as the teacher runs.
 
     Args:
         student: a residual model, or the id or folder of one.
@@ -172,7 +173,8 @@ def distill(
             `keep="always"` is among the options of `training`.
         language: as in `compress`.
         data_options: as in `compress`.
-        window_seconds: length of the windows that whole clips are packed into, by default 10 seconds.
+        window_seconds: length of the windows that whole clips are packed into, by default 10 seconds, or 30 where
+            the decoder learns alone.
         short_windows: whether a compact Whisper learns to hear a recording without the padding to 30 seconds, so that
             short recordings take a fraction of the time. The teacher hears the padding. The result has
             `config.short_windows`, and leaves out padding by itself, exported too. A student that has it keeps it.

@@ -3,7 +3,8 @@
     hrt distill compact --teacher openai/whisper-base --audio my-recordings --out compact-distilled \\
         --max_steps 200 --per_device_train_batch_size 16
 
-By default only the compact parts learn, and transcripts are not read. The result is kept only if the loss on validation
+By default only the compact parts learn, and transcripts are not read. Where encoder and decoder have few bits, as
+`hrt compress` makes them, the decoder learns alone. The result is kept only if the loss on validation
 clips falls; otherwise DIR gets the model as it was, and a warning says so. An interrupted run goes on by the same
 command with --resume_from_checkpoint last. Several GPUs: accelerate launch -m hrt_cli distill ...
 """
@@ -33,8 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--hidden-weight", type=float, metavar="W", help="every layer's states (default: 0)")
     how.add_argument("--logits-weight", type=float, metavar="W", help="teacher's probabilities (default: 1)")
     how.add_argument("--labels-weight", type=float, metavar="W", help="loss on transcripts (default: 0)")
-    how.add_argument("--temperature", type=float, metavar="T", help="softens probabilities (default: 2)")
-    how.add_argument("--window-seconds", type=float, metavar="S", help="clips are packed so (default: 10)")
+    how.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="softens probabilities (default: 2; 1 for a decoder alone)",
+    )
+    how.add_argument(
+        "--window-seconds",
+        type=float,
+        metavar="S",
+        help="clips are packed so (default: 10; 30 for a decoder alone)",
+    )
     how.add_argument(
         "--short-windows", action="store_true", help="a Whisper learns to do without padding to 30 seconds"
     )

@@ -121,19 +121,20 @@ class TestHelp:
         from hf_residual_transformer.quantization import BITS, MOST
         from hf_residual_transformer.training.arguments import DistillationArguments, TrainingDataArguments
         from hf_residual_transformer.training.recipe import WINDOW_SECONDS
+        from hf_residual_transformer.training.trainers import TEMPERATURE
 
         stated = {}
         for name in ("compress", "distill"):
             text = " ".join(hrt_cli.command_parser(name).format_help().split())
             for option in text.split(" --"):
-                stated |= dict(re.findall(r"^([\w-]+) .*\(default: ([\d.]+)\)", option))
+                stated |= dict(re.findall(r"^([\w-]+) .*\(default: ([\d.]+)[);]", option))
         losses = DistillationArguments()
         assert float(stated["size"]) == BUDGETS[BITS]
         assert int(stated["bits"]) == MOST
         assert float(stated["window-seconds"]) == WINDOW_SECONDS
         for name in ("final", "hidden", "logits", "labels"):
             assert float(stated[f"{name}-weight"]) == getattr(losses, f"{name}_weight")
-        assert float(stated["temperature"]) == losses.temperature
+        assert float(stated["temperature"]) == TEMPERATURE
         assert int(stated["shuffle-buffer"]) == TrainingDataArguments().shuffle_buffer
 
     def test_it_runs_as_a_module(self):

@@ -211,8 +211,12 @@ class DistillationArguments:
     labels_weight: float = field(
         default=0.0, metadata={"help": "Weight of the model's own loss on the transcripts."}
     )
-    temperature: float = field(
-        default=2.0, metadata={"help": "Softens the probabilities that logits_weight is about; 1 does not."}
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Softens the probabilities that logits_weight is about; 1 does not. By default 2, or 1 where the "
+            "decoder learns alone, as it does without labels where all parts of the student have few bits."
+        },
     )
     learning_rates: dict[str, float] | str | None = field(
         default=None,
@@ -230,7 +234,7 @@ class DistillationArguments:
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}")
         if not self.weights:
             raise ValueError(f"one of {', '.join(names)} must be above 0, got 0 for all")
-        if not is_number(self.temperature) or self.temperature == 0:
+        if self.temperature is not None and (not is_number(self.temperature) or self.temperature == 0):
             raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}")
         if isinstance(self.learning_rates, str):
             try:

@@ -31,6 +31,7 @@ from .losses import HiddenStateLoss, LogitsLoss
 from .states import record_states
 
 logger = logging.get_logger(__name__)
+TEMPERATURE, DECODER_TEMPERATURE = 2.0, 1.0  # docs/LOG.md
 SCALE_UNIT = 40.0  # docs/LOG.md
 TEACHER_STATES = "teacher_states"  # in a batch, what the teacher's encoder gives for it
 
@@ -93,7 +94,10 @@ class DistillationTrainer(GuardedTrainer):
         self.states_alone = self.weights.keys() <= {"hidden", "final"}
         self.loss_is_scaled_for_ga = True
         self.hidden_state_loss = HiddenStateLoss()
-        self.logits_loss = LogitsLoss(self.distillation.temperature)
+        temperature = self.distillation.temperature
+        if temperature is None:
+            temperature = DECODER_TEMPERATURE if self._decoder_learns_alone else TEMPERATURE
+        self.logits_loss = LogitsLoss(temperature)
         self.teacher = teacher
         self._check()
         if teacher is not None:
@@ -185,12 +189,16 @@ class DistillationTrainer(GuardedTrainer):
         result.metrics.update(kept)
         return result
 
+    @property
+    def _decoder_learns_alone(self) -> bool:
+        return self.label_free and "logits" in self.weights and learns_decoder_alone(self.model)
+
     def _frozen_part(self) -> AbstractContextManager[None]:
         """Inside this context, what does not learn has no gradients."""
         of_encoder = {id(parameter): parameter for parameter in self.encoder.parameters()}
         if not self.label_free:
             return nullcontext()
-        if "logits" in self.weights and learns_decoder_alone(self.model):
+        if self._decoder_learns_alone:
             return _frozen(of_encoder.values())
         if has_compact_decoder(self.model) and not has_short_windows(self.model.config):
             return nullcontext()

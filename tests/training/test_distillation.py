@@ -365,9 +365,18 @@ def test_where_all_parts_have_few_bits_the_decoder_alone_learns(tmp_path):
     before, buffers = weights_of(student), {name: b.clone() for name, b in student.named_buffers()}
     weights = {"final_weight": 1.0, "logits_weight": 1.0}
     trainer = trainer_for(student, teacher, data, tmp_path, weights, max_steps=8, learning_rate=1e-3)
+    assert trainer.logits_loss.temperature == 1.0
     start = trainer.evaluate(data)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(data)["eval_loss"] < start
+    # Scales, which are small, have small rates.
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in student.named_parameters() if id(p) in rates}
+    scales = [name for name in found if name.endswith("weight_scale")]
+    assert len(scales) == 2 * 10 + 1
+    for name in scales:
+        assert found[name] == pytest.approx(1e-3 * 40 * before[name].abs().mean().item(), rel=1e-5), name
+    assert found["model.decoder.layers.0.fc1.bias"] == 1e-3
     moved = changed(before, student)
     assert all(name.startswith("model.decoder.") for name in moved)
     # Scales, factors, biases, norms, and the mean of the token vectors.
