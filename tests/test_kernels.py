@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from hf_residual_transformer import layers
 from hf_residual_transformer.kernels import MOST_ROWS, is_fast, kernel_weight
 from hf_residual_transformer.layers import MixedEmbedding, QuantizedEmbedding, QuantizedSharedLinear
-from hf_residual_transformer.quantization import FEWEST, MOST, quantize
+from hf_residual_transformer.quantization import FEWEST, quantize
+from hf_residual_transformer.quantization import MOST as MOST_BITS
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="the CPU has no such kernel"
-)
+MOST = MOST_ROWS.get(torch.backends.cpu.get_cpu_capability(), 0)
+pytestmark = pytest.mark.skipif(not MOST, reason="the CPU has no such kernel")
 
 
 def linear(bits, block_size=32, scale_bits=8, rotation=1, shape=(40, 256), bias=True):
@@ -40,7 +40,7 @@ def used(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("bits", range(FEWEST, MOST + 1))
+@pytest.mark.parametrize("bits", range(FEWEST, MOST_BITS + 1))
 @pytest.mark.parametrize(("block_size", "scale_bits", "rotation"), [(32, 16, 1), (64, 8, 128), (128, 8, 1)])
 def test_the_kernel_multiplies_by_the_same_matrix(bits, block_size, scale_bits, rotation, monkeypatch):
     rows = used(monkeypatch)
@@ -63,7 +63,7 @@ def test_the_kernel_multiplies_by_the_same_matrix(bits, block_size, scale_bits, 
 def test_one_row_of_the_matrix_is_what_one_input_gives():
     made = linear(8, bias=False)
     with torch.no_grad():
-        columns = torch.cat([made(one) for one in torch.eye(256).bfloat16().split(MOST_ROWS)])
+        columns = torch.cat([made(one) for one in torch.eye(256).bfloat16().split(MOST)])
     # In bfloat16 a scale has 8 digits, and the halves of a number of 8 bits are added up in float32.
     assert torch.allclose(columns.T.float(), made.weight.float(), rtol=2**-7, atol=1e-6)
 
@@ -72,7 +72,7 @@ def test_one_row_of_the_matrix_is_what_one_input_gives():
     ("change", "rows"),
     [
         (lambda x: x.float(), 1),
-        (lambda x: x.repeat(MOST_ROWS + 1, 1), MOST_ROWS + 1),
+        (lambda x: x.repeat(MOST + 1, 1), MOST + 1),
         (lambda x: x[:0], 0),
     ],
 )
