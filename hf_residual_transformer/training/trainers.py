@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.utils import logging
 
@@ -502,7 +501,8 @@ def _relative_to_scales(group: dict[str, Any], scales: set[int]) -> Iterator[dic
         yield {**group, "params": others}
     for parameter in group["params"]:
         if id(parameter) in scales:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            # FSDP keeps a part of it in each process.
+            whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             magnitude = whole.detach().float().abs().mean().item()
             yield {**group, "params": [parameter], "lr": SCALE_UNIT * magnitude * group["lr"]}
 
