@@ -20,6 +20,7 @@ from .quantization import dequantize
 
 KERNEL_BITS = 4
 MOST_ROWS = {"AVX512": 64, "AVX2": 8}  # by what the CPU can do (docs/LOG.md)
+FEW_SEQUENCES = 8  # generated together, for which it is also faster than a matrix that is unpacked already
 ROW_MULTIPLE = 16  # the kernel's number of output features is a multiple of it
 BLOCKS = (32, 64, 128, 256)
 
@@ -53,12 +54,16 @@ class KernelWeight(NamedTuple):
 def is_fast(rows: Tensor) -> bool:
     """Whether the kernel is faster for `rows`, (num_rows, in_features), than dequantising the matrix."""
     return (
-        rows.dtype == torch.bfloat16
-        and rows.device.type == "cpu"
-        and 0 < len(rows) <= MOST_ROWS.get(torch.backends.cpu.get_cpu_capability(), 0)
+        suits(rows.dtype, rows.device, len(rows))
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+def suits(dtype: torch.dtype, device: torch.device, num_rows: int) -> bool:
+    """Whether the kernel is faster than dequantising a matrix for so many rows of this dtype."""
+    most = MOST_ROWS.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return dtype == torch.bfloat16 and device.type == "cpu" and 0 < num_rows <= most
 
 
 def kernel_weight(packed: Tensor, scale: Tensor, bits: int) -> KernelWeight | None:

@@ -27,6 +27,7 @@ from transformers.integrations import PeftAdapterMixin
 from .configuration import MEAN_FORMAT, ResidualConfig, key_of
 from .families import Family, Stack, groups_of
 from .folders import save_processor, shards_of
+from .kernels import FEW_SEQUENCES, suits
 from .layers import (
     OLD_NAMES,
     SHARED,
@@ -371,10 +372,15 @@ class ResidualGenerationMixin(ResidualMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Each token uses the decoder's weights again, so they are unpacked once and kept
-        meanwhile, in the memory of a dense decoder.
+        meanwhile, in the memory of a dense decoder. Where a kernel multiplies by few bits (`kernels.py`), they stay
+        packed for a few sequences.
         """
         decoder = self.family.decoder
-        with unpacked_weights(decoder.find(self)) if decoder and decoder.is_in(self) else nullcontext():
+        inputs = args[0] if args else kwargs.get(self.main_input_name)
+        number = len(inputs) if isinstance(inputs, Tensor) else 0
+        packed = number <= FEW_SEQUENCES and suits(self.dtype, self.device, number)
+        part = decoder.find(self) if decoder and decoder.is_in(self) and not packed else None
+        with nullcontext() if part is None else unpacked_weights(part):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from conftest import randomize_, tiny_whisper_config
 from torch import nn
 from torch.nn import functional as F
 
-from hf_residual_transformer import layers
+import hf_residual_transformer as hrt
+from hf_residual_transformer import layers, modeling
 from hf_residual_transformer.kernels import MOST_ROWS, is_fast, kernel_weight
 from hf_residual_transformer.layers import MixedEmbedding, QuantizedEmbedding, QuantizedSharedLinear
 from hf_residual_transformer.quantization import FEWEST, quantize
@@ -163,3 +165,19 @@ def test_a_matrix_that_is_unpacked_is_used_as_it_is(monkeypatch):
     with torch.no_grad(), layers.unpacked_weights(made):
         found = made(inputs)
     assert not rows and found.shape == (1, 256)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(1, torch.bfloat16), (9, torch.bfloat16), (1, torch.float32)])
+def test_a_few_sequences_are_generated_from_packed_weights(number, dtype, monkeypatch):
+    rows = used(monkeypatch)
+    four = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=4)
+    fields = {"residual_config": four, "decoder_residual_config": four, "embedding_bits": 4}
+    model = randomize_(hrt.ResidualWhisperForConditionalGeneration(tiny_whisper_config(**fields))).to(dtype)
+    unpacked = []
+    real = modeling.unpacked_weights
+    monkeypatch.setattr(modeling, "unpacked_weights", lambda part: unpacked.append(part) or real(part))
+    features = torch.randn(number, 16, 100).to(dtype)
+    model.eval().generate(features, max_new_tokens=3, min_new_tokens=3)
+    few = number == 1 and dtype == torch.bfloat16
+    assert bool(unpacked) != few
+    assert (1 in rows) == few
