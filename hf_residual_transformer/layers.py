@@ -194,6 +194,11 @@ class QuantizedWeight(nn.Module):
             self._kernel = kernel, [big, versions, self.weight_scale.detach().clone()]
         return kernel
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where the module is moved or gets another dtype, the kernel's form is not kept."""
+        self._kernel = (None, [])
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def write(self, quantized: Quantized) -> None:
         """Copies a quantised matrix of the same shape and form into the tensors."""

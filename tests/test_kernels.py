@@ -136,6 +136,8 @@ def test_the_form_is_made_once(monkeypatch):
         for _ in range(3):
             made(torch.randn(1, 256).bfloat16())
     assert len(calls) == 1
+    assert made._kernel[1]
+    assert made.float()._kernel == (None, [])
     assert "_kernel" not in str(made.state_dict().keys())
 
 
