@@ -63,8 +63,10 @@ class SharedLinear(nn.Linear):
         bias = self.bias if bias is None else bias
         rows = math.prod(hidden_states.shape[:-1])
         few = rows * (self.out_features + self.in_features) < self.out_features * self.in_features
+        if torch.compiler.is_exporting() or few:
+            return self._factored(hidden_states, bias, residual_A, residual_B, diagonal)
         stored, scale = self.stored()
-        if torch.compiler.is_exporting() or few or is_of_torchao(stored):
+        if is_of_torchao(stored):
             return self._factored(hidden_states, bias, residual_A, residual_B, diagonal)
         if scale is None and residual_A is None and diagonal is None:
             return F.linear(hidden_states, stored, bias)

@@ -276,7 +276,10 @@ def measure_token(args: BenchmarkArguments) -> Iterator[Comparison]:
     """Measures one token of a decoder that has read 30 seconds and a few tokens; decoder and token table are compact,
     too.
     """
-    fields = {"decoder_residual_config": args.residual, "embedding_bits": args.residual.shared_bits}
+    of_decoder = args.residual
+    if isinstance(of_decoder.rotation, dict):  # by the names of an encoder's matrices
+        of_decoder = replace(of_decoder, rotation=max(of_decoder.rotation.values()))
+    fields = {"decoder_residual_config": of_decoder, "embedding_bits": of_decoder.shared_bits}
     models = build(args, args.shape, args.residual, hrt.ResidualWhisperForConditionalGeneration, **fields)
     calls = {kind: next_token(model) for kind, model in models.items()}
     yield compare(args, "token", f"after 30 s and {PROMPT} tokens", calls)
@@ -294,7 +297,7 @@ def next_token(model: Any) -> Callable[[], Any]:
     def call() -> Any:
         token = prompt[:, :1]
         logits = model(encoder_outputs=(states,), decoder_input_ids=token, past_key_values=read).logits
-        read.crop(PROMPT)
+        read.crop(-1)
         return logits
 
     return call
