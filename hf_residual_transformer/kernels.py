@@ -53,11 +53,9 @@ class KernelWeight(NamedTuple):
 
 def is_fast(rows: Tensor) -> bool:
     """Whether the kernel is faster for `rows`, (num_rows, in_features), than dequantising the matrix."""
-    return (
-        suits(rows.dtype, rows.device, len(rows))
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return suits(rows.dtype, rows.device, len(rows))
 
 
 def suits(dtype: torch.dtype, device: torch.device, num_rows: int) -> bool:

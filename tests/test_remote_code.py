@@ -34,6 +34,7 @@ CODE_FILES = {
         "configuration",
         "families",
         "folders",
+        "kernels",
         "layers",
         "modeling",
         "quantization",

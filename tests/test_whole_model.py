@@ -593,8 +593,7 @@ def test_a_compact_model_opens_through_the_auto_class_in_half_precision(tmp_path
         torch.testing.assert_close(again(**batch).logits, model.float()(**batch).logits)
 
 
-def test_without_labels_a_training_moves_scales_and_factors_of_both_stacks_and_no_integer(tmp_path):
-
+def test_without_labels_a_training_moves_scales_of_the_decoder_and_no_integer(tmp_path):
     from hf_residual_transformer.training.recipe import short_distillation
 
     dense = dense_whisper()
@@ -618,6 +617,7 @@ def test_without_labels_a_training_moves_scales_and_factors_of_both_stacks_and_n
         remove_unused_columns=False,
     )
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    for part in ("encoder.shared", "decoder.shared", "embed_tokens.weight_scale"):
+    for part in ("decoder.shared", "embed_tokens.weight_scale"):
         assert any(part in key for key in moved), part
+    assert not [key for key in moved if "encoder." in key and "decoder." not in key]
     assert not [key for key in moved if key.endswith(("weight_packed", "weight_levels"))]
