@@ -78,7 +78,7 @@ def auto_of(name: str) -> str:
 
 def recognizer(name: str, folder: Path):
     """A model and its processor, as `hrt.compress` gives them."""
-    torch.manual_seed(0)  # of its integers, for which some say nothing
+    torch.manual_seed(5)  # of its integers; with some of them it says nothing
     if name == "whisper":
         config = tiny_whisper_config(
             residual_config=ResidualConfig(group_size=1, rank=2, shared_bits=4, diagonal="all"),
