@@ -182,7 +182,7 @@ class QuantizedWeight(nn.Module):
         return (self.weight_packed, self.scale()) if self._unpacked is None else (self._unpacked, None)
 
     def kernel(self) -> KernelWeight | None:
-        """The matrix, still rotated, in the form of a kernel, which takes as much memory again; None where it has none.
+        """The matrix, still rotated, in the form of a kernel, which takes memory of its own; None where it has none.
 
         It is made again where the tensors have changed since.
         """
