@@ -20,7 +20,8 @@ from .quantization import dequantize
 
 KERNEL_BITS = 4
 MOST_ROWS = {"AVX512": 64, "AVX2": 8}  # by what the CPU can do (docs/LOG.md)
-FEW_SEQUENCES = 8  # generated together, for which it is also faster than a matrix that is unpacked already
+# Generated together: an unpacked matrix is faster for 16 rows, and slower for one (docs/LOG.md).
+FEW_SEQUENCES = 8
 ROW_MULTIPLE = 16  # the kernel's number of output features is a multiple of it
 BLOCKS = (32, 64, 128, 256)
 

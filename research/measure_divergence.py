@@ -34,7 +34,7 @@ from runtimes_report import DENSE, MB, SAMPLES, bootstrap_samples, with_interval
 from tqdm.auto import tqdm
 
 from hf_residual_transformer.compression.inputs import Batch, with_labels, without_memory
-from hf_residual_transformer.compression.measurement import logits_of
+from hf_residual_transformer.compression.measurement import divergence_of, logits_of
 from hf_residual_transformer.layers import unpacked_weights
 from hf_residual_transformer.provenance import provenance
 
@@ -53,11 +53,8 @@ def compare(dense: Any, model: Any, batches: Sequence[Batch], name: str) -> dict
     found: dict[str, list[float]] = {"divergence": [], "differ": [], "tokens": []}
     with unpacked_weights(model):
         for batch in tqdm(batches, desc=name, unit="clip"):
-            wanted, own = (
-                logits_of(*pair).double().log_softmax(-1)
-                for pair in ((dense, batch), (model, without_memory(batch)))
-            )
-            found["divergence"].append((wanted.exp() * (wanted - own)).sum().item())
+            wanted, own = logits_of(dense, batch), logits_of(model, without_memory(batch))
+            found["divergence"].append(divergence_of(wanted, own).sum().item())
             found["differ"].append((wanted.argmax(-1) != own.argmax(-1)).sum().item())
             found["tokens"].append(len(wanted))
     return found

@@ -380,7 +380,7 @@ def train_and_save(
     Args:
         trainer: of any kind.
         finish: called between training and saving.
-        dtype: of the parameters as they are saved, and evaluated; by default their own. FSDP and DeepSpeed keep theirs.
+        dtype: of the parameters as they are saved; by default their own. FSDP and DeepSpeed keep theirs.
     """
     output_dir = Path(trainer.args.output_dir)
     require_space(output_dir, bytes_to_write(trainer, model_bytes(trainer.model)))
@@ -392,10 +392,13 @@ def train_and_save(
         shutil.rmtree(new)  # of a run that was killed
     trainer.accelerator.wait_for_everyone()
     own = trainer.model.dtype
-    if dtype is not None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    rounds = dtype not in (None, own) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    exact = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()} if rounds else {}
+    if rounds:
         trainer.model.to(dtype)
     trainer.save_model(str(new))
-    trainer.model.to(own)
+    if rounds:
+        trainer.model.to(own).load_state_dict(exact, strict=False)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         save_processor(trainer.processing_class, new)

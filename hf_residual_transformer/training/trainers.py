@@ -194,13 +194,13 @@ class DistillationTrainer(GuardedTrainer):
 
     def _frozen_part(self) -> AbstractContextManager[None]:
         """Inside this context, what does not learn has no gradients."""
-        of_encoder = {id(parameter): parameter for parameter in self.encoder.parameters()}
         if not self.label_free:
             return nullcontext()
         if self._decoder_learns_alone:
-            return _frozen(of_encoder.values())
+            return _frozen(self.encoder.parameters())
         if has_compact_decoder(self.model) and not has_short_windows(self.model.config):
             return nullcontext()
+        of_encoder = set(map(id, self.encoder.parameters()))
         return _frozen(p for p in self.model.parameters() if id(p) not in of_encoder)
 
     def _forget_preparation(self) -> None:
