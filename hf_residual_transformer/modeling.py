@@ -461,6 +461,11 @@ def _recorded(folder_or_id: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_rotations(checkpoint: str, model: Any, recorded: Any) -> None:
     """Raises ValueError where matrices would be rotated otherwise than they were."""
+    if recorded is not None and not isinstance(recorded, list):
+        raise ValueError(
+            f"{checkpoint} has a wrong config: `residual_rotations` must be a list of numbers, got {recorded!r}; "
+            "correct config.json, or fetch it again"
+        )
     if recorded is not None and not set(rotations_of(model)) <= set(recorded):  # a part may have fewer
         raise ValueError(
             f"{checkpoint} does not fit {type(model).__name__}: its matrices have rotations of {recorded}, but the "
@@ -471,6 +476,11 @@ def _check_rotations(checkpoint: str, model: Any, recorded: Any) -> None:
 
 def _check_sharing(checkpoint: str, model: Any, recorded: Any) -> None:
     """Raises ValueError where layers would use a `U` that they do not share."""
+    if recorded and not (isinstance(recorded, dict) and all(isinstance(v, dict) for v in recorded.values())):
+        raise ValueError(
+            f"{checkpoint} has a wrong config: `residual_sharing` must be a dict of dicts, got {recorded!r}; correct "
+            "config.json, or fetch it again"
+        )
     actual = sharing_of(model) if recorded else {}
     for stack, roles in (recorded or {}).items():
         for role in () if stack not in actual else {**roles, **actual.get(stack, {})}:

@@ -57,6 +57,18 @@ def test_a_file_that_says_nothing_still_loads(saved, tmp_path):
     assert AutoModel.from_pretrained(old).config.residual_config.group_size == 3
 
 
+@pytest.mark.parametrize("value", [5, "64", {"64": 1}])
+def test_a_record_of_rotations_that_is_no_list_is_refused(saved, tmp_path, value):
+    with pytest.raises(ValueError, match="`residual_rotations` must be a list"):
+        AutoModel.from_pretrained(edited(saved[1], tmp_path, residual_rotations=value))
+
+
+@pytest.mark.parametrize("value", [5, [1], {"encoder": 3}])
+def test_a_record_of_sharing_that_is_no_dict_is_refused(saved, tmp_path, value):
+    with pytest.raises(ValueError, match="`residual_sharing` must be a dict"):
+        AutoModel.from_pretrained(edited(saved[1], tmp_path, residual_sharing=value))
+
+
 def test_a_rotation_that_is_not_that_of_the_matrices_is_refused(tmp_path):
     form = ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=4, rotation=32)
     ResidualWhisperForConditionalGeneration(tiny_whisper_config(residual_config=form)).save_pretrained(
