@@ -57,6 +57,7 @@ def compress(
     start: str = "calibrated",
     iterations: int | None = None,
     device: str | torch.device | None = None,
+    low_memory: bool = False,
     distributed: bool = False,
     progress: bool = True,
 ) -> Any:
@@ -90,6 +91,8 @@ def compress(
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
         iterations: rounds of alternation for groups of layers that have no closed form.
         device: where a model that is given by name is put; by default a GPU if there is one.
+        low_memory: whether the dense model's layers stay in the CPU's memory, or where a given model has them, in their
+            own precision. The weights of one module at a time are then copied to `device`, which takes longer.
         distributed: whether all processes of `torch.distributed` compress together, each on its share of the windows.
             All call this with the same arguments, and all get the same model.
         progress: whether to show progress bars.
@@ -108,7 +111,7 @@ def compress(
         raise ValueError(
             f"`bits` must not be set beside `residual_config`, which has its own `shared_bits`, got {bits!r}"
         )
-    dense, processor = load_dense(model, processor, device=device)
+    dense, processor = load_dense(model, processor, device=device, low_memory=low_memory)
     calibration = None
     if audio is not None:
         rows = rows_of(audio, processor, split, language=language, text_column=None, options=data_options)
@@ -120,11 +123,13 @@ def compress(
         calibration = calibration_batches(
             rows, processor, num_windows=num_windows, batch_size=batch_size, pack=pack
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"parts": parts, "block_size": block_size, "rotation": rotation}
     if residual_config is None:
-        options = {"shared_bits": bits, "parts": parts, "block_size": block_size, "rotation": rotation}
+        options["shared_bits"] = bits
     if iterations is not None:
         options["iterations"] = iterations
+    if low_memory:
+        options["device"] = device or _best_device()
     residual = residual_class_of(dense).from_dense(
         dense,
         residual_config,
@@ -136,7 +141,7 @@ def compress(
         **options,
     )
     residual.processor = processor
-    return residual
+    return residual.float()
 
 
 def distill(
@@ -372,9 +377,13 @@ def residual_class_of(dense: PreTrainedModel) -> Any:
 
 
 def load_dense(
-    model: str | Path | PreTrainedModel, processor: Any = None, *, device: Any = None
+    model: str | Path | PreTrainedModel,
+    processor: Any = None,
+    *,
+    device: Any = None,
+    low_memory: bool = False,
 ) -> tuple[Any, Any]:
-    """A dense model in float32 that has a residual form, and its processor.
+    """A dense model that has a residual form, in float32 or with `low_memory` as it is stored, and its processor.
 
     Raises:
         ValueError: for a model without a residual form, an adapter, or a model that is given without a processor.
@@ -389,13 +398,15 @@ def load_dense(
         residual_class_of(model)
         processor = _processor_of(model, processor)
         # The caller's model is not to change, and the weights of a view in float32 are its own.
-        loaded = frozen_view(model).float()
+        loaded = frozen_view(model, lent=[model]) if low_memory else frozen_view(model).float()
         loaded.processor = processor  # it names the tokens of languages where the generation config does not
         return loaded, processor
     config = _config_of(model)
     dense_class = _dense_class_for(config, str(model))
     if processor is None:
         processor = AutoProcessor.from_pretrained(model)
+    if low_memory:
+        return dense_class.from_pretrained(model, dtype="auto"), processor
     return dense_class.from_pretrained(model, dtype=torch.float32).to(device or _best_device()), processor
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .wavlm import call_projections
@@ -183,6 +184,7 @@ class LayerStack:
 
     def __init__(self, stack: Stack, model: nn.Module) -> None:
         self.owner: Any = stack.find(model)
+        self.model: Any = model
         self.stack = stack.of_layer(self.owner.layers[0])
         self.is_post_norm = is_one_of(self.owner, stack.post_norm)
 
@@ -197,6 +199,15 @@ class LayerStack:
     def linear(self, layer_idx: int, path: str) -> Any:
         """The linear module at `path` of a layer: an `nn.Linear`, or a `ResidualLinear` in a residual model."""
         return self.layers[layer_idx].get_submodule(path)
+
+    def weight(self, layer_idx: int, path: str) -> Tensor:
+        """The weight of a linear module in float64, on the device of the model, (out_features, in_features)."""
+        return self.linear(layer_idx, path).weight.to(self.model.device, torch.float64)
+
+    def bias(self, layer_idx: int, path: str) -> Tensor | None:
+        """The bias of a linear module, likewise, (out_features,); None where it has none."""
+        bias = self.linear(layer_idx, path).bias
+        return None if bias is None else bias.to(self.model.device, torch.float64)
 
     def bias_absorbs_mean(self, layer_idx: int, path: str) -> bool:
         """Whether a constant error of a matrix's outputs does no harm: its bias takes it up, or softmax ignores it."""

@@ -49,13 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or none",
     )
     how.add_argument(
-        "--block-size", type=int, default=32, help="weights that have one scale: 32, 64 or 128 (default: 32)"
+        "--block-size", type=int, help="weights that have one scale: 32, 64 or 128 (default: 32)"
     )
     how.add_argument(
         "--rotation",
         type=int,
-        default=128,
-        help="inputs that are rotated together before rounding, 1 for none (default: 128)",
+        help="inputs that are rotated together before rounding, 1 for none (default: 128; 1 in the precise form)",
     )
     how.add_argument(
         "--num-windows",
@@ -69,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)")
     how.add_argument("--seed", type=int, default=0, help="seed of the choice of recordings (default: 0)")
     how.add_argument("--device", help="where to compute (default: a GPU if there is one)")
+    how.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="keep the dense model in the CPU's memory as it is stored, and copy one matrix at a time to the device",
+    )
     how.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -119,12 +123,11 @@ def run(args: argparse.Namespace) -> None:
         )
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
     with _all_processes() as (distributed, writes):
-        dense, processor = load_dense(args.model, device=args.device)
+        dense, processor = load_dense(args.model, device=args.device, low_memory=args.low_memory)
         require_space(output_dir, model_bytes(dense))
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"parts": args.parts}
         if residual_config is None:
-            options["bits"] = "auto" if args.bits is None else bits
-            options |= {"parts": args.parts, "block_size": args.block_size, "rotation": args.rotation}
+            options |= {"bits": "auto" if args.bits is None else bits, **_rounding(args)}
         model = compress(
             dense,
             args.audio if calibrated else None,
@@ -140,6 +143,8 @@ def run(args: argparse.Namespace) -> None:
             residual_config=residual_config,
             start=args.start,
             iterations=args.iterations,
+            device=args.device,
+            low_memory=args.low_memory,
             distributed=distributed,
             **options,
         )
@@ -210,4 +215,11 @@ def _residual_config(args: argparse.Namespace, bits: Any) -> Any:
         share_biases=args.share_biases,
         target_modules=None if args.target_modules is None else tuple(args.target_modules),
         shared_bits=bits,
+        **_rounding(args),
     )
+
+
+def _rounding(args: argparse.Namespace) -> dict[str, Any]:
+    """Which of the options of rounding were given."""
+    given = {"block_size": args.block_size, "rotation": args.rotation}
+    return {name: value for name, value in given.items() if value is not None}

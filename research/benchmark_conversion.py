@@ -8,6 +8,8 @@ Its encoder alone is converted; `--decoder_layers 4` gives large-v3-turbo's deco
     python research/benchmark_conversion.py --size large-v3 --decoder_layers 4 --layers 2 4 --windows 1 \
         --output results/conversion-memory-turbo.json
 
+With `--low_memory`, the dense model is in float16 and its layers stay so, as `hrt compress --low-memory` has them.
+
 This shorter run takes about a minute on a CPU:
 
     python research/benchmark_conversion.py --size tiny --layers 2 4 --windows 1 2 \
@@ -60,6 +62,10 @@ class ConversionArguments:
         default=0,
         metadata={"help": "Decoder layers of a whole Whisper; 0 measures an encoder alone."},
     )
+    low_memory: bool = field(
+        default=False,
+        metadata={"help": "The dense model is in float16; one matrix at a time is copied to float32."},
+    )
     tokens: int = field(default=60, metadata={"help": "Tokens of a window's transcript, for a decoder."})
     budget: float = field(default=BUDGETS[BITS], metadata={"help": "As --size of `hrt compress`."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch's choice."})
@@ -107,7 +113,9 @@ def measure(args: ConversionArguments, layers: int, windows: int) -> Result:
     if args.decoder_layers:
         residual_class = hrt.ResidualWhisperForConditionalGeneration
     config = residual_class.config_class(**values).to_dense_config()
-    dense = residual_class.dense_class()(config).eval()
+    dense = (
+        residual_class.dense_class()(config).eval().to(torch.float16 if args.low_memory else torch.float32)
+    )
     name = "input_features" if shape.family == "whisper" else "input_values"
     inputs = [{name: random_inputs(dense, 30.0, 1)} for _ in range(windows)]
     if args.decoder_layers:
@@ -115,7 +123,10 @@ def measure(args: ConversionArguments, layers: int, windows: int) -> Result:
             batch["labels"] = torch.randint(0, 1000, (1, args.tokens))
     before, start = resident()["RSS"], time.perf_counter()
     with PeakMemory() as peak:
-        model = residual_class.from_dense(dense, calibration=inputs, budget=args.budget, progress=False)
+        device = "cpu" if args.low_memory else None
+        model = residual_class.from_dense(
+            dense, calibration=inputs, budget=args.budget, device=device, progress=False
+        )
     own = unique_bytes(model.state_dict().values())
     return {
         "layers": layers,
@@ -150,7 +161,8 @@ def save(args: ConversionArguments, results: list[Result]) -> None:
     contents: dict[str, Any] = {"settings": settings, "results": results, **provenance()}
     output.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     what = f"Whispers with {args.decoder_layers} decoder layers" if args.decoder_layers else "encoders"
-    title = f"Conversion to a budget of {args.budget}, {what} of the width of {args.size}, float32"
+    stored = "float16, one matrix at a time in float32" if args.low_memory else "float32"
+    title = f"Conversion to a budget of {args.budget}, {what} of the width of {args.size}, {stored}"
     output.with_suffix(".md").write_text(f"{title}\n\n{table(results)}\n", encoding="utf-8")
 
 
@@ -171,6 +183,7 @@ def main() -> None:
     options = [f"--size={args.size}", f"--budget={args.budget}", "--alone"]
     options += [f"--decoder_layers={args.decoder_layers}", f"--tokens={args.tokens}"]
     options += [f"--threads={args.threads}"] if args.threads else []
+    options += ["--low_memory"] if args.low_memory else []
     for layers, windows in tqdm(args.points(), unit="conversion"):
         command = [__file__, *options, f"--layers={layers}", f"--windows={windows}"]
         what = f"the conversion of {layers} layers with {windows} windows"

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.api import EXTRAS, require_extra
+from hf_residual_transformer.api import EXTRAS, load_dense, require_extra
 from hf_residual_transformer.speech.datasets import load_speech_dataset
 
 OPTIONAL = ["datasets", "jiwer", "soundfile", "accelerate", "matplotlib", "scipy", "psutil", "peft"]
@@ -136,6 +136,22 @@ class TestCompress:
         expected = hrt.compress(dense.float(), rows(), processor=whisper_processor(), **SHORT).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
+    def test_with_low_memory_the_dense_model_stays_as_it_is_stored(self, tmp_path):
+        dense = whisper().half()
+        expected = hrt.compress(dense, rows(), processor=whisper_processor(), **SHORT).state_dict()
+        dense.save_pretrained(tmp_path)
+        whisper_processor().save_pretrained(tmp_path)
+        loaded, _ = load_dense(tmp_path, low_memory=True)
+        assert {value.dtype for value in loaded.parameters()} == {torch.float16}
+        for given in (dense, tmp_path):
+            model = hrt.compress(
+                given, rows(), processor=whisper_processor(), low_memory=True, device="cpu", **SHORT
+            )
+            assert model.dtype == torch.float32
+            assert {value.dtype for value in dense.parameters()} == {torch.float16}
+            found = {name: value.half() for name, value in model.state_dict().items()}
+            assert all(torch.equal(found[name], value.half()) for name, value in expected.items())
+
     def test_a_folder_is_loaded_by_its_config_and_audio_may_be_a_folder(self, dense_whisper, dense_wav2vec2):
         options = {"language": "en", "data_options": {"max_seconds": 1.0, "max_samples": 6}, **SHORT}
         config = hrt.ResidualConfig(rank=2)
@@ -206,6 +222,11 @@ class TestCompress:
         with pytest.raises(ValueError, match="`bits` must not be set beside `residual_config`"):
             config = hrt.ResidualConfig()
             hrt.compress(whisper(), rows(), processor=processor, residual_config=config, bits=None)
+        for name, value in (("block_size", 64), ("rotation", 32), ("parts", ("encoder",))):
+            with pytest.raises(ValueError, match=rf"`{name}` must be .*`residual_config`.*{value}"):
+                hrt.compress(
+                    whisper(), rows(), processor=processor, residual_config=config, **{name: value}, **SHORT
+                )
         for audio in ({"audio": []}, 3):
             with pytest.raises(ValueError, match="`audio` must be a folder"):
                 hrt.compress(whisper(), audio, processor=processor)

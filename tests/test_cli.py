@@ -28,6 +28,7 @@ from conftest import (
     whisper_processor,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
@@ -118,7 +119,7 @@ class TestHelp:
 
     def test_defaults_that_help_states_are_those_of_the_package(self):
         from hf_residual_transformer.compression.conversion import BUDGETS
-        from hf_residual_transformer.quantization import BITS, MOST
+        from hf_residual_transformer.quantization import BITS, BLOCK, MOST, ROTATION
         from hf_residual_transformer.training.arguments import DistillationArguments, TrainingDataArguments
         from hf_residual_transformer.training.recipe import WINDOW_SECONDS
         from hf_residual_transformer.training.trainers import TEMPERATURE
@@ -129,6 +130,8 @@ class TestHelp:
             for option in text.split(" --"):
                 stated |= dict(re.findall(r"^([\w-]+) .*\(default: ([\d.]+)[);]", option))
         losses = DistillationArguments()
+        assert int(stated["block-size"]) == BLOCK
+        assert int(stated["rotation"]) == ROTATION
         assert float(stated["size"]) == BUDGETS[BITS]
         assert int(stated["bits"]) == MOST
         assert float(stated["window-seconds"]) == WINDOW_SECONDS
@@ -198,6 +201,8 @@ class TestErrors:
             (["--size", "0.5", "--target-modules", "fc1", "fc2"], "must not be set with --size alone"),
             (["--size", "0.5", "--diagonal", "all"], "must not be set with --size alone"),
             (["--size", "0.5", "--share-biases"], "must not be set with --size alone"),
+            (["--rank", "4", "--rotation", "3"], "`rotation` must be one of 1, 16"),
+            (["--rank", "4", "--block-size", "48"], "`block_size` must be one of 32"),
             (["--num-windows", "0"], "--num-windows above 0 are needed"),
         ],
     )
@@ -293,6 +298,22 @@ def test_compress_reads_a_file_of_options_and_either_spelling(dense_whisper, tmp
     assert model.dtype == torch.float32
     run("report", tmp_path / "out")
     assert capsys.readouterr().out.strip() in text
+
+
+def test_compress_rounds_as_it_is_told_where_settings_are_given(dense_whisper, tmp_path):
+    words = ["--start", "svd", "--rank", 4, "--bits", 4, "--device", "cpu", "--out", tmp_path / "out"]
+    words += ["--target-modules", "fc2"]
+    assert run("compress", dense_whisper, *words, "--block-size", 64, "--rotation", 16) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "out").residual_config
+    assert (config.block_size, config.rotation, config.shared_bits) == (64, 16, 4)
+
+
+def test_compress_needs_no_copy_of_the_dense_model(dense_whisper, tmp_path):
+    words = ["--audio", SAMPLE, "--language", "en", "--max-seconds", 1, "--max-samples", 6, "--device", "cpu"]
+    words += ["--num-windows", 2, "--size", 0.5]
+    for name, options in (("small", ["--low-memory"]), ("plain", [])):
+        assert run("compress", dense_whisper, *words, *options, "--out", tmp_path / name) == 0
+    assert moved(tmp_path / "small", tmp_path / "plain") == set()
 
 
 def test_distill_trains_on_packed_windows_without_transcripts(tmp_path, compressed, dense_whisper):

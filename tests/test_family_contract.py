@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from hf_residual_transformer.compression import refinement
 from hf_residual_transformer.compression.conversion import _make_linear
 from hf_residual_transformer.compression.inputs import (
     MEMORY,
+    _Loan,
     frozen_view,
     mask_of,
     output_of,
@@ -360,6 +362,47 @@ def test_a_family_without_a_residual_form_is_refused_by_name_with_the_reason():
 def test_the_page_lists_every_family_with_its_auto_classes_and_matrices():
     page = (REPO / "docs" / "families.md").read_text()
     assert "\n".join(table()) in page
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_dense_model_whose_layers_stay_in_16_bits_gives_the_same_compact_one(name, monkeypatch):
+    """The weights of a module are in float32 while it runs, and those of no other."""
+    of = Case(name, copy.deepcopy(case(name).dense).bfloat16(), case(name).inputs)
+    has_decoder = name in ("whisper", "speech_to_text", "moonshine", "moonshine_streaming")
+    labels = {"labels": torch.tensor([[3, 4, 5, 6, 2], [7, 8, 2, -100, -100]])} if has_decoder else {}
+    options = {"shared_bits": (4, 8), "progress": False, "iterations": 1}
+    options |= {"budget": 0.95} if has_decoder else {"budget": 0.6, "parts": ("encoder",)}
+    from_dense = functools.partial(
+        of.residual_class.from_dense, of.dense, None, [{**of.inputs, **labels}], **options
+    )
+    expected = from_dense()
+    running: list[nn.Module] = []
+    kept: dict[nn.Module, dict[str, Any]] = {}
+    together: set[int] = set()
+    begin, end = _Loan.begin, _Loan.end
+
+    def begins(loan: Any, module: nn.Module, *args: Any) -> None:
+        running.append(module)
+        kept[module] = {key: value for key, value in module._parameters.items() if value is not None}
+        together.add(len([one for one in running if one not in [*module.modules()]]))
+        begin(loan, module, *args)
+        assert all(value.dtype == torch.float32 for value in module.parameters(recurse=False))
+
+    def ends(loan: Any, module: nn.Module, *args: Any) -> None:
+        end(loan, module, *args)
+        assert all(module._parameters[name] is value for name, value in kept[module].items())
+        running.remove(module)
+
+    monkeypatch.setattr(_Loan, "begin", begins)
+    monkeypatch.setattr(_Loan, "end", ends)
+    found = from_dense(device="cpu")
+    assert {value.dtype for of_module in kept.values() for value in of_module.values()} >= {torch.bfloat16}
+    assert not running and together <= {0, 1} and 0 in together
+    assert found.dtype == expected.dtype == of.dense.dtype == torch.bfloat16
+    assert found.config.to_dict() == expected.config.to_dict()
+    others = expected.state_dict()
+    for key, value in found.state_dict().items():
+        torch.testing.assert_close(value, others[key], rtol=0, atol=0, msg=key)
 
 
 # Most of a tiny Moonshine is its convolutions, which stay dense. Where a row is one block, 8-bit scales save nothing.

@@ -47,12 +47,12 @@ def reorder_neurons(source: LayerStack, statistics: Statistics, orders: Orders) 
     for (layer, block), order in orders.items():
         for path in block.readers:
             reader = source.linear(layer, path)
-            set_frozen(reader, "weight", reader.weight[order])
+            set_frozen(reader, "weight", reader.weight[order.to(reader.weight.device)])
             if reader.bias is not None:
-                set_frozen(reader, "bias", reader.bias[order])
+                set_frozen(reader, "bias", reader.bias[order.to(reader.bias.device)])
             statistics[layer, path].reorder_outputs(order)
         writer = source.linear(layer, block.writer)
-        set_frozen(writer, "weight", writer.weight[:, order])
+        set_frozen(writer, "weight", writer.weight[:, order.to(writer.weight.device)])
         statistics[layer, block.writer].reorder_inputs(order)
 
 
@@ -81,5 +81,5 @@ def _order(source: LayerStack, first: int, layer: int, block: Block, statistics:
 def _pair(
     source: LayerStack, first: int, layer: int, path: str, statistics: Statistics
 ) -> tuple[list[Tensor], list[Any]]:
-    weights = [source.linear(index, path).weight.double() for index in (first, layer)]
+    weights = [source.weight(index, path) for index in (first, layer)]
     return weights, [statistics[index, path] for index in (first, layer)]

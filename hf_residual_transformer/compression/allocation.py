@@ -306,7 +306,7 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
     """
     found = []
     for group in groups:
-        weights = [search.source.linear(layer, group.module_path).weight.double() for layer in group.layers]
+        weights = [search.source.weight(layer, group.module_path) for layer in group.layers]
         covariances, importance = metric_of(group, statistics)
         root = torch.linalg.cholesky(importance).T
         out_features, in_features = weights[0].shape

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
@@ -46,7 +47,16 @@ from .allocation import (
     unranked_parameters,
 )
 from .fitting import ITERATIONS, fit_group, quantize_for
-from .inputs import Batch, as_batches, frozen_view, main_input, refuse_adapter, with_labels, without_memory
+from .inputs import (
+    Batch,
+    as_batches,
+    frozen_view,
+    lend_weights,
+    main_input,
+    refuse_adapter,
+    with_labels,
+    without_memory,
+)
 from .measurement import (
     CHECK_WINDOWS,
     Divergence,
@@ -127,6 +137,7 @@ def convert(
     block_size: int = BLOCK,
     rotation: int = ROTATION,
     iterations: int = ITERATIONS,
+    device: str | torch.device | None = None,
     distributed: bool = False,
     progress: bool = True,
 ) -> Any:
@@ -163,6 +174,9 @@ def convert(
         block_size: the number of weights of a quantised `U` that have one scale, where `budget` chooses all settings.
         rotation: how many inputs of a quantised `U` are rotated together, where `budget` chooses all settings.
         iterations: rounds of alternation for groups without a closed form.
+        device: where to compute, if memory is short. The layers of the dense model then stay where they are, in their
+            own precision, and the weights of one module at a time are copied to `device` in float32. By default
+            everything is computed where the dense model is, of which weights of fewer than 32 bits are copied at once.
         distributed: whether all processes of `torch.distributed` convert together, each of which runs the model on
             its share of the calibration. All call this with the same arguments, and all get the same model.
         progress: whether to show progress bars.
@@ -194,13 +208,16 @@ def convert(
             progress and processes.index == 0,
             processes,
         )
-        loaded = _load_dense(cls, dense)
+        loaded = _load_dense(cls, dense, dtype=torch.float32 if device is None else "auto")
         for index, batch in enumerate(request.batches):
             if "input_values" in batch:
                 check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
         processes.check_same(request.batches)
-        view = frozen_view(loaded)
+        view = frozen_view(loaded, device, [] if device is None else _layers(cls.family, loaded))
         _make_linear(view, cls.family)
+        if device is not None:
+            for layer in _layers(cls.family, view):
+                lend_weights(layer, view.device)
         with torch.no_grad():
             model, errors = _Conversion(cls, view, request).run()
         # Processors of different kinds may round differently.
@@ -266,6 +283,12 @@ def _checked(
             f"`shared_bits` must be left out beside a `residual_config`, which has its own "
             f"({plan.configs[ENCODER].shared_bits!r}), got {shared_bits!r}"
         )
+    for name, value, default in (("block_size", block_size, BLOCK), ("rotation", rotation, ROTATION)):
+        if plan is not None and value != default:
+            raise ValueError(
+                f"`{name}` must be left out beside a `residual_config`, which has its own "
+                f"({getattr(plan.configs[ENCODER], name)!r}), got {value!r}"
+            )
     numbers = _numbers(MOST if shared_bits == AUTO else shared_bits)
     for bits in numbers or (None,):  # a config refuses numbers that cannot be
         ResidualConfig(shared_bits=bits, block_size=block_size, rotation=rotation)
@@ -590,21 +613,21 @@ def _rotation(request: Request, source: LayerStack) -> int | dict[str, int]:
     return {role: request.rotation for role, (outputs, inputs) in shapes.items() if inputs <= outputs}
 
 
-def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve], PlainRounding]]:
+def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve], list[PlainRounding]]]:
     """The curves of a part by module path, and if `rounds` the plain rounding of the same matrices."""
-    found: dict[str, tuple[list[Curve], PlainRounding]] = {}
+    found: dict[str, tuple[list[Curve], list[PlainRounding]]] = {}
     for run_idx in range(len(part.runs)):
         curves, roundings = _curves_of_run(part, run_idx, rounds=rounds)
         for curve in curves:
-            found.setdefault(curve.group.module_path, ([], PlainRounding()))[0].append(curve)
+            found.setdefault(curve.group.module_path, ([], []))[0].append(curve)
         for path, rounding in roundings.items():
-            found[path][1].add(rounding)
+            found[path][1].extend(rounding)
     return found
 
 
 def _curves_of_run(
     part: _Part, run_idx: int, *, rounds: bool
-) -> tuple[list[Curve], dict[str, PlainRounding]]:
+) -> tuple[list[Curve], dict[str, list[PlainRounding]]]:
     """The same of a run of layers, whose statistics are not kept."""
     source, config, statistics = part.search.source, part.search.config, part.observe(run_idx)
     curves = curves_of(part.search, part.runs[run_idx], statistics)
@@ -612,13 +635,14 @@ def _curves_of_run(
 
 
 def _scaled(
-    curves: list[Curve], plain: PlainRounding, divergence: Divergence | None, keeps: Keeps
+    curves: list[Curve], plain: Sequence[PlainRounding], divergence: Divergence | None, keeps: Keeps
 ) -> list[Curve]:
     """The curves of some matrices, in the unit of a measured divergence."""
-    if divergence is None or plain.estimate <= 0:
+    estimate = sum(rounding.estimate for rounding in plain)
+    if divergence is None or estimate <= 0:
         return curves
-    with replaced(plain.roundings):
-        scale = divergence(keeps) / plain.estimate
+    with replaced([rounding.replacement() for rounding in plain]):
+        scale = divergence(keeps) / estimate
     return [replace(curve, errors=curve.errors * max(scale, 0.0)) for curve in curves]
 
 
@@ -658,9 +682,8 @@ def _fit_group(
 ) -> list[ModuleError]:
     """Fits one group to inputs of the dense model, and writes it; the relative errors of its weights."""
     path, calibrated = group.module_path, request.start == "calibrated"
-    sources = [source.linear(layer, path) for layer in group.layers]
     targets = [target.linear(layer, path) for layer in group.layers]
-    weights = [linear.weight.double() for linear in sources]
+    weights = [source.weight(layer, path) for layer in group.layers]
     covariances, importance = metric_of(group, statistics) if calibrated else (None, None)
     shared = targets[0].shared
     fits = fit_group(
@@ -677,8 +700,8 @@ def _fit_group(
     for index, (layer, weight, fit) in enumerate(zip(group.layers, weights, fits)):
         fit.write(targets[index])
         difference = weight - fit.weight()
-        if sources[index].bias is not None:
-            bias = sources[index].bias.double()
+        bias = source.bias(layer, path)
+        if bias is not None:
             if calibrated:
                 bias = bias + difference @ statistics[layer, path].mean
             biases.append(bias)
@@ -690,6 +713,11 @@ def _fit_group(
     if shared is not None and shared.bias is not None:
         shared.bias.copy_(torch.stack(biases).mean(0))
     return errors
+
+
+def _layers(family: Family, model: Any) -> list[nn.Module]:
+    """The layers of all stacks of a model."""
+    return [layer for stack in family.stacks if stack.is_in(model) for layer in stack.find(model).layers]
 
 
 def _make_linear(view: Any, family: Family) -> None:
@@ -759,8 +787,8 @@ def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
     return model
 
 
-def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
-    """The dense model, loaded in float32 where an id or a folder is given, and checked."""
+def _load_dense(cls: type[ResidualMixin], dense: Any, dtype: Any) -> Any:
+    """The dense model, loaded in this dtype where an id or a folder is given, and checked."""
     dense_class = cls.dense_class()
     refuse_adapter(dense)
     if isinstance(dense, (str, Path)):
@@ -769,7 +797,7 @@ def _load_dense(cls: type[ResidualMixin], dense: Any) -> Any:
             raise ValueError(
                 f"`dense` must be a {cls.family.name} model for {cls.__name__}, {dense!r} is {model_type!r}"
             )
-        dense = dense_class.from_pretrained(dense, dtype=torch.float32)
+        dense = dense_class.from_pretrained(dense, dtype=dtype)
     if isinstance(dense, ResidualMixin):
         raise ValueError(f"`dense` must be a dense model, got a {type(dense).__name__}; merge() it first")
     if not isinstance(dense, dense_class):

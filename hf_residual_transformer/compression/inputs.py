@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..families import WHISPER, frame_mask, takes_mask
+from ..layers import at_least_float32
 from ..speech.collators import LABEL_PADDING
 from ..speech.transcription import greedy_labels, has_words, transcribe
 
@@ -37,27 +38,58 @@ def refuse_adapter(dense: Any) -> None:
         )
 
 
-def frozen_view(model: Any) -> Any:
+def frozen_view(model: Any, device: Any = None, lent: Iterable[nn.Module] = ()) -> Any:
     """A second model over the same weights, in eval mode and without gradients.
 
     Modules and hooks are its own, so nothing that is done to it reaches `model`. Weights of fewer than 32 bits are
     converted to float32; all others are the tensors of `model`, and take no further memory.
+
+    Args:
+        model: the model.
+        device: where the view's weights are; by default where those of `model` are.
+        lent: modules of `model` whose parameters stay as they are and where they are, for `lend_weights`.
     """
 
-    def detached(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return (
-            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            if tensor.is_floating_point()
-            else tensor
-        )
+    def ready(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(device)
+        return at_least_float32(tensor) if tensor.is_floating_point() else tensor
 
+    stays = {id(parameter) for module in lent for parameter in module.parameters()}
     memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(detached(parameter), requires_grad=False)
+        id(parameter): nn.Parameter(
+            parameter.detach() if id(parameter) in stays else ready(parameter), requires_grad=False
+        )
         for parameter in model.parameters()
     }
-    memo |= {id(buffer): detached(buffer) for buffer in model.buffers()}
+    memo |= {id(buffer): ready(buffer) for buffer in model.buffers()}
     return copy.deepcopy(model, memo).eval()
+
+
+def lend_weights(module: nn.Module, device: torch.device) -> None:
+    """From now on, the parameters of each module inside are on `device` in float32 while it runs, and only then."""
+    for part in module.modules():
+        if next(part.parameters(recurse=False), None) is not None:
+            loan = _Loan(device)
+            part.register_forward_pre_hook(loan.begin)
+            part.register_forward_hook(loan.end, always_call=True)
+
+
+class _Loan:
+    """Copies of one module's parameters on a device, while it runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: dict[str, Any] = {}
+
+    def begin(self, module: nn.Module, _args: Any) -> None:
+        self.kept = {name: value for name, value in module._parameters.items() if value is not None}
+        for name, value in self.kept.items():
+            set_frozen(module, name, at_least_float32(value.to(self.device)))
+
+    def end(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        for name, value in self.kept.items():
+            setattr(module, name, value)
+        self.kept = {}
 
 
 def set_frozen(module: Any, name: str, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..configuration import ResidualConfig
 from ..families import LayerStack
-from ..quantization import quantize
+from ..layers import at_least_float32
+from ..quantization import Quantized, quantize
 from .inputs import Batch, inputs_of, is_token, set_frozen, without_memory
 from .processes import ALONE, Processes
 from .statistics import TINY, MatrixStatistics
@@ -33,45 +34,50 @@ CACHE_BYTES = 1e9  # of keys and values that are kept, about
 Rounding = tuple[Any, Tensor, Tensor | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlainRounding:
-    """Matrices in `CHECK_BITS` bits, each weight rounded on its own.
+    """A matrix in `CHECK_BITS` bits, each weight rounded on its own.
 
     Args:
-        roundings: the matrices.
-        estimate: the estimated error that they make together.
+        linear: the module, with the weight of the dense model.
+        rounded: the weight, packed.
+        bias: what goes with the rounded weight.
+        estimate: the estimated error.
     """
 
-    roundings: list[Rounding] = field(default_factory=list)
-    estimate: float = 0.0
+    linear: Any
+    rounded: Quantized
+    bias: Tensor | None
+    estimate: float
 
-    def add(self, other: PlainRounding) -> None:
-        """Adds further matrices."""
-        self.roundings = self.roundings + other.roundings
-        self.estimate += other.estimate
+    def replacement(self) -> Rounding:
+        """The module with its rounded weight."""
+        return self.linear, self.rounded.weight().to(at_least_float32(self.linear.weight)), self.bias
 
 
 def round_plainly(
     source: LayerStack,
     statistics: dict[tuple[int, str], MatrixStatistics],
     config: ResidualConfig,
-) -> dict[str, PlainRounding]:
-    """The plain rounding of the matrices of a run of layers, by module path."""
-    found: dict[str, PlainRounding] = {}
+) -> dict[str, list[PlainRounding]]:
+    """The plain rounding of each matrix of a run of layers, by module path."""
+    found: dict[str, list[PlainRounding]] = {}
     for (layer, path), entry in statistics.items():
-        linear = source.linear(layer, path)
-        weight = linear.weight.double()
+        linear, weight, bias = (
+            source.linear(layer, path),
+            source.weight(layer, path),
+            source.bias(layer, path),
+        )
         rotation = config.rotation_of(source.stack.role_of(path))
-        rounded = quantize(weight, None, CHECK_BITS, config.block_size, rotation=rotation).weight()
-        difference = rounded - weight
-        bias = linear.bias
-        if entry.centred and bias is not None:
-            bias = (bias - difference @ entry.mean).to(bias)
+        rounded = quantize(weight, None, CHECK_BITS, config.block_size, rotation=rotation)
+        difference = rounded.weight() - weight
+        if bias is not None:
+            moved = bias - difference @ entry.mean if entry.centred else bias
+            bias = moved.to(at_least_float32(linear.bias))
         covariance = entry.covariance() if entry.centred else entry.products
-        moved = difference @ covariance @ difference.T
-        of_path = found.setdefault(path, PlainRounding())
-        of_path.estimate += ((entry.gradients * moved).sum() / entry.weight.clamp_min(TINY)).item()
-        of_path.roundings.append((linear, (weight + difference).to(linear.weight), bias))
+        error = difference @ covariance @ difference.T
+        estimate = ((entry.gradients * error).sum() / entry.weight.clamp_min(TINY)).item()
+        found.setdefault(path, []).append(PlainRounding(linear, rounded, bias, estimate))
     return found
 
 

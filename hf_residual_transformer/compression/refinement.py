@@ -213,7 +213,7 @@ class Streams:
         elif own_bias is None and linear.bias is not None:
             offset = linear.bias.double()
         cross, products = found.about(offset)
-        weight = self.source.linear(layer_idx, path).weight.double()
+        weight = self.source.weight(layer_idx, path)
         missing = cross - weight @ products
         weight = weight + torch.linalg.solve(found.damped(products, RIDGE), missing.T).T
         shared, members = linear.shared, [layer_idx]
@@ -225,7 +225,7 @@ class Streams:
             weight = weight - shared.weight.double()
         following = members[1:]
         fits = fit_group(
-            [weight, *(self.source.linear(index, path).weight.double() for index in following)],
+            [weight, *(self.source.weight(index, path) for index in following)],
             [found.damped(products), *(statistics[index, path].metric() for index in following)],
             [self.target.linear(index, path).rank for index in members],
             importance=importance_of([statistics[index, path] for index in members]),
