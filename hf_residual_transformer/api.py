@@ -39,7 +39,7 @@ EXTRAS = {
 def compress(
     model: str | PreTrainedModel,
     audio: Any,
-    size: float | None = None,
+    size: float | Sequence[float] | None = None,
     *,
     processor: Any = None,
     split: str = "train",
@@ -70,7 +70,8 @@ def compress(
             start "svd", which needs none.
         size: bytes of the whole saved model relative to dense in 16 bits; by default 0.31. With `parts=("encoder",)`,
             `bits=None` or a `residual_config`, it is relative to the encoder's layers; by default 0.7 with `bits=None`,
-            or what `residual_config` makes.
+            or what `residual_config` makes. Several sizes, such as (0.31, 0.25), give a list of models, for which the
+            recordings are looked at once.
         processor: the model's; by default the one saved with it. It becomes `model.processor` of the result, and is
             saved with it.
         split: of the data to calibrate on.
@@ -98,7 +99,8 @@ def compress(
         progress: whether to show progress bars.
 
     Returns:
-        A residual model in float32 and eval mode; see `from_dense`. `save_pretrained` saves it.
+        A residual model in float32 and eval mode; see `from_dense`. `save_pretrained` saves it. A list of models where
+        `size` is one of sizes.
 
     Raises:
         ImportError: when the packages of the extra "speech" are missing.
@@ -130,7 +132,7 @@ def compress(
         options["iterations"] = iterations
     if low_memory:
         options["device"] = device or _best_device()
-    residual = residual_class_of(dense).from_dense(
+    found = residual_class_of(dense).from_dense(
         dense,
         residual_config,
         calibration=calibration,
@@ -140,8 +142,9 @@ def compress(
         progress=progress,
         **options,
     )
-    residual.processor = processor
-    return residual.float()
+    for residual in found if isinstance(found, list) else [found]:
+        residual.float().processor = processor
+    return found
 
 
 def distill(

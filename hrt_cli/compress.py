@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, split="train", required=False)
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--size", type=float, help="bytes of the whole saved model, relative to dense (default: 0.31)"
+        "--size",
+        type=float,
+        nargs="+",
+        help="bytes of the whole saved model, relative to dense (default: 0.31); several: one model each, in DIR/SIZE",
     )
     how.add_argument(
         "--parts",
@@ -122,16 +125,18 @@ def run(args: argparse.Namespace) -> None:
             "needs none and is far worse"
         )
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
+    sizes = args.size or [None]
+    folders = [output_dir / f"{size:g}" for size in sizes] if len(sizes) > 1 else [output_dir]
     with _all_processes() as (distributed, writes):
         dense, processor = load_dense(args.model, device=args.device, low_memory=args.low_memory)
         require_space(output_dir, model_bytes(dense))
         options: dict[str, Any] = {"parts": args.parts}
         if residual_config is None:
             options |= {"bits": "auto" if args.bits is None else bits, **_rounding(args)}
-        model = compress(
+        models = compress(
             dense,
             args.audio if calibrated else None,
-            args.size,
+            sizes if len(sizes) > 1 else sizes[0],
             processor=processor,
             split=args.split,
             language=args.language,
@@ -150,20 +155,22 @@ def run(args: argparse.Namespace) -> None:
         )
         if not writes:
             return
-        parameters = size_report(model)
-        print(model.conversion_report, parameters, sep="\n\n")
-        report = {
-            "model": portable(args.model),
-            **settings_of(model.config),
-            "parameters": parameters.to_dict(),
-            "conversion": model.conversion_report.to_dict(),
-            "data": described_data(args, portable) if calibrated else None,
-            **provenance(),
-        }
-        with complete_folder(output_dir) as folder:
-            model.to(getattr(torch, args.dtype)).save_pretrained(folder, with_code=args.with_code)
-            (folder / "compression.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(f"\nthe compact model is in {output_dir}")
+        for own_dir, model in zip(folders, models if isinstance(models, list) else [models]):
+            parameters = size_report(model)
+            print(model.conversion_report, parameters, sep="\n\n")
+            report = {
+                "model": portable(args.model),
+                **settings_of(model.config),
+                "parameters": parameters.to_dict(),
+                "conversion": model.conversion_report.to_dict(),
+                "data": described_data(args, portable) if calibrated else None,
+                **provenance(),
+            }
+            with complete_folder(own_dir) as folder:
+                model.to(getattr(torch, args.dtype)).save_pretrained(folder, with_code=args.with_code)
+                text = json.dumps(report, indent=2) + "\n"
+                (folder / "compression.json").write_text(text, encoding="utf-8")
+            print(f"\nthe compact model is in {own_dir}")
 
 
 @contextmanager

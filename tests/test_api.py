@@ -126,6 +126,19 @@ class TestCompress:
         ).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in compact.state_dict().items())
 
+    def test_several_sizes_give_what_each_gives_alone(self, compact):
+        models = hrt.compress(whisper(), rows(), (0.7, 0.5), processor=whisper_processor(), **SHORT)
+        assert [0.6 < hrt.size_report(model).model_bytes.ratio <= 0.7 for model in models] == [True, False]
+        assert all(model.processor is not None and model.conversion_report.errors for model in models)
+        assert models[1].config.to_dict() == compact.config.to_dict()
+        expected = compact.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in models[1].state_dict().items())
+        for sizes in ((0.5, 1.5), ()):
+            with pytest.raises(ValueError, match="`budget` must be above 0, at most 1"):
+                hrt.compress(whisper(), rows(), sizes, processor=whisper_processor(), **SHORT)
+        with pytest.raises(ValueError, match=r"`budget` must be at least 0\.\d+ with these settings"):
+            hrt.compress(whisper(), rows(), (0.5, 0.01), processor=whisper_processor(), **SHORT)
+
     def test_a_model_in_half_precision_is_converted_in_float32_and_left_as_it_is(self):
         dense = whisper().half()
         before = {name: value.clone() for name, value in dense.state_dict().items()}

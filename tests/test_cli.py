@@ -308,6 +308,20 @@ def test_compress_rounds_as_it_is_told_where_settings_are_given(dense_whisper, t
     assert (config.block_size, config.rotation, config.shared_bits) == (64, 16, 4)
 
 
+def test_compress_writes_a_folder_for_each_of_several_sizes(dense_whisper, tmp_path):
+    words = ["--audio", SAMPLE, "--language", "en", "--max-seconds", 1, "--max-samples", 6, "--device", "cpu"]
+    words += ["--num-windows", 2, "--size", 0.5, 0.7]
+    assert run("compress", dense_whisper, *words, "--out", tmp_path / "out") == 0
+    ratios = {}
+    for folder in sorted((tmp_path / "out").iterdir()):
+        assert AutoModelForSpeechSeq2Seq.from_pretrained(folder).config.embedding_bits
+        AutoProcessor.from_pretrained(folder)
+        report = json.loads((folder / "compression.json").read_text())
+        ratios[folder.name] = report["parameters"]["model_bytes"]["ratio"]
+    assert list(ratios) == ["0.5", "0.7"]
+    assert ratios["0.5"] <= 0.5 < ratios["0.7"] <= 0.7
+
+
 def test_compress_needs_no_copy_of_the_dense_model(dense_whisper, tmp_path):
     words = ["--audio", SAMPLE, "--language", "en", "--max-seconds", 1, "--max-samples", 6, "--device", "cpu"]
     words += ["--num-windows", 2, "--size", 0.5]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Request:
     parts: tuple[str, ...] | None
     batches: list[Batch]
     start: str
-    budget: float | None
+    budgets: tuple[float, ...] | None
     numbers: tuple[int, ...] | None
     block_size: int
     rotation: int
@@ -132,7 +132,7 @@ def convert(
     embedding_bits: EmbeddingBits = None,
     parts: Sequence[str] | None = None,
     start: str = "calibrated",
-    budget: float | None = None,
+    budget: float | Sequence[float] | None = None,
     shared_bits: int | Sequence[int] | str | None = AUTO,
     block_size: int = BLOCK,
     rotation: int = ROTATION,
@@ -165,7 +165,8 @@ def convert(
         start: "calibrated" or "svd".
         budget: bytes of the whole saved model relative to dense in 16 bits, above 0 and at most 1. With
             `parts=("encoder",)`, or a `residual_config` alone, it is relative to the encoder's layers, as in the paper.
-            By default it is that of `BUDGETS` where there is no `residual_config`. The rank of each matrix is then
+            By default it is that of `BUDGETS` where there is no `residual_config`. Several budgets give a list of
+            models, from one look at the calibration. The rank of each matrix is then
             chosen by the effect of its error on the objective, and replaces that of `residual_config`. Where no
             settings are given, group sizes and bits are chosen as well.
         shared_bits: the most bits that a `U` has where `budget` chooses all settings, or all numbers of bits that it
@@ -183,7 +184,7 @@ def convert(
 
     Returns:
         The model in eval mode, in the dtype of the dense model, with the relative output error of every matrix in
-        `conversion_report`.
+        `conversion_report`. A list of models for a list of budgets.
 
     Raises:
         ValueError: for a model that is not the dense class's, is quantised, adapted or residual already, or has
@@ -219,13 +220,16 @@ def convert(
             for layer in _layers(cls.family, view):
                 lend_weights(layer, view.device)
         with torch.no_grad():
-            model, errors = _Conversion(cls, view, request).run()
-        # Processors of different kinds may round differently.
-        processes.copy_from_first(model.state_dict().values())
-        errors = processes.from_first(errors)
-    model = model.to(loaded.dtype).eval()
-    model.conversion_report = ConversionReport(start, "outputs" if request.batches else "weights", errors)
-    return model
+            models = []
+            for model, own_errors in _Conversion(cls, view, request).run():
+                # Processors of different kinds may round differently.
+                processes.copy_from_first(model.state_dict().values())
+                errors = processes.from_first(own_errors)
+                model = model.to(loaded.dtype).eval()
+                measured = "outputs" if request.batches else "weights"
+                model.conversion_report = ConversionReport(start, measured, errors)
+                models.append(model)
+    return models if isinstance(budget, Sequence) else models[0]
 
 
 def _given_plan(
@@ -254,7 +258,7 @@ def _checked(
     parts: Sequence[str] | None,
     calibration: Any,
     start: str,
-    budget: float | None,
+    budget: float | Sequence[float] | None,
     shared_bits: Any,
     block_size: int,
     rotation: int,
@@ -271,7 +275,10 @@ def _checked(
             'recordings (hf_residual_transformer.speech.windows.calibration_batches makes them), or start="svd", '
             "which needs none and is much worse"
         )
-    if budget is not None and not (start == "calibrated" and 0 < budget <= 1):
+    budgets = None if budget is None else tuple(budget) if isinstance(budget, Sequence) else (budget,)
+    if budgets is not None and not (
+        budgets and start == "calibrated" and all(0 < number <= 1 for number in budgets)
+    ):
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
     if isinstance(shared_bits, dict):
         raise ValueError(
@@ -306,10 +313,10 @@ def _checked(
             )
     if plan is None and start == "svd":
         plan = Plan({ENCODER: ResidualConfig()})
-    if plan is None and budget is None:
-        budget = BUDGETS[None if numbers is None else BITS]
+    if plan is None and budgets is None:
+        budgets = (BUDGETS[None if numbers is None else BITS],)
     return Request(
-        plan, parts, batches, start, budget, numbers, block_size, rotation, iterations, progress, processes
+        plan, parts, batches, start, budgets, numbers, block_size, rotation, iterations, progress, processes
     )
 
 
@@ -412,7 +419,7 @@ class _Conversion:
         request, source = self.request, self.stacks[name]
         if request.plan is not None:
             search = Search(source, request.plan.configs[name])
-            if request.budget is not None:
+            if request.budgets is not None:
                 search = replace(search, config=replace(search.config, rank=1, rank_pattern={}))
         else:
             config = ResidualConfig(
@@ -467,15 +474,20 @@ class _Conversion:
             reorder_neurons(source, statistics, match_neurons(source, groups, statistics))
         return statistics
 
-    def run(self) -> tuple[Any, list[ModuleError]]:
-        """The residual model, and the error of each matrix."""
+    def run(self) -> Iterator[tuple[Any, list[ModuleError]]]:
+        """The residual model of each budget, and the error of each of its matrices."""
         embedding = self.embedding
         if len(self.names) > 1 and DECODER in self.parts and self.request.batches:
             self.parts[DECODER].observe(0)  # the decoder says which of the encoder's frames matter
-        plan = self.request.plan
-        if self.request.budget is not None:
-            plan = self.request.processes.from_first(self._allocate(embedding))
-        assert plan is not None
+        plans = [self.request.plan]
+        if self.request.budgets is not None:
+            plans = self.request.processes.from_first(self._allocate(embedding, self.request.budgets))
+        for plan in plans:
+            assert plan is not None
+            yield self._made(plan, embedding)
+
+    def _made(self, plan: Plan, embedding: EmbeddingStatistics | None) -> tuple[Any, list[ModuleError]]:
+        """The residual model of a plan, and the error of each of its matrices."""
         model = residual_like(self.cls, self.dense, plan)
         errors: list[ModuleError] = []
         if ENCODER in self.parts:
@@ -501,9 +513,8 @@ class _Conversion:
                 rows = rows - mean
             part.write(quantize_for(rows, metric, **part.rounding))
 
-    def _allocate(self, embedding: EmbeddingStatistics | None) -> Plan:
-        budget = self.request.budget
-        assert budget is not None
+    def _allocate(self, embedding: EmbeddingStatistics | None, budgets: Sequence[float]) -> list[Plan]:
+        """The plan for each budget. What it is chosen by is measured once."""
         curves: list[Curve] = []
         divergence = self._divergence(self.check_places)
         for name, part in self.parts.items():
@@ -543,6 +554,10 @@ class _Conversion:
                 self.centres_table,
             )
             fixed -= table.numel()
+        return [self._plan(curves, budget, dense, fixed) for budget in budgets]
+
+    def _plan(self, curves: Sequence[Curve], budget: float, dense: float, fixed: float) -> Plan:
+        """What fits into a part of `dense` parameters, of which `fixed` are spent."""
         try:
             choices = choose(curves, budget * dense - fixed)
         except Lacking as lacking:
