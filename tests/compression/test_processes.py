@@ -83,8 +83,8 @@ def work_of_each_process() -> tuple[int, int]:
     dense, calls = dense_whisper(), []
     view = conversion.frozen_view
 
-    def counted(model: Any) -> Any:
-        found = view(model)
+    def counted(model: Any, *options: Any) -> Any:
+        found = view(model, *options)
         found.model.encoder.conv1.register_forward_pre_hook(lambda *given: calls.append(len(given[1][0])))
         return found
 
