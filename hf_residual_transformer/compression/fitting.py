@@ -121,7 +121,9 @@ def fit_group(
     identity = torch.eye(in_features, dtype=weights[0].dtype, device=weights[0].device)
     C = covariances or [identity] * len(weights)
     roots = [torch.linalg.cholesky(c) for c in C] if covariances else C
-    total = torch.linalg.cholesky(torch.stack(C).sum(0))
+    alone = len(weights) == 1
+    total = C[0] if alone else torch.stack(C).sum(0)
+    total_root = roots[0] if alone else torch.linalg.cholesky(total)
     G = torch.eye(out_features, dtype=weights[0].dtype, device=weights[0].device)
     G = G if importance is None else importance
     R = torch.linalg.cholesky(G).T
@@ -137,20 +139,19 @@ def fit_group(
     if shared and covariances and len(weights) == 2:
         for fit, factors in zip(fits, _fit_pair(weights, C, ranks, R)):
             fit.residual_B, fit.residual_A = factors
-    if (shared and len(weights) == 1) or (not diagonal and (not shared or len(weights) == 2)):
+    if (shared and alone) or (not diagonal and (not shared or len(weights) == 2)):
         iterations = 0  # the first round is the minimum
     rounding = bits is not None and shared
-    for round_idx in range(iterations + 1 + rounding):
+    U = weights[0]  # all that there is to fit where it is alone
+    for round_idx in range(int(alone and rounding), iterations + 1 + rounding):
         quantized = None
-        if shared and round_idx <= iterations:
+        if shared and not alone and round_idx <= iterations:
             rest = [
                 (w - f.residual_B @ f.residual_A - embed(f.diagonal)) @ c for w, f, c in zip(weights, fits, C)
             ]
-            U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total).T
-        elif bits is not None:
-            quantized = quantize_for(
-                U, total @ total.T, bits, block_size, scale_bits=scale_bits, rotation=rotation
-            )
+            U = torch.cholesky_solve(torch.stack(rest).sum(0).T, total_root).T
+        elif bits is not None and round_idx > iterations:
+            quantized = quantize_for(U, total, bits, block_size, scale_bits=scale_bits, rotation=rotation)
             U = quantized.weight()
         for w, fit, c, root in zip(weights, fits, C, roots):
             fit.shared, fit.quantized = U if shared else None, quantized
