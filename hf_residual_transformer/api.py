@@ -18,7 +18,6 @@ from .classes import MODEL_TYPE_PREFIX, RECOGNIZERS, model_classes_of
 from .configuration import ResidualConfigMixin
 from .families import FAMILIES, REFUSED
 from .modeling import ResidualMixin
-from .quantization import BLOCK, ROTATION
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +50,8 @@ def compress(
     seed: int = 0,
     parts: Sequence[str] | None = None,
     bits: int | Sequence[int] | str | None = "auto",
-    block_size: int = BLOCK,
-    rotation: int = ROTATION,
+    block_size: int | None = None,
+    rotation: int | None = None,
     residual_config: ResidualConfig | None = None,
     start: str = "calibrated",
     iterations: int | None = None,
@@ -85,15 +84,15 @@ def compress(
         parts: those of "encoder", "decoder" and "embed_tokens" that become compact; by default all that there are.
         bits: the most bits that a full matrix may have; all numbers of bits that it may have, such as (2, 4, 8), which
             ONNX Runtime has; or None for matrices in floating point. "auto" is 8.
-        block_size: the number of weights that have one scale: 32, 64 or 128.
+        block_size: the number of weights that have one scale: 32, 64 or 128; by default 32.
         rotation: the number of inputs that are rotated together before a matrix is rounded, so that this loses less:
-            16, 32, 64, 128 or 256, or 1 for none. Fewer make a slightly faster model.
+            16, 32, 64, 128 or 256, or 1 for none; by default 128. Fewer make a slightly faster model.
         residual_config: what to share, instead of what `size` chooses; `size` then chooses the ranks alone.
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
         iterations: rounds of alternation for groups of layers that have no closed form.
         device: where a model that is given by name is put; by default a GPU if there is one.
-        low_memory: whether the dense model's layers stay in the CPU's memory, or where a given model has them, in their
-            own precision. The weights of one module at a time are then copied to `device`, which takes longer.
+        low_memory: whether the matrices of the dense model's layers stay in the CPU's memory, or where a given model
+            has them, in their own precision. Each is then copied to `device` while it runs, which takes longer.
         distributed: whether all processes of `torch.distributed` compress together, each on its share of the windows.
             All call this with the same arguments, and all get the same model.
         progress: whether to show progress bars.
@@ -143,7 +142,7 @@ def compress(
         **options,
     )
     for residual in found if isinstance(found, list) else [found]:
-        residual.float().processor = processor
+        residual.processor = processor
     return found
 
 

@@ -461,7 +461,9 @@ def _recorded(folder_or_id: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_rotations(checkpoint: str, model: Any, recorded: Any) -> None:
     """Raises ValueError where matrices would be rotated otherwise than they were."""
-    if recorded is not None and not isinstance(recorded, list):
+    if recorded is not None and not (
+        isinstance(recorded, list) and all(isinstance(number, int) for number in recorded)
+    ):
         raise ValueError(
             f"{checkpoint} has a wrong config: `residual_rotations` must be a list of numbers, got {recorded!r}; "
             "correct config.json, or fetch it again"

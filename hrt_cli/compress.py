@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--size",
-        type=float,
+        type=_size,
         nargs="+",
         help="bytes of the whole saved model, relative to dense (default: 0.31); several: one model each, in DIR/SIZE",
     )
@@ -118,6 +118,13 @@ def run(args: argparse.Namespace) -> None:
 
     bits = _bits(args)
     residual_config = _residual_config(args, bits)
+    by_hand = residual_config is not None
+    if _rounding(args) and (args.bits == "none" or (by_hand and bits is None)):
+        raise ValueError(
+            "--block-size and --rotation are of matrices in few bits: give --bits, or leave them out"
+        )
+    if by_hand and args.parts is not None:
+        raise ValueError("--parts must not be set with the precise form, which is of the encoder's layers")
     calibrated = args.num_windows != 0 and args.audio is not None
     if not calibrated and args.start == "calibrated":
         raise ValueError(
@@ -127,9 +134,15 @@ def run(args: argparse.Namespace) -> None:
     output_dir = prepare_output_dir(args.output_dir, args.overwrite)
     sizes = args.size or [None]
     folders = [output_dir / f"{size:g}" for size in sizes] if len(sizes) > 1 else [output_dir]
+    if len(set(folders)) < len(folders):
+        raise ValueError(
+            f"--size must have each size once, got {' '.join(folder.name for folder in folders)}"
+        )
+    for folder in folders:
+        prepare_output_dir(folder, args.overwrite)
     with _all_processes() as (distributed, writes):
         dense, processor = load_dense(args.model, device=args.device, low_memory=args.low_memory)
-        require_space(output_dir, model_bytes(dense))
+        require_space(output_dir, len(folders) * model_bytes(dense))
         options: dict[str, Any] = {"parts": args.parts}
         if residual_config is None:
             options |= {"bits": "auto" if args.bits is None else bits, **_rounding(args)}
@@ -195,6 +208,18 @@ def _all_processes() -> Iterator[tuple[bool, bool]]:
         distributed.destroy_process_group()
 
 
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"sizes must be numbers, got {text!r}; MODEL must come before them"
+        ) from None
+    if not 0 < size <= 1:
+        raise argparse.ArgumentTypeError(f"sizes must be above 0 and at most 1, got {text}")
+    return size
+
+
 def _bits(args: argparse.Namespace) -> Any:
     from hf_residual_transformer.training.arguments import read_json
 
@@ -209,6 +234,10 @@ def _residual_config(args: argparse.Namespace, bits: Any) -> Any:
     chosen = [args.group_size, args.rank, args.rank_pattern, args.diagonal, args.target_modules]
     if all(choice is None for choice in chosen) and not args.share_biases and args.start == "calibrated":
         return None
+    if args.size is not None and args.start == "svd":
+        raise ValueError(
+            "--size must not be set with --start svd, which has nothing to choose ranks by: give --rank"
+        )
     if args.size is not None and args.group_size is None:
         raise ValueError(
             "--rank, --rank-pattern, --diagonal, --share-biases and --target-modules must not be set with --size "

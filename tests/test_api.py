@@ -133,9 +133,11 @@ class TestCompress:
         assert models[1].config.to_dict() == compact.config.to_dict()
         expected = compact.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in models[1].state_dict().items())
-        for sizes in ((0.5, 1.5), ()):
+        for sizes in ((0.5, 1.5), (), "0.5", (0.5, None)):
             with pytest.raises(ValueError, match="`budget` must be above 0, at most 1"):
                 hrt.compress(whisper(), rows(), sizes, processor=whisper_processor(), **SHORT)
+        with pytest.raises(ValueError, match="`budget` must have each size once"):
+            hrt.compress(whisper(), rows(), (0.5, 0.5), processor=whisper_processor(), **SHORT)
         with pytest.raises(ValueError, match=r"`budget` must be at least 0\.\d+ with these settings"):
             hrt.compress(whisper(), rows(), (0.5, 0.01), processor=whisper_processor(), **SHORT)
 
@@ -236,10 +238,12 @@ class TestCompress:
             config = hrt.ResidualConfig()
             hrt.compress(whisper(), rows(), processor=processor, residual_config=config, bits=None)
         for name, value in (("block_size", 64), ("rotation", 32), ("parts", ("encoder",))):
-            with pytest.raises(ValueError, match=rf"`{name}` must be .*`residual_config`.*{value}"):
+            with pytest.raises(ValueError, match=rf"`{name}` must be .*{value}"):
                 hrt.compress(
                     whisper(), rows(), processor=processor, residual_config=config, **{name: value}, **SHORT
                 )
+            with pytest.raises(ValueError, match=rf"`{name}` must be .*{value}"):
+                hrt.compress(whisper(), None, processor=processor, start="svd", **{name: value}, **SHORT)
         for audio in ({"audio": []}, 3):
             with pytest.raises(ValueError, match="`audio` must be a folder"):
                 hrt.compress(whisper(), audio, processor=processor)

@@ -57,7 +57,7 @@ def test_a_file_that_says_nothing_still_loads(saved, tmp_path):
     assert AutoModel.from_pretrained(old).config.residual_config.group_size == 3
 
 
-@pytest.mark.parametrize("value", [5, "64", {"64": 1}])
+@pytest.mark.parametrize("value", [5, "64", {"64": 1}, [[64]]])
 def test_a_record_of_rotations_that_is_no_list_is_refused(saved, tmp_path, value):
     with pytest.raises(ValueError, match="`residual_rotations` must be a list"):
         AutoModel.from_pretrained(edited(saved[1], tmp_path, residual_rotations=value))

@@ -201,8 +201,16 @@ class TestErrors:
             (["--size", "0.5", "--target-modules", "fc1", "fc2"], "must not be set with --size alone"),
             (["--size", "0.5", "--diagonal", "all"], "must not be set with --size alone"),
             (["--size", "0.5", "--share-biases"], "must not be set with --size alone"),
-            (["--rank", "4", "--rotation", "3"], "`rotation` must be one of 1, 16"),
-            (["--rank", "4", "--block-size", "48"], "`block_size` must be one of 32"),
+            (["--rank", "4", "--bits", "4", "--rotation", "3"], "`rotation` must be one of 1, 16"),
+            (["--rank", "4", "--bits", "4", "--block-size", "48"], "`block_size` must be one of 32"),
+            (["--size", "0.5", "0.5"], "--size must have each size once, got 0.5 0.5"),
+            (["--rank", "4", "--rotation", "16"], "--block-size and --rotation are of matrices in few bits"),
+            (
+                ["--bits", "none", "--block-size", "64"],
+                "--block-size and --rotation are of matrices in few bits",
+            ),
+            (["--rank", "4", "--parts", "encoder"], "--parts must not be set with the precise form"),
+            (["--start", "svd", "--size", "0.5"], "--size must not be set with --start svd"),
             (["--num-windows", "0"], "--num-windows above 0 are needed"),
         ],
     )
@@ -237,6 +245,8 @@ class TestErrors:
                 ["finetune", "m", "--audio", "a", "--out", "o", "--max_steps", "few"],
                 "invalid int value: 'few'",
             ),
+            (["compress", "--size", "0.5", "model", "--out", "o"], "MODEL must come before them"),
+            (["compress", "model", "--size", "0.5", "2", "--out", "o"], "at most 1, got 2"),
             (["squeeze"], "invalid choice: 'squeeze'"),
         ],
     )

@@ -359,6 +359,27 @@ def test_a_budget_beats_equal_bits_at_the_same_bytes():
     assert divergence(chosen, dense, batches) < divergence(equal, dense, batches)
 
 
+def test_statistics_of_few_decoder_layers_at_a_time_give_the_same_model(monkeypatch):
+    """A decoder's later layers alone do not see all that the encoder's states do."""
+    dense, batches = dense_whisper(), labelled()
+    options = {"calibration": batches, "budget": 0.5, "progress": False}
+    expected = Whisper.from_dense(dense, **options)
+    seen = []
+    collect = conversion.collect
+
+    def counted(source, *args, **options):
+        seen.append(source.stack.name)
+        return collect(source, *args, **options)
+
+    monkeypatch.setattr(conversion, "collect", counted)
+    monkeypatch.setattr("hf_residual_transformer.compression.statistics.HELD_BYTES", 1)
+    found = Whisper.from_dense(dense, **options)
+    assert seen.count("decoder") > dense.config.decoder_layers > 1
+    assert found.config.to_dict() == expected.config.to_dict()
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
 def test_only_the_numbers_of_bits_that_are_allowed_are_used():
     model = Whisper.from_dense(
         dense_whisper(), calibration=labelled(), budget=0.5, shared_bits=(4, 8), progress=False

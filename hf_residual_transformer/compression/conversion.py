@@ -118,6 +118,7 @@ class Request:
     block_size: int
     rotation: int
     iterations: int
+    saves_memory: bool
     progress: bool
     processes: Processes
 
@@ -134,8 +135,8 @@ def convert(
     start: str = "calibrated",
     budget: float | Sequence[float] | None = None,
     shared_bits: int | Sequence[int] | str | None = AUTO,
-    block_size: int = BLOCK,
-    rotation: int = ROTATION,
+    block_size: int | None = None,
+    rotation: int | None = None,
     iterations: int = ITERATIONS,
     device: str | torch.device | None = None,
     distributed: bool = False,
@@ -172,12 +173,14 @@ def convert(
         shared_bits: the most bits that a `U` has where `budget` chooses all settings, or all numbers of bits that it
             may have, such as (4, 8). "auto" is 8. None keeps `U` in floating point, to be trained and exported as any
             matrix. A `residual_config` states its own bits, so it must be "auto" beside one.
-        block_size: the number of weights of a quantised `U` that have one scale, where `budget` chooses all settings.
-        rotation: how many inputs of a quantised `U` are rotated together, where `budget` chooses all settings.
+        block_size: the number of weights of a quantised `U` that have one scale, where `budget` chooses all settings;
+            by default 32.
+        rotation: how many inputs of a quantised `U` are rotated together, likewise; by default 128.
         iterations: rounds of alternation for groups without a closed form.
-        device: where to compute, if memory is short. The layers of the dense model then stay where they are, in their
-            own precision, and the weights of one module at a time are copied to `device` in float32. By default
-            everything is computed where the dense model is, of which weights of fewer than 32 bits are copied at once.
+        device: where to compute, if memory is short. The matrices of the dense model's layers then stay where they are,
+            in their own precision, and each is copied to `device` in float32 while it runs. The result is there, too,
+            in float32. By default everything is computed where the dense model is, of which weights of fewer than 32
+            bits are copied at once.
         distributed: whether all processes of `torch.distributed` convert together, each of which runs the model on
             its share of the calibration. All call this with the same arguments, and all get the same model.
         progress: whether to show progress bars.
@@ -206,6 +209,7 @@ def convert(
             block_size,
             rotation,
             iterations,
+            device is not None,
             progress and processes.index == 0,
             processes,
         )
@@ -214,22 +218,22 @@ def convert(
             if "input_values" in batch:
                 check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
         processes.check_same(request.batches)
-        view = frozen_view(loaded, device, [] if device is None else _layers(cls.family, loaded))
+        view = frozen_view(loaded, device, [] if device is None else _matrices(cls.family, loaded))
         _make_linear(view, cls.family)
         if device is not None:
-            for layer in _layers(cls.family, view):
-                lend_weights(layer, view.device)
+            for matrix in _matrices(cls.family, view):
+                lend_weights(matrix, view.device)
         with torch.no_grad():
             models = []
             for model, own_errors in _Conversion(cls, view, request).run():
                 # Processors of different kinds may round differently.
                 processes.copy_from_first(model.state_dict().values())
                 errors = processes.from_first(own_errors)
-                model = model.to(loaded.dtype).eval()
+                model = (model if device is not None else model.to(loaded.dtype)).eval()
                 measured = "outputs" if request.batches else "weights"
                 model.conversion_report = ConversionReport(start, measured, errors)
                 models.append(model)
-    return models if isinstance(budget, Sequence) else models[0]
+    return models if isinstance(budget, (list, tuple)) else models[0]
 
 
 def _given_plan(
@@ -260,9 +264,10 @@ def _checked(
     start: str,
     budget: float | Sequence[float] | None,
     shared_bits: Any,
-    block_size: int,
-    rotation: int,
+    block_size: int | None,
+    rotation: int | None,
     iterations: int,
+    saves_memory: bool,
     progress: bool,
     processes: Processes,
 ) -> Request:
@@ -275,27 +280,29 @@ def _checked(
             'recordings (hf_residual_transformer.speech.windows.calibration_batches makes them), or start="svd", '
             "which needs none and is much worse"
         )
-    budgets = None if budget is None else tuple(budget) if isinstance(budget, Sequence) else (budget,)
+    budgets = None if budget is None else tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
     if budgets is not None and not (
-        budgets and start == "calibrated" and all(0 < number <= 1 for number in budgets)
+        start == "calibrated" and budgets and all(isinstance(b, (int, float)) and 0 < b <= 1 for b in budgets)
     ):
         raise ValueError(f"`budget` must be above 0, at most 1, and with a calibrated start, got {budget!r}")
+    if budgets is not None and len(set(budgets)) < len(budgets):
+        raise ValueError(f"`budget` must have each size once, got {budget!r}")
     if isinstance(shared_bits, dict):
         raise ValueError(
             f"`shared_bits` must be the most bits that are tried, a list of all that are tried, or None, got "
             f"{shared_bits!r}; a `residual_config` may have a number for each module"
         )
-    if plan is not None and shared_bits not in (AUTO, plan.configs[ENCODER].shared_bits):
-        raise ValueError(
-            f"`shared_bits` must be left out beside a `residual_config`, which has its own "
-            f"({plan.configs[ENCODER].shared_bits!r}), got {shared_bits!r}"
-        )
-    for name, value, default in (("block_size", block_size, BLOCK), ("rotation", rotation, ROTATION)):
-        if plan is not None and value != default:
+    if plan is None and start == "svd":
+        plan = Plan({ENCODER: ResidualConfig()})
+    rounding = {"shared_bits": None if shared_bits == AUTO else shared_bits}
+    rounding |= {"block_size": block_size, "rotation": rotation}
+    for name, value in rounding.items():
+        if plan is not None and value not in (None, getattr(plan.configs[ENCODER], name)):
             raise ValueError(
                 f"`{name}` must be left out beside a `residual_config`, which has its own "
-                f"({getattr(plan.configs[ENCODER], name)!r}), got {value!r}"
+                f'({getattr(plan.configs[ENCODER], name)!r}), and with the start "svd", got {value!r}'
             )
+    block_size, rotation = block_size or BLOCK, rotation or ROTATION
     numbers = _numbers(MOST if shared_bits == AUTO else shared_bits)
     for bits in numbers or (None,):  # a config refuses numbers that cannot be
         ResidualConfig(shared_bits=bits, block_size=block_size, rotation=rotation)
@@ -304,19 +311,28 @@ def _checked(
         unknown = [part for part in parts if part not in PARTS]
         if unknown or ENCODER not in parts or plan is not None:
             raise ValueError(
-                f"`parts` must be of {', '.join(PARTS)}, with the encoder, and without a `residual_config`, "
+                f"`parts` must be of {', '.join(PARTS)}, with the encoder, where `budget` chooses all settings, "
                 f"got {parts!r}"
             )
         if numbers is None and EMBEDDING in parts:
             raise ValueError(
                 "`parts` must be without embed_tokens where `shared_bits` is None, since it takes few bits"
             )
-    if plan is None and start == "svd":
-        plan = Plan({ENCODER: ResidualConfig()})
     if plan is None and budgets is None:
         budgets = (BUDGETS[None if numbers is None else BITS],)
     return Request(
-        plan, parts, batches, start, budgets, numbers, block_size, rotation, iterations, progress, processes
+        plan,
+        parts,
+        batches,
+        start,
+        budgets,
+        numbers,
+        block_size,
+        rotation,
+        iterations,
+        saves_memory,
+        progress,
+        processes,
     )
 
 
@@ -466,7 +482,8 @@ class _Conversion:
             progress=self.request.progress,
         )
         if isinstance(objective, LogitsObjective):
-            self.memory_gradients = objective.memory_gradients
+            if self.memory_gradients is None:  # later layers alone do not see all that the states do
+                self.memory_gradients = objective.memory_gradients
             if self.embedding is not None:
                 self.embedding.unite(self.request.processes)
             self.embedding = None  # it has seen all batches once
@@ -504,7 +521,9 @@ class _Conversion:
         for start, part in embedding.ranges:
             end = start + part.num_embeddings
             metric = (
-                torch.eye(table.shape[1]).double() if statistics is None else statistics.metric(start, end)
+                torch.eye(table.shape[1], dtype=torch.float64, device=table.device)
+                if statistics is None
+                else statistics.metric(start, end)
             )
             rows = table[start:end]
             if self.centres_table:
@@ -599,7 +618,14 @@ class _Conversion:
         target = LayerStack(source.stack, model)
         chosen = Search(source, plan.configs[name]).groups()
         own = [self.batches[name][index] for index in sorted(self.own[name])]
-        streams = Streams(source, target, (self.dense, model), own, self.request.processes)
+        streams = Streams(
+            source,
+            target,
+            (self.dense, model),
+            own,
+            self.request.processes,
+            unpacks=not self.request.saves_memory,
+        )
         errors: list[ModuleError] = []
         with tqdm(
             total=len(source), desc=f"converting {name}", unit="layer", disable=not self.request.progress
@@ -730,9 +756,11 @@ def _fit_group(
     return errors
 
 
-def _layers(family: Family, model: Any) -> list[nn.Module]:
-    """The layers of all stacks of a model."""
-    return [layer for stack in family.stacks if stack.is_in(model) for layer in stack.find(model).layers]
+def _matrices(family: Family, model: Any) -> list[nn.Module]:
+    """The modules that may become compact, in the layers of all stacks of a model."""
+    stacks = [stack for stack in family.stacks if stack.is_in(model)]
+    layers = [(stack, layer) for stack in stacks for layer in stack.find(model).layers]
+    return [layer.get_submodule(path) for stack, layer in layers for path in stack.of_layer(layer).modules]
 
 
 def _make_linear(view: Any, family: Family) -> None:

@@ -66,12 +66,12 @@ def frozen_view(model: Any, device: Any = None, lent: Iterable[nn.Module] = ()) 
 
 
 def lend_weights(module: nn.Module, device: torch.device) -> None:
-    """From now on, the parameters of each module inside are on `device` in float32 while it runs, and only then."""
-    for part in module.modules():
-        if next(part.parameters(recurse=False), None) is not None:
-            loan = _Loan(device)
-            part.register_forward_pre_hook(loan.begin)
-            part.register_forward_hook(loan.end, always_call=True)
+    """From now on, a module's own parameters are on `device` in float32 while it runs. A backward pass that follows
+    keeps the copies until it is done.
+    """
+    loan = _Loan(device)
+    module.register_forward_pre_hook(loan.begin)
+    module.register_forward_hook(loan.end, always_call=True)
 
 
 class _Loan:

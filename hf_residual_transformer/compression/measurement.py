@@ -40,7 +40,7 @@ class PlainRounding:
 
     Args:
         linear: the module, with the weight of the dense model.
-        rounded: the weight, packed.
+        rounded: the weight, packed, on the device of the module's own.
         bias: what goes with the rounded weight.
         estimate: the estimated error.
     """
@@ -52,7 +52,7 @@ class PlainRounding:
 
     def replacement(self) -> Rounding:
         """The module with its rounded weight."""
-        return self.linear, self.rounded.weight().to(at_least_float32(self.linear.weight)), self.bias
+        return self.linear, self.rounded.weight(), self.bias
 
 
 def round_plainly(
@@ -74,6 +74,10 @@ def round_plainly(
         if bias is not None:
             moved = bias - difference @ entry.mean if entry.centred else bias
             bias = moved.to(at_least_float32(linear.bias))
+        rounded = rounded._replace(
+            packed=rounded.packed.to(linear.weight.device),
+            scale=rounded.scale.to(at_least_float32(linear.weight)),
+        )
         covariance = entry.covariance() if entry.centred else entry.products
         error = difference @ covariance @ difference.T
         estimate = ((entry.gradients * error).sum() / entry.weight.clamp_min(TINY)).item()

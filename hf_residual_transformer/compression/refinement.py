@@ -82,6 +82,7 @@ class Streams:
         models: both models, in this order.
         batches: inputs of both that this process runs.
         processes: those that run the others.
+        unpacks: whether there is memory for the matrices of the residual model's encoder in full, which is faster.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Streams:
         models: tuple[Any, Any],
         batches: Sequence[Batch],
         processes: Processes = ALONE,
+        *,
+        unpacks: bool = True,
     ) -> None:
         self.source, self.target, self.processes = dense, residual, processes
         same = dense.stack.same_arguments
         # The batches of a decoder go through the whole encoder. Those of an encoder end before its layers.
         encoder = models[1].family.find_encoder(models[1])
-        with nullcontext() if encoder is residual.owner else unpacked_weights(encoder):
+        with nullcontext() if encoder is residual.owner or not unpacks else unpacked_weights(encoder):
             first = [
                 [
                     calls_of(model, list(stack.layers), inputs_of(model, batch), same_arguments=same)
