@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
         options: dict[str, Any] = {"parts": args.parts}
         if residual_config is None:
             options |= {"bits": "auto" if args.bits is None else bits, **_rounding(args)}
+        started = time.perf_counter()
         models = compress(
             dense,
             args.audio if calibrated else None,
@@ -166,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
             distributed=distributed,
             **options,
         )
+        seconds = round(time.perf_counter() - started, 1)
         if not writes:
             return
         for own_dir, model in zip(folders, models if isinstance(models, list) else [models]):
@@ -176,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
                 **settings_of(model.config),
                 "parameters": parameters.to_dict(),
                 "conversion": model.conversion_report.to_dict(),
+                "seconds": seconds,  # of the compression, to all sizes
                 "data": described_data(args, portable) if calibrated else None,
                 **provenance(),
             }

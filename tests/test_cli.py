@@ -287,6 +287,7 @@ def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed,
     assert report["model"] == dense_whisper.name
     assert 0 < report["parameters"]["encoder"]["ratio"] < 1
     assert 0 <= report["conversion"]["mean_error"] < 1
+    assert report["seconds"] > 0
     assert (report["data"]["dataset"], report["data"]["split"]) == ("sample", "train")
     assert isinstance(AutoModelForCTC.from_pretrained(compressed["wav2vec2"]), ResidualWav2Vec2ForCTC)
 
