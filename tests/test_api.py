@@ -244,6 +244,9 @@ class TestCompress:
                 )
             with pytest.raises(ValueError, match=rf"`{name}` must be .*{value}"):
                 hrt.compress(whisper(), None, processor=processor, start="svd", **{name: value}, **SHORT)
+        for name in ("block_size", "rotation"):
+            with pytest.raises(ValueError, match=rf"`{name}` must be one of .*, got 0"):
+                hrt.compress(whisper(), rows(), processor=processor, **{name: 0}, **SHORT)
         for audio in ({"audio": []}, 3):
             with pytest.raises(ValueError, match="`audio` must be a folder"):
                 hrt.compress(whisper(), audio, processor=processor)

@@ -47,17 +47,18 @@ def reorder_neurons(source: LayerStack, statistics: Statistics, orders: Orders) 
     for (layer, block), order in orders.items():
         for path in block.readers:
             reader = source.linear(layer, path)
-            set_frozen(reader, "weight", reader.weight[order.to(reader.weight.device)])
+            set_frozen(reader, "weight", reader.weight[order])
             if reader.bias is not None:
-                set_frozen(reader, "bias", reader.bias[order.to(reader.bias.device)])
+                set_frozen(reader, "bias", reader.bias[order])
             statistics[layer, path].reorder_outputs(order)
         writer = source.linear(layer, block.writer)
-        set_frozen(writer, "weight", writer.weight[:, order.to(writer.weight.device)])
+        set_frozen(writer, "weight", writer.weight[:, order])
         statistics[layer, block.writer].reorder_inputs(order)
 
 
 def _order(source: LayerStack, first: int, layer: int, block: Block, statistics: Statistics) -> Tensor:
-    """For each neuron of `first`, the index of its best match in `layer`, (num_neurons,).
+    """For each neuron of `first`, the index of its best match in `layer`, (num_neurons,), on the CPU, from where it
+    indexes tensors of any device.
 
     The best match is the one with which sharing the block's matrices leaves the least error, by the estimate of
     `MatrixStatistics` with each neuron on its own.
@@ -75,7 +76,7 @@ def _order(source: LayerStack, first: int, layer: int, block: Block, statistics:
     parallel = one[:, None] * other / (one[:, None] + other)
     cost = cost + torch.cdist(*((root @ weight).T for weight in weights)).square() * parallel
     _, order = linear_sum_assignment(cost.cpu().numpy())
-    return torch.as_tensor(order, device=cost.device)
+    return torch.as_tensor(order)
 
 
 def _pair(

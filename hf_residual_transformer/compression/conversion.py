@@ -166,10 +166,10 @@ def convert(
         start: "calibrated" or "svd".
         budget: bytes of the whole saved model relative to dense in 16 bits, above 0 and at most 1. With
             `parts=("encoder",)`, or a `residual_config` alone, it is relative to the encoder's layers, as in the paper.
-            By default it is that of `BUDGETS` where there is no `residual_config`. Several budgets give a list of
-            models, from one look at the calibration. The rank of each matrix is then
+            By default it is that of `BUDGETS` where there is no `residual_config`. The rank of each matrix is then
             chosen by the effect of its error on the objective, and replaces that of `residual_config`. Where no
-            settings are given, group sizes and bits are chosen as well.
+            settings are given, group sizes and bits are chosen as well. Several budgets give a list of models, for
+            which this effect is measured once.
         shared_bits: the most bits that a `U` has where `budget` chooses all settings, or all numbers of bits that it
             may have, such as (4, 8). "auto" is 8. None keeps `U` in floating point, to be trained and exported as any
             matrix. A `residual_config` states its own bits, so it must be "auto" beside one.
@@ -186,8 +186,8 @@ def convert(
         progress: whether to show progress bars.
 
     Returns:
-        The model in eval mode, in the dtype of the dense model, with the relative output error of every matrix in
-        `conversion_report`. A list of models for a list of budgets.
+        The model in eval mode, in the dtype of the dense model (float32 with `device`), with the relative output error
+        of every matrix in `conversion_report`. A list of models for a list of budgets.
 
     Raises:
         ValueError: for a model that is not the dense class's, is quantised, adapted or residual already, or has
@@ -218,11 +218,11 @@ def convert(
             if "input_values" in batch:
                 check_has_frames(loaded, batch["input_values"].shape[-1], f"`calibration[{index}]`")
         processes.check_same(request.batches)
-        view = frozen_view(loaded, device, [] if device is None else _matrices(cls.family, loaded))
+        lent = [] if device is None else [*_matrices(cls.family, loaded)]
+        view = frozen_view(loaded, device, [layer.get_submodule(path) for layer, path in lent])
         _make_linear(view, cls.family)
-        if device is not None:
-            for matrix in _matrices(cls.family, view):
-                lend_weights(matrix, view.device)
+        for layer, path in _matrices(cls.family, view) if lent else ():
+            lend_weights(layer.get_submodule(path), view.device)
         with torch.no_grad():
             models = []
             for model, own_errors in _Conversion(cls, view, request).run():
@@ -302,7 +302,8 @@ def _checked(
                 f"`{name}` must be left out beside a `residual_config`, which has its own "
                 f'({getattr(plan.configs[ENCODER], name)!r}), and with the start "svd", got {value!r}'
             )
-    block_size, rotation = block_size or BLOCK, rotation or ROTATION
+    block_size = BLOCK if block_size is None else block_size
+    rotation = ROTATION if rotation is None else rotation
     numbers = _numbers(MOST if shared_bits == AUTO else shared_bits)
     for bits in numbers or (None,):  # a config refuses numbers that cannot be
         ResidualConfig(shared_bits=bits, block_size=block_size, rotation=rotation)
@@ -756,21 +757,19 @@ def _fit_group(
     return errors
 
 
-def _matrices(family: Family, model: Any) -> list[nn.Module]:
-    """The modules that may become compact, in the layers of all stacks of a model."""
-    stacks = [stack for stack in family.stacks if stack.is_in(model)]
-    layers = [(stack, layer) for stack in stacks for layer in stack.find(model).layers]
-    return [layer.get_submodule(path) for stack, layer in layers for path in stack.of_layer(layer).modules]
+def _matrices(family: Family, model: Any) -> Iterator[tuple[nn.Module, str]]:
+    """What may become compact: each layer of all stacks of a model, with the path of each of its matrices."""
+    for stack in family.stacks:
+        for layer in stack.find(model).layers if stack.is_in(model) else ():
+            yield from ((layer, path) for path in stack.of_layer(layer).modules)
 
 
 def _make_linear(view: Any, family: Family) -> None:
     """Makes all matrices of the layers of a `frozen_view` linear modules, which are called."""
     if family.adapt is not None:
         family.adapt(view)
-    for stack in family.stacks:
-        for layer in stack.find(view).layers if stack.is_in(view) else ():
-            for path in stack.of_layer(layer).modules:
-                layer.set_submodule(path, as_linear(layer.get_submodule(path)))
+    for layer, path in _matrices(family, view):
+        layer.set_submodule(path, as_linear(layer.get_submodule(path)))
 
 
 def residual_like(cls: type[ResidualMixin], dense: Any, plan: Plan) -> Any:
