@@ -28,26 +28,20 @@ from typing import Any
 import jiwer
 import torch
 from paper_bits import with_four_bits
+from paper_models import GRIDS, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, set_seed
 from words import WordStrings, all_texts
 
 from hf_residual_transformer import ResidualConfig
+from hf_residual_transformer.families import family_of
 from hf_residual_transformer.folders import save_processor
 from hf_residual_transformer.modeling import residual_linears
 from hf_residual_transformer.provenance import provenance
-from hf_residual_transformer.speech.collators import Seq2SeqCollator, batched
+from hf_residual_transformer.speech.collators import batched
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
 from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
-from hf_residual_transformer.training.scratch import (
-    ModelSizes,
-    ScratchTrainer,
-    check_transcripts,
-    new_model,
-    new_processor,
-    train_tokenizer,
-)
-
+from hf_residual_transformer.training.scratch import EncoderSizes
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
 BLOCK = ResidualConfig().block_size
@@ -73,7 +67,7 @@ class Cell:
     four_bits: bool = True
 
 
-def make_cells(sizes: ModelSizes) -> dict[str, Cell]:
+def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
     """The rows by name. The controls have the parameters of K=3, R=2, as near as whole numbers allow."""
     paper = ResidualConfig.paper
     target = encoder_size(sizes, paper(3, 2))
@@ -119,27 +113,25 @@ def _nearest(choices: Sequence[Any], size: Callable[[Any], int], target: int) ->
     return min(choices[max(0, number - 1) : number + 1], key=lambda choice: abs(size(choice) - target))
 
 
-def _size(sizes: ModelSizes, changes: dict[str, int]) -> int:
+def _size(sizes: EncoderSizes, changes: dict[str, int]) -> int:
     return encoder_size(replace(sizes, **changes), None)
 
 
-def _check_sizes(name: str, cell: Cell, sizes: ModelSizes) -> None:
+def _check_sizes(name: str, cell: Cell, sizes: EncoderSizes) -> None:
     try:
         encoder_size(replace(sizes, **cell.sizes), cell.residual)
     except ValueError as error:
         raise ValueError(f"the cell {name!r} cannot have these sizes: {error}") from error
 
 
-def encoder_size(sizes: ModelSizes, residual: ResidualConfig | None) -> int:
+def encoder_size(sizes: EncoderSizes, residual: ResidualConfig | None) -> int:
     """Parameters of the encoder's layers and of what they share."""
-    with torch.device("meta"):
-        model = new_model(sizes, train_tokenizer(["a"], 8), residual)
-    return count_encoder(model)
+    return count_encoder(without_weights(sizes, residual))
 
 
 def count_encoder(model: Any) -> int:
     """Parameters of the encoder's layers and of what they share."""
-    encoder = model.get_encoder()
+    encoder = family_of(model).find_encoder(model)
     parts = [encoder.layers, *([encoder.shared] if hasattr(encoder, "shared") else [])]
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
@@ -151,9 +143,10 @@ class Scale:
     Args:
         name: of the file.
         data: of each task: `words: {...}` for synthetic words, or the options of `TrainingDataArguments`.
-        sizes: of the dense model, as `ModelSizes`; `sizes_of` has what differs by task.
+        model: what is trained, a key of `GRIDS`.
+        sizes: of the dense model, as `ModelSizes` or `ParakeetSizes`; `sizes_of` has what differs by task.
         recipe: options of the Trainer.
-        vocab_size, ctc_weight, average_checkpoints: as in `scripts/train_asr.py`.
+        vocab_size, ctc_weight, average_checkpoints: as in `scripts/train_asr.py`; a Parakeet has no CTC.
         runs: cells and seeds by task, in the order in which they run.
     """
 
@@ -163,6 +156,7 @@ class Scale:
     recipe: dict[str, Any]
     runs: list[dict[str, Any]]
     sizes_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: str = "whisper"
     vocab_size: int = 1024
     ctc_weight: float = 0.3
     average_checkpoints: int = 1
@@ -171,13 +165,21 @@ class Scale:
     def read(cls, path: Path) -> Scale:
         """Reads a YAML file; a field that it may not have is an error."""
         try:
-            return cls(name=path.stem, **read_options(path))
+            scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
+        if scale.model not in GRIDS:
+            raise ValueError(f"`model` must be one of {', '.join(GRIDS)}, got {scale.model!r}")
+        return scale
 
-    def sizes_for(self, task: str) -> ModelSizes:
+    @property
+    def grid(self) -> Any:
+        """What is trained."""
+        return GRIDS[self.model]
+
+    def sizes_for(self, task: str) -> Any:
         """The sizes of the dense model of a task."""
-        return ModelSizes(**self.sizes | self.sizes_of.get(task, {}))
+        return self.grid.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
 
     def all_runs(self) -> Iterator[tuple[str, str, int]]:
         """Task, cell and seed of each run, in order.
@@ -221,13 +223,14 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
     data, sizes = scale.data[task], scale.sizes_for(task)
     if "words" in data:
         language, words = LANGUAGES[task], data["words"]
+        seconds = words["seconds"] if "seconds" in words else sizes.window_seconds
         strings = scale.recipe["max_steps"] * scale.recipe["per_device_train_batch_size"]
         splits = {
             split: WordStrings(
                 language,
                 split,
                 words.get(split, strings),
-                sizes.window_seconds,
+                seconds,
                 seed if split == "train" else 0,
                 words["vocabulary"],
             )
@@ -253,34 +256,34 @@ def make_cyclic(model: Any) -> None:
 
 def train(
     scale: Scale, task: str, cell: Cell, seed: int, folder: Path
-) -> tuple[ScratchTrainer, Splits, float]:
+) -> tuple[Any, Splits, float]:
     """Trains one model, or goes on where it stopped. Returns the CPU seconds of a step too."""
     sizes = replace(scale.sizes_for(task), **cell.sizes)
     splits = load_splits(scale, task, seed)
-    tokenizer = train_tokenizer(splits.texts, scale.vocab_size)
+    grid = scale.grid
+    processor = grid.processor(splits.texts, scale.vocab_size, sizes)
     for name, texts in (("training", splits.texts), ("validation", splits.validation_texts)):
         clips = ((f"{name} clip {index}", text) for index, text in enumerate(texts))
-        check_transcripts(clips, tokenizer, sizes, with_ctc=scale.ctc_weight > 0)
+        grid.check_texts(clips, processor, sizes, scale.ctc_weight)
     set_seed(seed)
-    model = new_model(sizes, tokenizer, cell.residual)
+    model = grid.model(sizes, processor, cell.residual)
     if cell.cyclic:
         make_cyclic(model)
-    processor = new_processor(tokenizer, sizes)
-    trainer = ScratchTrainer(
+    trainer = grid.trainer(
+        scale.ctc_weight,
         model=model,
-        ctc_weight=scale.ctc_weight,
         args=Seq2SeqTrainingArguments(
             output_dir=str(folder),
             seed=seed,
             remove_unused_columns=False,
             predict_with_generate=True,
-            generation_max_length=sizes.max_tokens,
+            generation_max_length=getattr(sizes, "max_tokens", None),
             report_to=[],
             **scale.recipe,
         ),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
-        data_collator=Seq2SeqCollator(processor, multilingual=False),
+        data_collator=grid.collator(processor),
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
     )
@@ -295,24 +298,25 @@ def train(
 
 
 def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
-    end = processor.tokenizer.eos_token_id
+    padding = processor.tokenizer.pad_token_id
     return tuple(  # type: ignore[return-value]
-        [text.strip() for text in processor.batch_decode(ids.clip(min=0) * (ids >= 0) + end * (ids < 0),
+        [text.strip() for text in processor.batch_decode(ids.clip(min=0) * (ids >= 0) + padding * (ids < 0),
                                                          skip_special_tokens=True)]
         for ids in (predicted.label_ids, predicted.predictions)
     )  # fmt: skip
 
 
 @torch.inference_mode()
-def recognise(model: Any, processor: Any, dataset: Any, batch_size: int) -> tuple[list[str], list[str]]:
+def recognise(
+    grid: Any, model: Any, processor: Any, dataset: Any, batch_size: int
+) -> tuple[list[str], list[str]]:
     """References and predictions, by greedy search."""
-    collator = Seq2SeqCollator(processor, multilingual=False)
+    collator = grid.collator(processor)
     references: list[str] = []
     predictions: list[str] = []
     model.eval()
     for rows in batched((dataset[index] for index in range(len(dataset))), batch_size):
-        features = collator([{"audio": row["audio"]} for row in rows])["input_features"]
-        ids = model.generate(input_features=features.to(model.device))
+        ids = grid.recognise(model, collator([{"audio": row["audio"]} for row in rows]))
         predictions += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
         references += [row["text"] for row in rows]
     return references, predictions
@@ -354,6 +358,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
     history = trainer.state.log_history
     values: dict[str, Any] = {
         "scale": scale.name,
+        "model": scale.model,
         "task": task,
         "cell": name,
         "title": cell.title,
@@ -370,10 +375,10 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
             for entry in history
             if "eval_wer" in entry
         ],
-        "test": measure(task, *recognise(model, processor, splits.test, batch_size)),
+        "test": measure(task, *recognise(scale.grid, model, processor, splits.test, batch_size)),
     }
-    if cell.four_bits:
-        collator = Seq2SeqCollator(processor, multilingual=False)
+    if cell.four_bits and scale.grid.has_four_bits:
+        collator = scale.grid.collator(processor)
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
         small, num_bytes = with_four_bits(model, collator(rows)["input_features"])
         if cell.cyclic:
@@ -381,7 +386,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         values["four_bits"] = {
             "bytes": num_bytes,
             "ratio": num_bytes / (2 * dense),
-            "test": measure(task, *recognise(small, processor, splits.test, batch_size)),
+            "test": measure(task, *recognise(scale.grid, small, processor, splits.test, batch_size)),
         }
     if trainer.is_world_process_zero():
         save_processor(processor, work)
@@ -406,6 +411,7 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
     scale = Scale.read(path)
+    scale.grid.check()
     results = args.results / scale.name
     for task, name, seed in [] if args.table else list(scale.all_runs()):
         result = results / f"{task}-{name}-{seed}.json"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..families import num_frames_of
 from ..speech.collators import SpeechCollator, check_has_frames, feature_extractor_of
 from ..speech.datasets import refuse_long_clips
 
@@ -20,30 +23,40 @@ def ctc_frames(labels: Sequence[int]) -> int:
 
 
 def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Checks that clips make frames, and that transcripts fit them, without which CTC's loss is infinite, or the
-    `max_target_positions` of Whisper's decoder.
+    """Checks that clips make frames, and that transcripts fit them, without which CTC's loss is infinite and a transducer
+    cannot write them, or the `max_target_positions` of Whisper's decoder.
 
     Raises:
         ValueError: naming the first clip that is too short, or whose transcript is too long.
     """
-    if model.config.is_encoder_decoder and isinstance(rows, Dataset) and "text" in rows.column_names:
+    is_transducer = hasattr(model, "max_symbols_per_step")
+    has_decoder = model.config.is_encoder_decoder and not is_transducer
+    extractor = feature_extractor_of(collator.processor)
+    if has_decoder and isinstance(rows, Dataset) and "text" in rows.column_names:
         rows = rows.remove_columns([name for name in ("audio",) if name in rows.column_names])
     for number, row in enumerate(rows):
         labels = collator.encode([row])[0]
         audio = row.get("audio") or {}
         place = f"row {number}" if isinstance(rows, Dataset) else "a row of the stream"
         clip = f"{audio['path']} ({place})" if audio.get("path") else f"the clip of {place}"
-        if model.config.is_encoder_decoder:
+        if has_decoder:
             needed, found, unit = len(labels), model.config.max_target_positions, "tokens"
         else:
-            check_has_frames(model, len(audio["array"]), clip)
-            needed = ctc_frames(labels)
-            found, unit = int(model._get_feat_extract_output_lengths(len(audio["array"]))), "frames"
+            found, unit = _frames_of(model, extractor, len(audio["array"]), clip), "frames"
+            # A transducer may write many tokens at one frame.
+            needed = math.ceil(len(labels) / model.max_symbols_per_step) if is_transducer else ctc_frames(labels)
         if needed > found:
             raise ValueError(
                 f"{clip} cannot be learnt from: its transcript needs {needed} {unit}, and the model has {found} for "
                 f"it; check it against the recording, cut it, or leave it out. It begins with {row['text'][:60]!r}"
             )
+
+
+def _frames_of(model: Any, extractor: Any, num_samples: int, clip: str) -> int:
+    """The encoder frames of a clip; the encoder reads samples, or frames of `hop_length` samples each."""
+    check_has_frames(model, num_samples, clip)
+    hop_length = getattr(extractor, "hop_length", 1)
+    return int(num_frames_of(model, torch.tensor([num_samples // hop_length])))
 
 
 @dataclass

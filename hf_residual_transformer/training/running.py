@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCTC,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
+    ParakeetFeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
     set_seed,
@@ -58,6 +59,14 @@ from .scratch import (
     train_tokenizer,
 )
 from .scratch_ctc import CTCSizes, new_ctc_model, new_ctc_processor
+from .scratch_parakeet import (
+    Head,
+    ParakeetSizes,
+    TransducerTrainer,
+    check_head,
+    new_parakeet,
+    new_parakeet_processor,
+)
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
@@ -235,13 +244,64 @@ def run_ctc_training(
     check_average(average_checkpoints, args)
     normalize = partial(respell, case=text_case, remove=remove)
     _prepare(args, overwrite)
-    train_dataset, eval_dataset = _whole_splits(data, Wav2Vec2FeatureExtractor().sampling_rate)
-    processor = new_ctc_processor(normalize(text) for text in train_dataset["text"])
+    splits = _whole_splits(data, Wav2Vec2FeatureExtractor().sampling_rate)
+    processor = new_ctc_processor(normalize(text) for text in splits[0]["text"])
     model = new_ctc_model(sizes, processor.tokenizer, residual_config)
     collator = CTCCollator(processor, normalize)
-    trainer = _labels_trainer(
-        CTCDistillationTrainer, model, processor, collator, (train_dataset, eval_dataset), data, args, None
-    )
+    trainer = _labels_trainer(CTCDistillationTrainer, model, processor, collator, splits, data, args, None)
+    train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
+
+
+def run_parakeet_training(
+    sizes: ParakeetSizes,
+    data: TrainingDataArguments,
+    args: Any,
+    *,
+    head: Head = "ctc",
+    residual: str | None = None,
+    vocab_size: int = 1024,
+    text_case: str = "keep",
+    remove: str = "",
+    average_checkpoints: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Trains a Parakeet from scratch, and saves it in `args.output_dir`.
+
+    Args:
+        sizes: of the model.
+        data: clips with transcripts; streamed data is not read here.
+        args: `Seq2SeqTrainingArguments`.
+        head: "ctc", "rnnt" or "tdt".
+        residual, vocab_size, average_checkpoints, overwrite: as in `run_training`.
+        text_case, remove: as in `run_ctc_finetuning`.
+
+    Raises:
+        ValueError: naming the clip or the option, before training starts; for "rnnt" without torchaudio too.
+    """
+    check_head(head)
+    residual_config = _residual_config(residual)
+    check_average(average_checkpoints, args)
+    normalize = partial(respell, case=text_case, remove=remove)
+    _prepare(args, overwrite)
+    splits = _whole_splits(data, ParakeetFeatureExtractor().sampling_rate)
+    texts = [normalize(text) for text in splits[0]["text"]]
+    processor = new_parakeet_processor(texts, vocab_size, head, sizes.num_mel_bins)
+    model = new_parakeet(sizes, head, processor.tokenizer, residual_config)
+    collator = CTCCollator(processor, normalize)
+    trainer: Any
+    if head == "ctc":
+        trainer = _labels_trainer(CTCDistillationTrainer, model, processor, collator, splits, data, args, None)
+    else:
+        args.remove_unused_columns = False  # the collator reads columns that no model does
+        trainer = TransducerTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits[0],
+            eval_dataset=splits[1],
+            data_collator=checked(model, collator, *splits),
+            processing_class=processor,
+            run_data=asdict(data),
+        )
     train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
 
 

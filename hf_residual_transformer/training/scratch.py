@@ -258,7 +258,60 @@ def _is_unknown(character: str, tokenizer: WhisperTokenizer) -> bool:
     return found.strip() != character.strip()
 
 
-class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
+class TokenMeanTrainer(GuardedTrainer, Seq2SeqTrainer):
+    """A Trainer whose loss is a mean over the tokens of an optimizer step, so that it is the same for accumulated steps
+    and for many processes.
+    """
+
+    processing_class: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
+        """The batches of one optimizer step, and their numbers of tokens, averaged over processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = sum((self._count(batch["labels"]).cpu() for batch in batches), torch.zeros(()))
+        return batches, self.accelerator.reduce(counts.to(self.args.device), "mean")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a batch, as its part of the mean. A loss that is not finite stops the run."""
+        labels = inputs["labels"]
+        is_alone = num_items_in_batch is None or not model.training
+        counts = self._count(labels) if is_alone else num_items_in_batch
+        loss, outputs = self._loss(model, inputs, counts.clamp(min=1).to(labels.device))
+        if not torch.isfinite(loss):
+            tokenizer = self.processing_class.tokenizer
+            texts = tokenizer.batch_decode(
+                labels.masked_fill(labels == LABEL_PADDING, tokenizer.pad_token_id), skip_special_tokens=True
+            )
+            raise ValueError(
+                f"the loss must be finite, got {loss.item()} at step {self.state.global_step} for the batch of the "
+                f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, labels: Tensor) -> Tensor:
+        """What the sums of a batch are divided by, added up over an optimizer step."""
+        raise NotImplementedError
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
+        """The loss of a batch, its sums divided by `counts`, and the model's outputs."""
+        raise NotImplementedError
+
+    def finish(self, last: int) -> None:
+        """Takes the mean of the last checkpoints' weights. All processes call it."""
+        load_average(self.model, Path(str(self.args.output_dir)), last)
+
+
+class ScratchTrainer(TokenMeanTrainer):
     """The loss of the decoder with label smoothing, and beside it CTC on the encoder.
 
     Args:
@@ -269,8 +322,6 @@ class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
         ValueError: for a weight outside of these bounds; during training, for a loss that is not finite.
     """
 
-    processing_class: Any
-
     def __init__(self, *args: Any, ctc_weight: float = 0.3, **kwargs: Any) -> None:
         if not 0 <= ctc_weight < 1:
             raise ValueError(f"`ctc_weight` must be at least 0 and below 1, got {ctc_weight!r}")
@@ -279,16 +330,9 @@ class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
         if ctc_weight:
             model.ctc_head = nn.Linear(model.config.d_model, model.config.vocab_size)
         super().__init__(*args, **kwargs)
-        self.loss_is_scaled_for_ga = True
 
     def run_settings(self) -> dict[str, Any]:
         return {"ctc_weight": self.ctc_weight}
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
-        """The batches of one optimizer step, and their numbers of tokens, averaged over processes."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
-        counts = sum((self._count(batch["labels"]) for batch in batches), torch.zeros(2))
-        return batches, self.accelerator.reduce(counts.to(self.args.device), "mean")
 
     def _count(self, labels: Tensor) -> Tensor:
         """The tokens that the decoder learns, and those that CTC does: without the special ones."""
@@ -296,19 +340,9 @@ class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
         spoken = tokens[:, 1:] & (labels[:, 1:] != self.model.config.eos_token_id)
         return torch.tensor([float(tokens.sum()), float(spoken.sum())])
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The weighted sum, each a mean over the tokens of an optimizer step, so that it is the same for accumulated
-        steps and for many processes. A loss that is not finite stops the run.
-        """
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
         labels = inputs["labels"]
-        is_alone = num_items_in_batch is None or not model.training
-        num_tokens, num_spoken = (self._count(labels) if is_alone else num_items_in_batch).clamp(min=1)
+        num_tokens, num_spoken = counts
         with forward_as(self.model, self._forward):
             outputs, ctc_logits = model(input_features=inputs["input_features"], labels=labels)
         loss = F.cross_entropy(
@@ -323,16 +357,7 @@ class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
             loss = (1 - self.ctc_weight) * loss + self.ctc_weight * self._ctc_loss(
                 ctc_logits, labels
             ) / num_spoken
-        if not torch.isfinite(loss):
-            texts = self.processing_class.tokenizer.batch_decode(
-                labels.masked_fill(labels == LABEL_PADDING, self.model.config.eos_token_id),
-                skip_special_tokens=True,
-            )
-            raise ValueError(
-                f"the loss must be finite, got {loss.item()} at step {self.state.global_step} for the batch of the "
-                f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
-            )
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def _forward(self, input_features: Tensor, labels: Tensor) -> Any:
         """The dense class's own outputs, and CTC's logits; one call, as data parallelism wants it."""
@@ -352,7 +377,7 @@ class ScratchTrainer(GuardedTrainer, Seq2SeqTrainer):
 
     def finish(self, last: int) -> None:
         """Takes the mean of the last checkpoints' weights, and removes CTC's layer. All processes call it."""
-        load_average(self.model, Path(str(self.args.output_dir)), last)
+        super().finish(last)
         if self.ctc_weight:
             del self.model.ctc_head
             self.ctc_weight = 0.0
