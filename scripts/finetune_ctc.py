@@ -1,4 +1,4 @@
-r"""Fine-tunes a wav2vec2 CTC model, residual or dense, on speech with transcripts.
+r"""Fine-tunes a model with CTC, such as a wav2vec2 or a Parakeet, residual or dense, on speech with transcripts.
 
     python scripts/finetune_ctc.py --model outputs/compact-wav2vec2 --dataset openslr/librispeech_asr \
         --dataset_config clean --train_split train.100 --eval_split validation --eval_strategy epoch \
@@ -36,7 +36,7 @@ class ScriptArguments:
 
     model: str = field(
         default="facebook/wav2vec2-base-960h",
-        metadata={"help": "Folder or Hub id of a wav2vec2 model with CTC, residual or dense."},
+        metadata={"help": "Folder or Hub id of a model with CTC, residual or dense."},
     )
     text_case: Literal["keep", "upper", "lower"] = field(
         default="keep", metadata={"help": "Case of the vocabulary, which transcripts are changed to."}
@@ -49,7 +49,7 @@ class ScriptArguments:
         },
     )
     freeze_feature_encoder: bool = field(
-        default=True, metadata={"help": "Keep the convolutions as they are, as is usual."}
+        default=True, metadata={"help": "Keep the convolutions over samples as they are, as is usual."}
     )
     config_overrides: str | None = field(
         default=None,

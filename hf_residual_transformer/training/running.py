@@ -192,14 +192,16 @@ def run_ctc_finetuning(
     lora_rank: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Fine-tunes a wav2vec2 model with CTC, residual or dense, and saves it in `args.output_dir`.
+    """Fine-tunes a model with CTC, such as a wav2vec2 or a Parakeet, residual or dense, and saves it in
+    `args.output_dir`.
 
     Args:
         data: clips with transcripts.
         args: `TrainingArguments`.
         text_case: the vocabulary's case, "keep", "upper" or "lower", that transcripts are changed to.
         remove: regular expression of what is then removed from transcripts.
-        freeze_feature_encoder: keeps the convolutions as they are.
+        freeze_feature_encoder: keeps the convolutions over samples as they are; a model that reads a spectrogram has
+            none.
         config_overrides: values of the model's config to change, as JSON.
         learning_rates: as in `DistillationArguments`.
         lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
@@ -210,7 +212,7 @@ def run_ctc_finetuning(
     _prepare(args, overwrite)
     model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
     processor = AutoProcessor.from_pretrained(model_id)
-    if freeze_feature_encoder:
+    if freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
         model.freeze_feature_encoder()
     collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
     _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)

@@ -7,7 +7,7 @@ RNN-T's loss is that of torchaudio, as in transformers, which has TDT's itself.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -77,11 +77,14 @@ def check_head(head: str) -> None:
     """
     if head not in get_args(Head):
         raise ValueError(f"`head` must be one of {', '.join(get_args(Head))}, got {head!r}")
-    if head == "rnnt" and importlib.util.find_spec("torchaudio") is None:
-        raise ValueError(
-            "`head` 'rnnt' needs torchaudio, whose loss transformers uses; pip install torchaudio, of the release and the "
-            "device of torch, or take 'tdt'"
-        )
+    if head == "rnnt":
+        try:
+            importlib.import_module("torchaudio")
+        except (ImportError, OSError) as error:  # OSError where it is built for another device than torch
+            raise ValueError(
+                f"`head` 'rnnt' needs torchaudio, whose loss transformers uses, and it cannot be imported: {error}. "
+                "Install torchaudio as built for the installed torch, or take 'tdt'"
+            ) from error
 
 
 def new_parakeet_processor(

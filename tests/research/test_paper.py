@@ -48,6 +48,7 @@ TINY = {
     "runs": [{"task": "recognition", "seeds": [0], "cells": ["dense", "k3-r2"]}],
 }  # fmt: skip
 SIZES = ModelSizes(**TINY["sizes"])
+WHISPERS_OWN = ("decoder_ffn_dim", "hop_length", "window_seconds", "max_tokens")
 
 
 @pytest.fixture
@@ -245,7 +246,31 @@ def test_a_cell_whose_sizes_cannot_be_is_named_before_anything_is_trained(scale)
         list(small.all_runs())
 
 
-@pytest.mark.parametrize("name", ["cpu", "acted", "gpu", "cluster"])
+def test_a_grid_trains_transducers_too(scale, tmp_path):
+    sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
+    sizes |= {"subsampling": 4, "subsampling_channels": 4, "decoder_dim": 32}
+    words = {"recognition": {"words": {**TINY["data"]["recognition"]["words"], "seconds": 2}}}
+    scale = replace(scale, model="parakeet_tdt", sizes=sizes, data=words)
+    paper.run(scale, "recognition", "k3-r2", 0, tmp_path / "work", tmp_path / "result.json")
+    values = json.loads((tmp_path / "result.json").read_text())
+    losses = [loss for _, loss in values["losses"]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert values["model"] == "parakeet_tdt"
+    assert values["test"]["words"] > 8
+    assert values["validation"][-1][2] >= 0
+    assert "four_bits" not in values
+    dense = paper.encoder_size(scale.sizes_for("recognition"), None)
+    assert values["encoder"]["parameters"] < 0.6 * dense
+
+
+def test_a_grid_of_another_model_is_named(tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"model": "moonshine"}))
+    with pytest.raises(ValueError, match="`model` must be one of whisper, parakeet_rnnt, parakeet_tdt, got 'moonshine'"):
+        paper.Scale.read(path)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (RESEARCH / "paper").glob("*.yaml") if path.stem != "accelerate"])
 def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
     scale = paper.Scale.read(RESEARCH / "paper" / f"{name}.yaml")
     cells = dict.fromkeys(paper.make_cells(SIZES), paper.Cell("dense"))
@@ -253,7 +278,7 @@ def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
     monkeypatch.setattr(paper, "_check_sizes", lambda *_: None)
     assert list(scale.all_runs())
     for task in scale.data:
-        assert scale.sizes_for(task).num_frames > 0
+        assert scale.sizes_for(task).encoder_layers > 0
 
 
 def test_a_vocabulary_needs_texts_and_room_for_their_characters():

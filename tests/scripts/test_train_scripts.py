@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.training.scratch_parakeet import check_head
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = REPOSITORY / "scripts"
@@ -29,8 +30,21 @@ ENCODER += ["--dropout", 0, "--mask_time", 0, "--mask_bands", 0, "--residual", '
 WHISPER = ["--decoder_layers", 1, "--decoder_ffn_dim", 32, "--num_mel_bins", 16, "--window_seconds", 1]
 WHISPER += ["--max_tokens", 40, "--vocab_size", 80]
 WAV2VEC2 = ["--conv_dim", 16, "--text_case", "lower", "--remove", "[^a-z ]"]
+PARAKEET = ["--subsampling", 4, "--subsampling_channels", 4, "--num_mel_bins", 16, "--decoder_dim", 16]
+PARAKEET += ["--conv_kernel", 3, "--vocab_size", 40, "--text_case", "lower", "--remove", "[^a-z ]"]
 TRAINING = ["--use_cpu", "--max_steps", 3, "--logging_steps", 1, "--learning_rate", 0.05, "--optim", "sgd"]
 TRAINING += ["--save_strategy", "steps", "--save_steps", 1, "--disable_tqdm", "true", "--max_grad_norm", 1e6]
+
+
+def has_torchaudio():
+    try:
+        check_head("rnnt")
+    except ValueError:
+        return False
+    return True
+
+
+needs_torchaudio = pytest.mark.skipif(not has_torchaudio(), reason="torchaudio cannot be imported")
 
 
 def run(monkeypatch, name, *options):
@@ -38,7 +52,16 @@ def run(monkeypatch, name, *options):
     runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize(("name", "own"), [("train_asr", WHISPER), ("train_ctc", WAV2VEC2)])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("train_asr", WHISPER),
+        ("train_ctc", WAV2VEC2),
+        ("train_parakeet", [*PARAKEET, "--head", "ctc"]),
+        ("train_parakeet", [*PARAKEET, "--head", "tdt"]),
+        pytest.param("train_parakeet", [*PARAKEET, "--head", "rnnt"], marks=needs_torchaudio),
+    ],
+)
 def test_a_model_from_scratch_opens_in_a_pipeline(name, own, monkeypatch, tmp_path):
     out = tmp_path / "out"
     options = [*DATA, *ENCODER, *own, *TRAINING, "--per_device_train_batch_size", 4]
@@ -50,8 +73,32 @@ def test_a_model_from_scratch_opens_in_a_pipeline(name, own, monkeypatch, tmp_pa
     whole = load_file(out / "model.safetensors")
     mean = [load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3)]
     for key, value in whole.items():
-        torch.testing.assert_close(value, (mean[0][key] + mean[1][key]) / 2)
-    assert not any("ctc_head" in key for key in whole)
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (mean[0][key] + mean[1][key]) / 2)
+    if name == "train_asr":
+        assert not any("ctc_head" in key for key in whole)
+
+
+def test_a_parakeet_from_scratch_is_fine_tuned_by_the_script_for_ctc(monkeypatch, tmp_path):
+    options = [*DATA, *TRAINING, "--per_device_train_batch_size", 4]
+    out, tuned = tmp_path / "out", tmp_path / "tuned"
+    run(monkeypatch, "train_parakeet", *options, *ENCODER, *PARAKEET, "--output_dir", out)
+    run(monkeypatch, "finetune_ctc", "--model", out, *options, *PARAKEET[-4:], "--output_dir", tuned)
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, tuned))
+    assert not torch.equal(before["ctc_head.weight"], after["ctc_head.weight"])
+    assert set(before) == set(after)
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'torchaudio'"), OSError("cannot load library")])
+def test_rnnt_without_its_loss_is_refused_before_anything_is_read(error, monkeypatch, tmp_path):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("hf_residual_transformer.training.scratch_parakeet.importlib.import_module", fail)
+    with pytest.raises(ValueError, match=f"`head` 'rnnt' needs torchaudio.*{error}.*or take 'tdt'"):
+        options = [*DATA, *PARAKEET, *TRAINING, "--output_dir", tmp_path / "out"]
+        run(monkeypatch, "train_parakeet", "--head", "rnnt", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_have_the_gradients_of_one_and_save_the_same_file(monkeypatch, tmp_path):
@@ -91,6 +138,11 @@ def test_two_processes_have_the_gradients_of_one_and_save_the_same_file(monkeypa
             "`average_checkpoints` must be at most the number of checkpoints that are kept, got 3",
         ),
         ("train_asr", [*WHISPER, "--residual", '{"rank": 99}'], "`rank` must be at most 32"),
+        ("train_parakeet", [*PARAKEET, "--subsampling", 6], "`subsampling` must be a power of two .*got 6"),
+        ("train_parakeet", [*PARAKEET, "--conv_kernel", 4], "`conv_kernel` must be odd, got 4"),
+        ("train_parakeet", [*PARAKEET, "--vocab_size", 8], r"`vocab_size` must be at least \d+, .*got 8"),
+        ("train_parakeet", [*PARAKEET, "--remove", "."], "training split must have clips with text"),
+        ("train_parakeet", [*PARAKEET, "--residual", '{"rank": 99}'], "`rank` must be at most 32"),
         ("train_ctc", [*WAV2VEC2, "--remove", "."], "training split must have clips with text"),
         (
             "train_ctc",
@@ -120,19 +172,29 @@ def test_characters_that_the_training_split_lacks_are_named(monkeypatch, tmp_pat
             "clip 0 of split 'validation' must have only characters of the training split, got '\u00e9'",
         ),
         ("train_ctc", WAV2VEC2[:2], "tokenizer has no '\u00e9', which is in 'wo\u00e9'"),
+        ("train_parakeet", [*PARAKEET[:-4], "--head", "tdt"], "tokenizer has no '\u00e9', which is in 'wo\u00e9'"),
     ):
         with pytest.raises(ValueError, match=message):
             run(monkeypatch, name, *data, *ENCODER, *own, *TRAINING)
 
 
-def test_a_transcript_that_is_too_long_for_ctc_is_named(monkeypatch, tmp_path):
-    table(tmp_path / "data", ["one", "two " * 40], ["train", "train"])
+@pytest.mark.parametrize(
+    ("name", "own", "words"),
+    [
+        ("train_ctc", WAV2VEC2[:2], 40),
+        ("train_parakeet", [*PARAKEET[:-4], "--vocab_size", 10], 40),
+        # A transducer writes up to ten tokens at a frame.
+        ("train_parakeet", [*PARAKEET[:-4], "--vocab_size", 10, "--head", "tdt"], 400),
+    ],
+)
+def test_a_transcript_that_is_too_long_for_the_frames_is_named(name, own, words, monkeypatch, tmp_path):
+    table(tmp_path / "data", ["one", "two " * words], ["train", "train"])
     monkeypatch.setattr("transformers.Trainer.train", None)
     with pytest.raises(
         ValueError, match=r"1\.wav \(row 1\) cannot be learnt from: its transcript needs \d+ frames"
     ):
-        options = [*WAV2VEC2[:2], *TRAINING, "--output_dir", tmp_path / "out"]
-        run(monkeypatch, "train_ctc", "--dataset", tmp_path / "data", *ENCODER, *options)
+        options = [*own, *TRAINING, "--output_dir", tmp_path / "out"]
+        run(monkeypatch, name, "--dataset", tmp_path / "data", *ENCODER, *options)
 
 
 def run_in_two_processes(name, options, folder):

@@ -1,0 +1,124 @@
+"""What is new in a Parakeet from scratch: its masks, its vocabulary, and the loss of a transducer over many batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoProcessor, Seq2SeqTrainingArguments
+
+from hf_residual_transformer import ResidualConfig
+from hf_residual_transformer.speech.collators import CTCCollator
+from hf_residual_transformer.training.scratch_parakeet import (
+    ParakeetSizes,
+    TransducerTrainer,
+    check_head,
+    mask_features,
+    new_parakeet,
+    new_parakeet_processor,
+)
+
+TEXTS = ["one two", "three", "seven nine"]
+TINY = {"encoder_layers": 3, "d_model": 16, "encoder_ffn_dim": 32, "attention_heads": 2, "num_mel_bins": 16}
+TINY |= {"subsampling": 4, "subsampling_channels": 4, "decoder_dim": 16, "dropout": 0.0}
+
+
+def made(head="tdt", **changes):
+    sizes = ParakeetSizes(**TINY | changes)
+    processor = new_parakeet_processor(TEXTS, 30, head, sizes.num_mel_bins)
+    torch.manual_seed(0)
+    return new_parakeet(sizes, head, processor.tokenizer, ResidualConfig.paper(3, 2)), processor
+
+
+def rows():
+    torch.manual_seed(1)
+    lengths = (9_000, 16_000, 12_000)
+    return [
+        {"audio": {"array": torch.randn(length).numpy(), "sampling_rate": 16_000}, "text": text}
+        for length, text in zip(lengths, TEXTS)
+    ]
+
+
+@pytest.mark.parametrize("head", ["ctc", "tdt"])
+def test_a_vocabulary_gives_its_texts_back_and_is_saved(head, tmp_path):
+    _, processor = made(head)
+    processor.save_pretrained(tmp_path)
+    saved = AutoProcessor.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = saved.tokenizer(text).input_ids
+        # As CTC gives them: a blank between two that are equal.
+        blank = saved.tokenizer.pad_token_id
+        apart = [i for pair in pairwise([*ids, None]) for i in ([pair[0], blank] if pair[0] == pair[1] else [pair[0]])]
+        assert saved.batch_decode([apart if head == "ctc" else ids], skip_special_tokens=True) == [text]
+    assert len(saved.tokenizer) == 30
+
+
+def test_masks_cover_their_part_while_the_model_trains_and_nothing_afterwards():
+    sizes = ParakeetSizes(**TINY | {"mask_time": 0.3, "mask_time_length": 5, "mask_bands": 0.25, "mask_bands_length": 4})
+    masked = mask_features(torch.ones(4, 200, 16), sizes)
+    frames, bands = (masked == 0).all(2), (masked == 0).all(1)
+    assert 0.1 < frames.float().mean() < 0.4
+    assert 0 < bands.float().mean() <= 0.5
+    assert bool((masked[~(frames[:, :, None] | bands[:, None, :])] == 1).all())
+
+    model, processor = made(mask_time=0.3, mask_bands=0.3, mask_time_length=5, mask_bands_length=4)
+    batch = CTCCollator(processor)(rows())
+    seen = []
+    model.encoder.subsampling.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    heard = {name: batch[name] for name in ("input_features", "attention_mask")}
+    model.train()
+    model.get_audio_features(**heard)
+    model.eval()
+    model.get_audio_features(**heard)
+    assert (seen[0] == 0).float().mean() > (seen[1] == 0).float().mean() + 0.05
+    assert torch.equal(seen[1], batch["input_features"])
+
+
+def trainer_of(model, processor, folder, **options):
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(folder), use_cpu=True, remove_unused_columns=False, report_to=[], **options
+    )
+    return TransducerTrainer(
+        model=model,
+        args=args,
+        data_collator=CTCCollator(processor),
+        processing_class=processor,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        compute_metrics=lambda predicted: {"shape": predicted.predictions.shape[0]},
+    )
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut(tmp_path):
+    model, processor = made(mask_time=0.0, mask_bands=0.0)
+    trainer = trainer_of(model, processor, tmp_path)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()  # its statistics are those of a batch
+    collator = CTCCollator(processor)
+    whole, *parts = (collator(part) for part in (rows(), rows()[:1], rows()[1:]))
+    _, number = trainer.get_batch_samples(iter([whole]), 1, torch.device("cpu"))
+    assert number == sum(len(processor.tokenizer(text).input_ids) for text in TEXTS)
+    one = trainer.compute_loss(model, whole, num_items_in_batch=number)
+    two = sum(trainer.compute_loss(model, part, num_items_in_batch=number) for part in parts)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_an_evaluation_gives_greedy_transcripts_and_a_bad_loss_names_its_texts(tmp_path):
+    model, processor = made()
+    trainer = trainer_of(model, processor, tmp_path, predict_with_generate=True)
+    found = trainer.evaluate()
+    assert found["eval_shape"] == len(TEXTS)
+    assert found["eval_loss"] > 0
+    with torch.no_grad():
+        model.joint.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss must be finite, got nan .* texts .*'seven nine'"):
+        trainer.compute_loss(model, CTCCollator(processor)(rows()))
+
+
+def test_a_head_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="`head` must be one of ctc, rnnt, tdt, got 'aed'"):
+        check_head("aed")
