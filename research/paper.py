@@ -42,6 +42,7 @@ from hf_residual_transformer.speech.collators import batched
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
 from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
 from hf_residual_transformer.training.scratch import EncoderSizes
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
 BLOCK = ResidualConfig().block_size
@@ -223,7 +224,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
     data, sizes = scale.data[task], scale.sizes_for(task)
     if "words" in data:
         language, words = LANGUAGES[task], data["words"]
-        seconds = words["seconds"] if "seconds" in words else sizes.window_seconds
+        seconds = words.get("seconds") or sizes.window_seconds
         strings = scale.recipe["max_steps"] * scale.recipe["per_device_train_batch_size"]
         splits = {
             split: WordStrings(
@@ -254,9 +255,7 @@ def make_cyclic(model: Any) -> None:
         linear.group_idx = layer_idx % len(linear.__dict__["_shared"])
 
 
-def train(
-    scale: Scale, task: str, cell: Cell, seed: int, folder: Path
-) -> tuple[Any, Splits, float]:
+def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple[Any, Splits, float]:
     """Trains one model, or goes on where it stopped. Returns the CPU seconds of a step too."""
     sizes = replace(scale.sizes_for(task), **cell.sizes)
     splits = load_splits(scale, task, seed)

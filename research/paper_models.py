@@ -43,7 +43,9 @@ class WhisperGrid:
         """With a vocabulary that is trained on `texts`."""
         return new_processor(train_tokenizer(texts, vocab_size), sizes)
 
-    def check_texts(self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float) -> None:
+    def check_texts(
+        self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float
+    ) -> None:
         """Checks each clip's text, which comes with its name, before training starts."""
         check_transcripts(clips, processor.tokenizer, sizes, with_ctc=ctc_weight > 0)
 
@@ -85,7 +87,9 @@ class ParakeetGrid:
         """With a vocabulary that is trained on `texts`."""
         return new_parakeet_processor(texts, vocab_size, self.head, sizes.num_mel_bins)
 
-    def check_texts(self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float) -> None:
+    def check_texts(
+        self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float
+    ) -> None:
         """Checks each clip's text, which comes with its name, before training starts."""
         collator = self.collator(processor)
         collator.encode([{"text": text} for _, text in clips])

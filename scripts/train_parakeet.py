@@ -9,14 +9,14 @@ r"""Trains a Parakeet from scratch, residual or dense, for recognition: with CTC
 In about a minute on a CPU, with the recordings that come with this repository:
 
     python scripts/train_parakeet.py --head tdt --language en --max_samples 32 --max_seconds 4 --text_case lower \
-        --remove "[^a-z' ]" --vocab_size 60 --encoder_layers 6 --d_model 64 --encoder_ffn_dim 256 --attention_heads 4 \
-        --subsampling_channels 16 --decoder_dim 64 --residual '{"group_size": 3, "rank": 2}' \
+        --remove "[^a-z' ]" --vocab_size 60 --encoder_layers 6 --d_model 64 --encoder_ffn_dim 256 \
+        --attention_heads 4 --subsampling_channels 16 --decoder_dim 64 --residual '{"group_size": 3, "rank": 2}' \
         --per_device_train_batch_size 4 --max_steps 8 --learning_rate 1e-3 --logging_steps 1 \
         --output_dir outputs/parakeet-small
 
-Without `--residual` the model is dense. The vocabulary is trained on the texts of the training split. The head "rnnt" is
-the paper's own setting; its loss needs torchaudio. `scripts/train_ctc.py` trains a wav2vec2, and `scripts/train_asr.py` a
-model with a decoder, which can translate too.
+Without `--residual` the model is dense. The vocabulary is trained on the texts of the training split. The head "rnnt"
+is the paper's own setting; its loss needs torchaudio. `scripts/train_ctc.py` trains a wav2vec2, and
+`scripts/train_asr.py` a model with a decoder, which can translate too.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
 The first argument may instead be a JSON or YAML file with options by name. For many processes,

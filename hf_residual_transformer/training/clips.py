@@ -23,8 +23,8 @@ def ctc_frames(labels: Sequence[int]) -> int:
 
 
 def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Checks that clips make frames, and that transcripts fit them, without which CTC's loss is infinite and a transducer
-    cannot write them, or the `max_target_positions` of Whisper's decoder.
+    """Checks that clips make frames, and that transcripts fit them, or the `max_target_positions` of Whisper's decoder.
+    Where they do not, CTC's loss is infinite, and a transducer cannot write them.
 
     Raises:
         ValueError: naming the first clip that is too short, or whose transcript is too long.
@@ -44,7 +44,9 @@ def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapp
         else:
             found, unit = _frames_of(model, extractor, len(audio["array"]), clip), "frames"
             # A transducer may write many tokens at one frame.
-            needed = math.ceil(len(labels) / model.max_symbols_per_step) if is_transducer else ctc_frames(labels)
+            needed = (
+                math.ceil(len(labels) / model.max_symbols_per_step) if is_transducer else ctc_frames(labels)
+            )
         if needed > found:
             raise ValueError(
                 f"{clip} cannot be learnt from: its transcript needs {needed} {unit}, and the model has {found} for "

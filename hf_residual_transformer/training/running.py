@@ -292,7 +292,9 @@ def run_parakeet_training(
     collator = CTCCollator(processor, normalize)
     trainer: Any
     if head == "ctc":
-        trainer = _labels_trainer(CTCDistillationTrainer, model, processor, collator, splits, data, args, None)
+        trainer = _labels_trainer(
+            CTCDistillationTrainer, model, processor, collator, splits, data, args, None
+        )
     else:
         args.remove_unused_columns = False  # the collator reads columns that no model does
         trainer = TransducerTrainer(

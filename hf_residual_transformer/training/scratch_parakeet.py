@@ -102,11 +102,14 @@ def new_parakeet_processor(
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
     bpe.decoder = decoders.Metaspace()  # type: ignore[assignment]
     special = [PADDING] if head == "ctc" else [PADDING, BLANK]
-    alphabet = {char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece}
-    if vocab_size < len(alphabet) + 1 + len(special):
+    alphabet = {
+        char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece
+    }
+    least = len(alphabet) + 1 + len(special)
+    if vocab_size < least:
         raise ValueError(
-            f"`vocab_size` must be at least {len(alphabet) + 1 + len(special)}, for the {len(alphabet)} characters of the "
-            f"texts and {1 + len(special)} special tokens, got {vocab_size}"
+            f"`vocab_size` must be at least {least}, for the {len(alphabet)} characters of the texts and "
+            f"{1 + len(special)} special tokens, got {vocab_size}"
         )
     bpe.train_from_iterator(
         texts,
@@ -120,12 +123,18 @@ def new_parakeet_processor(
     tokenizer = ParakeetTokenizer(tokenizer_object=bpe, unk_token=UNKNOWN, pad_token=PADDING)
     tokenizer.add_tokens(special[1:], special_tokens=True)
     return ParakeetProcessor(
-        ParakeetFeatureExtractor(feature_size=num_mel_bins), tokenizer, blank_token=special[-1], decoder_type=head
+        ParakeetFeatureExtractor(feature_size=num_mel_bins),
+        tokenizer,
+        blank_token=special[-1],
+        decoder_type=head,
     )
 
 
 def new_parakeet(
-    sizes: ParakeetSizes, head: Head, tokenizer: ParakeetTokenizer, residual_config: ResidualConfig | None = None
+    sizes: ParakeetSizes,
+    head: Head,
+    tokenizer: ParakeetTokenizer,
+    residual_config: ResidualConfig | None = None,
 ) -> Any:
     """A model with random weights, residual if there is a `residual_config`."""
     encoder = ParakeetEncoderConfig(

@@ -266,11 +266,15 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
 def test_a_grid_of_another_model_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump(TINY | {"model": "moonshine"}))
-    with pytest.raises(ValueError, match="`model` must be one of whisper, parakeet_rnnt, parakeet_tdt, got 'moonshine'"):
+    with pytest.raises(
+        ValueError, match="`model` must be one of whisper, parakeet_rnnt, parakeet_tdt, got 'moonshine'"
+    ):
         paper.Scale.read(path)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in (RESEARCH / "paper").glob("*.yaml") if path.stem != "accelerate"])
+@pytest.mark.parametrize(
+    "name", [path.stem for path in (RESEARCH / "paper").glob("*.yaml") if path.stem != "accelerate"]
+)
 def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
     scale = paper.Scale.read(RESEARCH / "paper" / f"{name}.yaml")
     cells = dict.fromkeys(paper.make_cells(SIZES), paper.Cell("dense"))

@@ -89,7 +89,9 @@ def test_a_parakeet_from_scratch_is_fine_tuned_by_the_script_for_ctc(monkeypatch
     assert set(before) == set(after)
 
 
-@pytest.mark.parametrize("error", [ImportError("No module named 'torchaudio'"), OSError("cannot load library")])
+@pytest.mark.parametrize(
+    "error", [ImportError("No module named 'torchaudio'"), OSError("cannot load library")]
+)
 def test_rnnt_without_its_loss_is_refused_before_anything_is_read(error, monkeypatch, tmp_path):
     def fail(name):
         raise error
@@ -172,7 +174,11 @@ def test_characters_that_the_training_split_lacks_are_named(monkeypatch, tmp_pat
             "clip 0 of split 'validation' must have only characters of the training split, got '\u00e9'",
         ),
         ("train_ctc", WAV2VEC2[:2], "tokenizer has no '\u00e9', which is in 'wo\u00e9'"),
-        ("train_parakeet", [*PARAKEET[:-4], "--head", "tdt"], "tokenizer has no '\u00e9', which is in 'wo\u00e9'"),
+        (
+            "train_parakeet",
+            [*PARAKEET[:-4], "--head", "tdt"],
+            "tokenizer has no '\u00e9', which is in 'wo\u00e9'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(monkeypatch, name, *data, *ENCODER, *own, *TRAINING)

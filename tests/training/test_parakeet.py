@@ -50,13 +50,19 @@ def test_a_vocabulary_gives_its_texts_back_and_is_saved(head, tmp_path):
         ids = saved.tokenizer(text).input_ids
         # As CTC gives them: a blank between two that are equal.
         blank = saved.tokenizer.pad_token_id
-        apart = [i for pair in pairwise([*ids, None]) for i in ([pair[0], blank] if pair[0] == pair[1] else [pair[0]])]
+        apart = [
+            i
+            for pair in pairwise([*ids, None])
+            for i in ([pair[0], blank] if pair[0] == pair[1] else [pair[0]])
+        ]
         assert saved.batch_decode([apart if head == "ctc" else ids], skip_special_tokens=True) == [text]
     assert len(saved.tokenizer) == 30
 
 
 def test_masks_cover_their_part_while_the_model_trains_and_nothing_afterwards():
-    sizes = ParakeetSizes(**TINY | {"mask_time": 0.3, "mask_time_length": 5, "mask_bands": 0.25, "mask_bands_length": 4})
+    sizes = ParakeetSizes(
+        **TINY | {"mask_time": 0.3, "mask_time_length": 5, "mask_bands": 0.25, "mask_bands_length": 4}
+    )
     masked = mask_features(torch.ones(4, 200, 16), sizes)
     frames, bands = (masked == 0).all(2), (masked == 0).all(1)
     assert 0.1 < frames.float().mean() < 0.4
@@ -66,7 +72,9 @@ def test_masks_cover_their_part_while_the_model_trains_and_nothing_afterwards():
     model, processor = made(mask_time=0.3, mask_bands=0.3, mask_time_length=5, mask_bands_length=4)
     batch = CTCCollator(processor)(rows())
     seen = []
-    model.encoder.subsampling.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    model.encoder.subsampling.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True
+    )
     heard = {name: batch[name] for name in ("input_features", "attention_mask")}
     model.train()
     model.get_audio_features(**heard)
@@ -115,7 +123,7 @@ def test_an_evaluation_gives_greedy_transcripts_and_a_bad_loss_names_its_texts(t
     assert found["eval_loss"] > 0
     with torch.no_grad():
         model.joint.head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="loss must be finite, got nan .* texts .*'seven nine'"):
+    with pytest.raises(ValueError, match=r"loss must be finite, got nan .* texts .*'seven nine'"):
         trainer.compute_loss(model, CTCCollator(processor)(rows()))
 
 
