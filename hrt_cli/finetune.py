@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whisper = parser.add_argument_group("how, for Whisper")
     whisper.add_argument("--task", choices=("transcribe", "translate"), help="of texts (default: transcribe)")
     whisper.add_argument("--freeze", choices=("none", "encoder", "decoder"), help="what does not learn")
-    ctc = parser.add_argument_group("how, for wav2vec2")
+    ctc = parser.add_argument_group("how, for models with CTC")
     ctc.add_argument("--text-case", choices=("keep", "upper", "lower"), help="case of the vocabulary")
     ctc.add_argument("--remove", metavar="REGEX", help='what to remove from transcripts, as "[^A-Z\' ]"')
     ctc.add_argument("--train-feature-encoder", action="store_true", help="let the convolutions learn too")
@@ -57,22 +57,23 @@ def run(args: argparse.Namespace) -> None:
 
     from hf_residual_transformer.folders import prepare_output_dir
     from hf_residual_transformer.training.arguments import TrainingDataArguments
+    from hf_residual_transformer.training.recipe import is_whisper
     from hf_residual_transformer.training.running import run_ctc_finetuning, run_seq2seq_finetuning
 
     resume = args.training_args.resume_from_checkpoint is not None
     prepare_output_dir(args.training_args.output_dir, args.overwrite, resume=resume)
-    is_whisper = AutoConfig.from_pretrained(args.model).is_encoder_decoder
-    for name in OF_CTC if is_whisper else OF_WHISPER:
+    whisper = is_whisper(AutoConfig.from_pretrained(args.model))
+    for name in OF_CTC if whisper else OF_WHISPER:
         if getattr(args, name) not in (None, False):
-            family = "wav2vec2" if is_whisper else "Whisper"
+            family = "CTC" if whisper else "Whisper"
             raise ValueError(
                 f"--{name.replace('_', '-')} is for {family} models, and {args.model} is another"
             )
-    names = OF_WHISPER if is_whisper else OF_CTC
+    names = OF_WHISPER if whisper else OF_CTC
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if "train_feature_encoder" in options:
         options["freeze_feature_encoder"] = not options.pop("train_feature_encoder")
-    run_finetuning: Any = run_seq2seq_finetuning if is_whisper else run_ctc_finetuning
+    run_finetuning: Any = run_seq2seq_finetuning if whisper else run_ctc_finetuning
     run_finetuning(
         args.model,
         training_data(args, TrainingDataArguments),

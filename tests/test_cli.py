@@ -27,6 +27,7 @@ from conftest import (
     whisper_generation_config,
     whisper_processor,
 )
+from tiny_families import dense_model
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
@@ -267,9 +268,16 @@ class TestErrors:
 
     def test_options_of_another_family_are_refused(self, dense_whisper, dense_wav2vec2, tmp_path, capsys):
         words = ["finetune", dense_whisper, *DATA, *TRAINING, "--remove", "x", "--out", tmp_path / "a"]
-        assert "--remove is for wav2vec2 models" in refused(capsys, *words)
+        assert "--remove is for CTC models" in refused(capsys, *words)
         words = ["finetune", dense_wav2vec2, *DATA, *TRAINING, "--task", "translate", "--out", tmp_path / "b"]
         assert "--task is for Whisper models" in refused(capsys, *words)
+
+    def test_a_family_that_is_not_trained_here_is_refused(self, tmp_path, capsys):
+        dense_model("parakeet_tdt").save_pretrained(tmp_path / "tdt")
+        words = ["finetune", tmp_path / "tdt", *DATA, *TRAINING, "--out", tmp_path / "out"]
+        assert "must be a Whisper or an encoder with CTC to be trained here, got a parakeet_tdt" in refused(
+            capsys, *words
+        )
 
     def test_a_dense_model_has_no_report(self, dense_whisper, capsys):
         assert "must have residual layers" in refused(capsys, "report", dense_whisper)

@@ -48,19 +48,27 @@ def without_noise(config: Any) -> dict[str, Any]:
     return {name: value for name, value in WITHOUT_NOISE.items() if hasattr(config, name)}
 
 
+def is_whisper(config: Any) -> bool:
+    """Whether a model to be trained is a Whisper, and not an encoder with CTC.
+
+    Raises:
+        ValueError: for other models.
+    """
+    if config.is_encoder_decoder and config.model_type != WHISPER.name:
+        raise ValueError(
+            f"`model` must be a Whisper or an encoder with CTC to be trained here, got a {config.model_type}; Trainer "
+            "itself trains it as any model"
+        )
+    return bool(config.is_encoder_decoder)
+
+
 def trainer_class_for(model: Any) -> type[DistillationTrainer]:
     """The Trainer that distils `model`, a Whisper or an encoder with CTC.
 
     Raises:
         ValueError: for other models.
     """
-    config = model.config
-    if config.is_encoder_decoder and config.model_type != WHISPER.name:
-        raise ValueError(
-            f"`model` must be a Whisper or an encoder with CTC to be trained here, got a {config.model_type}; Trainer "
-            "itself trains it as any model"
-        )
-    return Seq2SeqDistillationTrainer if config.is_encoder_decoder else CTCDistillationTrainer
+    return Seq2SeqDistillationTrainer if is_whisper(model.config) else CTCDistillationTrainer
 
 
 def default_learning_rate(student: Any, teacher: Any) -> float:

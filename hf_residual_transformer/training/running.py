@@ -42,6 +42,7 @@ from .checkpoints import bytes_to_write
 from .clips import checked
 from .recipe import (
     default_learning_rate,
+    is_whisper,
     prepare_windows,
     rates_for_short_windows,
     restore_windows,
@@ -112,7 +113,7 @@ def run_distillation(
             "window; distil without them first"
         )
     config = AutoConfig.from_pretrained(student_id)
-    auto_class: Any = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForCTC
+    auto_class: Any = AutoModelForSpeechSeq2Seq if is_whisper(config) else AutoModelForCTC
     overrides = without_noise(config)
     student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
