@@ -28,7 +28,7 @@ from typing import Any
 import jiwer
 import torch
 from paper_bits import with_four_bits
-from paper_models import GRIDS, without_weights
+from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, set_seed
 from words import WordStrings, all_texts
@@ -144,7 +144,7 @@ class Scale:
     Args:
         name: of the file.
         data: of each task: `words: {...}` for synthetic words, or the options of `TrainingDataArguments`.
-        model: what is trained, a key of `GRIDS`.
+        model: what is trained, a key of `ARCHITECTURES`.
         sizes: of the dense model, as `ModelSizes` or `ParakeetSizes`; `sizes_of` has what differs by task.
         recipe: options of the Trainer.
         vocab_size, ctc_weight, average_checkpoints: as in `scripts/train_asr.py`; a Parakeet has no CTC.
@@ -169,18 +169,18 @@ class Scale:
             scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
-        if scale.model not in GRIDS:
-            raise ValueError(f"`model` must be one of {', '.join(GRIDS)}, got {scale.model!r}")
+        if scale.model not in ARCHITECTURES:
+            raise ValueError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {scale.model!r}")
         return scale
 
     @property
-    def grid(self) -> Any:
+    def architecture(self) -> Architecture:
         """What is trained."""
-        return GRIDS[self.model]
+        return ARCHITECTURES[self.model]
 
     def sizes_for(self, task: str) -> Any:
         """The sizes of the dense model of a task."""
-        return self.grid.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
+        return self.architecture.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
 
     def all_runs(self) -> Iterator[tuple[str, str, int]]:
         """Task, cell and seed of each run, in order.
@@ -259,16 +259,16 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     """Trains one model, or goes on where it stopped. Returns the CPU seconds of a step too."""
     sizes = replace(scale.sizes_for(task), **cell.sizes)
     splits = load_splits(scale, task, seed)
-    grid = scale.grid
-    processor = grid.processor(splits.texts, scale.vocab_size, sizes)
+    architecture = scale.architecture
+    processor = architecture.processor(splits.texts, scale.vocab_size, sizes)
     for name, texts in (("training", splits.texts), ("validation", splits.validation_texts)):
         clips = ((f"{name} clip {index}", text) for index, text in enumerate(texts))
-        grid.check_texts(clips, processor, sizes, scale.ctc_weight)
+        architecture.check_texts(clips, processor, sizes, scale.ctc_weight)
     set_seed(seed)
-    model = grid.model(sizes, processor, cell.residual)
+    model = architecture.model(sizes, processor, cell.residual)
     if cell.cyclic:
         make_cyclic(model)
-    trainer = grid.trainer(
+    trainer = architecture.trainer(
         scale.ctc_weight,
         model=model,
         args=Seq2SeqTrainingArguments(
@@ -282,7 +282,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
         ),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
-        data_collator=grid.collator(processor),
+        data_collator=architecture.collator(processor),
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
     )
@@ -307,15 +307,15 @@ def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
 
 @torch.inference_mode()
 def recognise(
-    grid: Any, model: Any, processor: Any, dataset: Any, batch_size: int
+    architecture: Architecture, model: Any, processor: Any, dataset: Any, batch_size: int
 ) -> tuple[list[str], list[str]]:
     """References and predictions, by greedy search."""
-    collator = grid.collator(processor)
+    collator = architecture.collator(processor)
     references: list[str] = []
     predictions: list[str] = []
     model.eval()
     for rows in batched((dataset[index] for index in range(len(dataset))), batch_size):
-        ids = grid.recognise(model, collator([{"audio": row["audio"]} for row in rows]))
+        ids = architecture.recognise(model, collator([{"audio": row["audio"]} for row in rows]))
         predictions += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
         references += [row["text"] for row in rows]
     return references, predictions
@@ -374,10 +374,10 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
             for entry in history
             if "eval_wer" in entry
         ],
-        "test": measure(task, *recognise(scale.grid, model, processor, splits.test, batch_size)),
+        "test": measure(task, *recognise(scale.architecture, model, processor, splits.test, batch_size)),
     }
-    if cell.four_bits and scale.grid.has_four_bits:
-        collator = scale.grid.collator(processor)
+    if cell.four_bits and scale.architecture.has_four_bits:
+        collator = scale.architecture.collator(processor)
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
         small, num_bytes = with_four_bits(model, collator(rows)["input_features"])
         if cell.cyclic:
@@ -385,7 +385,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         values["four_bits"] = {
             "bytes": num_bytes,
             "ratio": num_bytes / (2 * dense),
-            "test": measure(task, *recognise(scale.grid, small, processor, splits.test, batch_size)),
+            "test": measure(task, *recognise(scale.architecture, small, processor, splits.test, batch_size)),
         }
     if trainer.is_world_process_zero():
         save_processor(processor, work)
@@ -410,7 +410,7 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
     scale = Scale.read(path)
-    scale.grid.check()
+    scale.architecture.check()
     results = args.results / scale.name
     for task, name, seed in [] if args.table else list(scale.all_runs()):
         result = results / f"{task}-{name}-{seed}.json"

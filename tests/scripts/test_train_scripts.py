@@ -17,7 +17,7 @@ import soundfile
 import torch
 from conftest import logged, speech
 from safetensors.torch import load_file
-from transformers import pipeline
+from transformers import AutoModelForRNNT, AutoProcessor, pipeline
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer.training.scratch_parakeet import check_head
@@ -59,7 +59,6 @@ def run(monkeypatch, name, *options):
         ("train_ctc", WAV2VEC2),
         ("train_parakeet", [*PARAKEET, "--head", "ctc"]),
         ("train_parakeet", [*PARAKEET, "--head", "tdt"]),
-        pytest.param("train_parakeet", [*PARAKEET, "--head", "rnnt"], marks=needs_torchaudio),
     ],
 )
 def test_a_model_from_scratch_opens_in_a_pipeline(name, own, monkeypatch, tmp_path):
@@ -77,6 +76,28 @@ def test_a_model_from_scratch_opens_in_a_pipeline(name, own, monkeypatch, tmp_pa
             torch.testing.assert_close(value, (mean[0][key] + mean[1][key]) / 2)
     if name == "train_asr":
         assert not any("ctc_head" in key for key in whole)
+
+
+@needs_torchaudio
+def test_an_rnnt_from_scratch_opens_by_its_auto_class(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    options = [
+        *DATA,
+        *ENCODER,
+        *PARAKEET,
+        *TRAINING,
+        "--per_device_train_batch_size",
+        4,
+        "--eval_split",
+        "train",
+    ]
+    run(monkeypatch, "train_parakeet", "--head", "rnnt", *options, "--output_dir", out)
+    assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
+    # The pipeline of transformers does not know RNN-T.
+    model, processor = AutoModelForRNNT.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert model.config.residual_config == hrt.ResidualConfig(group_size=3, rank=2)
+    ids = model.generate(**processor(speech().numpy(), sampling_rate=16_000)).sequences
+    assert isinstance(processor.batch_decode(ids, skip_special_tokens=True)[0], str)
 
 
 def test_a_parakeet_from_scratch_is_fine_tuned_by_the_script_for_ctc(monkeypatch, tmp_path):
