@@ -109,7 +109,7 @@ class Parakeet(Architecture):
         check_head(self.head)
 
     def processor(self, texts: Iterable[str], vocab_size: int, sizes: Any) -> Any:
-        return new_parakeet_processor(texts, vocab_size, self.head, sizes.num_mel_bins)
+        return new_parakeet_processor(texts, vocab_size, self.head, sizes)
 
     def check_texts(
         self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float

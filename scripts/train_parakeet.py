@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from transformers import Seq2SeqTrainingArguments
+from transformers import TrainingArguments
 
 from hf_residual_transformer.training.arguments import ScratchArguments, TrainingDataArguments, parse_args
 from hf_residual_transformer.training.running import run_parakeet_training
@@ -53,7 +53,7 @@ class ScriptArguments(ScratchArguments):
 
 def main() -> None:
     args, sizes, data_args, training_args = parse_args(
-        ScriptArguments, ParakeetSizes, TrainingDataArguments, Seq2SeqTrainingArguments
+        ScriptArguments, ParakeetSizes, TrainingDataArguments, TrainingArguments
     )
     run_parakeet_training(sizes, data_args, training_args, **asdict(args))
 

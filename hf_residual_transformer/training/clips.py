@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from ..families import num_frames_of
-from ..speech.collators import SpeechCollator, check_has_frames, feature_extractor_of
+from ..speech.collators import SpeechCollator, check_has_frames, extract, feature_extractor_of
 from ..speech.datasets import refuse_long_clips
+
+MIN_SPECTROGRAM = 2
 
 
 def ctc_frames(labels: Sequence[int]) -> int:
@@ -55,10 +58,23 @@ def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapp
 
 
 def _frames_of(model: Any, extractor: Any, num_samples: int, clip: str) -> int:
-    """The encoder frames of a clip; the encoder reads samples, or frames of `hop_length` samples each."""
+    """The encoder frames of a clip.
+
+    Raises:
+        ValueError: if there are none, or if a spectrogram has a single frame, whose variance is not defined.
+    """
     check_has_frames(model, num_samples, clip)
-    hop_length = getattr(extractor, "hop_length", 1)
-    return int(num_frames_of(model, torch.tensor([num_samples // hop_length])))
+    length = num_samples
+    if model.main_input_name != "input_values":
+        batch = extract([np.zeros(num_samples, np.float32)], extractor)
+        features = batch[model.main_input_name]
+        length = int(batch["attention_mask"].sum()) if "attention_mask" in batch else features.shape[1]
+        if length < MIN_SPECTROGRAM:
+            raise ValueError(
+                f"{clip} must be long enough for {MIN_SPECTROGRAM} frames of a spectrogram, got {num_samples} samples, "
+                f"which make {length}; remove it from the data"
+            )
+    return int(num_frames_of(model, torch.tensor([length])))
 
 
 @dataclass

@@ -50,6 +50,7 @@ from .recipe import (
     without_noise,
 )
 from .scratch import (
+    EncoderSizes,
     ModelSizes,
     ScratchTrainer,
     check_average,
@@ -251,7 +252,8 @@ def run_ctc_training(
     processor = new_ctc_processor(normalize(text) for text in splits[0]["text"])
     model = new_ctc_model(sizes, processor.tokenizer, residual_config)
     collator = CTCCollator(processor, normalize)
-    trainer = _labels_trainer(CTCDistillationTrainer, model, processor, collator, splits, data, args, None)
+    run_data = _run_data(data, sizes, text_case, remove)
+    trainer = _labels_trainer(CTCDistillationTrainer, model, processor, collator, splits, run_data, args)
     train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
 
 
@@ -273,7 +275,7 @@ def run_parakeet_training(
     Args:
         sizes: of the model.
         data: clips with transcripts; streamed data is not read here.
-        args: `Seq2SeqTrainingArguments`.
+        args: `TrainingArguments`.
         head: "ctc", "rnnt" or "tdt".
         residual, vocab_size, average_checkpoints, overwrite: as in `run_training`.
         text_case, remove: as in `run_ctc_finetuning`.
@@ -288,25 +290,19 @@ def run_parakeet_training(
     _prepare(args, overwrite)
     splits = _whole_splits(data, ParakeetFeatureExtractor().sampling_rate)
     texts = [normalize(text) for text in splits[0]["text"]]
-    processor = new_parakeet_processor(texts, vocab_size, head, sizes.num_mel_bins)
+    processor = new_parakeet_processor(texts, vocab_size, head, sizes)
     model = new_parakeet(sizes, head, processor.tokenizer, residual_config)
     collator = CTCCollator(processor, normalize)
-    trainer: Any
-    if head == "ctc":
-        trainer = _labels_trainer(
-            CTCDistillationTrainer, model, processor, collator, splits, data, args, None
-        )
-    else:
-        args.remove_unused_columns = False  # the collator reads columns that no model does
-        trainer = TransducerTrainer(
-            model=model,
-            args=args,
-            train_dataset=splits[0],
-            eval_dataset=splits[1],
-            data_collator=checked(model, collator, *splits),
-            processing_class=processor,
-            run_data=asdict(data),
-        )
+    run_data = _run_data(data, sizes, text_case, remove)
+    trainer = _labels_trainer(
+        CTCDistillationTrainer if head == "ctc" else TransducerTrainer,
+        model,
+        processor,
+        collator,
+        splits,
+        run_data,
+        args,
+    )
     train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
 
 
@@ -356,9 +352,14 @@ def run_training(
         eval_dataset=eval_dataset,
         data_collator=Seq2SeqCollator(processor, multilingual=False),
         processing_class=processor,
-        run_data=asdict(data),
+        run_data=_run_data(data, sizes),
     )
     train_and_save(trainer, partial(trainer.finish, average_checkpoints))
+
+
+def _run_data(data: TrainingDataArguments, sizes: EncoderSizes, *spelling: str) -> dict[str, Any]:
+    """What a checkpoint of a model from scratch remembers: its data, and what its weights do not show, as masks."""
+    return asdict(data) | {"sizes": asdict(sizes), "spelling": list(spelling)}
 
 
 def _residual_config(residual: str | None) -> ResidualConfig | None:
@@ -401,7 +402,9 @@ def _finetune(
     if lora_rank is not None:
         model = add_lora(model, lora_rank)
     splits = data.load_splits(processor, args.seed)
-    trainer = _labels_trainer(trainer_class, model, processor, collator, splits, data, args, learning_rates)
+    trainer = _labels_trainer(
+        trainer_class, model, processor, collator, splits, asdict(data), args, learning_rates
+    )
 
     def merge() -> None:
         trainer.model = trainer.model.merge_and_unload()
@@ -410,29 +413,33 @@ def _finetune(
 
 
 def _labels_trainer(
-    trainer_class: type[DistillationTrainer],
+    trainer_class: Any,
     model: Any,
     processor: Any,
     collator: Any,
     splits: tuple[Any, Any],
-    data: TrainingDataArguments,
+    run_data: dict[str, Any],
     args: Any,
-    learning_rates: str | None,
-) -> DistillationTrainer:
+    learning_rates: str | None = None,
+) -> Any:
+    """A Trainer on labels alone, of a class that distils or of another."""
     train_dataset, eval_dataset = splits
     collator = checked(model, collator, train_dataset, eval_dataset)
     args.remove_unused_columns = False  # the collator reads columns that no model does
+    losses = {}
+    if issubclass(trainer_class, DistillationTrainer):
+        losses["distillation"] = DistillationArguments(
+            final_weight=0.0, logits_weight=0.0, labels_weight=1.0, learning_rates=learning_rates
+        )
     return trainer_class(
         model=model,
         args=args,
-        distillation=DistillationArguments(
-            final_weight=0.0, logits_weight=0.0, labels_weight=1.0, learning_rates=learning_rates
-        ),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
-        run_data=asdict(data),
+        run_data=run_data,
+        **losses,
     )
 
 

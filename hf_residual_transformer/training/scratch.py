@@ -258,7 +258,7 @@ def _is_unknown(character: str, tokenizer: WhisperTokenizer) -> bool:
     return found.strip() != character.strip()
 
 
-class TokenMeanTrainer(GuardedTrainer, Seq2SeqTrainer):
+class TokenMeanTrainer(GuardedTrainer):
     """A Trainer whose loss is a mean over the tokens of an optimizer step, so that it is the same for accumulated steps
     and for many processes.
     """
@@ -311,7 +311,7 @@ class TokenMeanTrainer(GuardedTrainer, Seq2SeqTrainer):
         load_average(self.model, Path(str(self.args.output_dir)), last)
 
 
-class ScratchTrainer(TokenMeanTrainer):
+class ScratchTrainer(TokenMeanTrainer, Seq2SeqTrainer):
     """The loss of the decoder with label smoothing, and beside it CTC on the encoder.
 
     Args:

@@ -52,7 +52,11 @@ class ParakeetSizes(EncoderSizes):
 
     conv_kernel: int = field(default=9, metadata={"help": "Frames that a layer's convolution covers."})
     subsampling: int = field(
-        default=8, metadata={"help": "Frames of the spectrogram, 10 ms each, in a frame of the encoder."}
+        default=8,
+        metadata={
+            "help": "Frames of the spectrogram, 10 ms each, in a frame of the encoder. Times that the processor of "
+            "transformers gives are right for 8 alone."
+        },
     )
     subsampling_channels: int = field(
         default=256, metadata={"help": "Channels of the convolutions that make these frames."}
@@ -88,7 +92,7 @@ def check_head(head: str) -> None:
 
 
 def new_parakeet_processor(
-    texts: Iterable[str], vocab_size: int, head: Head, num_mel_bins: int = 80
+    texts: Iterable[str], vocab_size: int, head: Head, sizes: ParakeetSizes
 ) -> ParakeetProcessor:
     """The processor of a new model, with a BPE that is trained on `texts` and knows no characters but theirs.
 
@@ -123,7 +127,7 @@ def new_parakeet_processor(
     tokenizer = ParakeetTokenizer(tokenizer_object=bpe, unk_token=UNKNOWN, pad_token=PADDING)
     tokenizer.add_tokens(special[1:], special_tokens=True)
     return ParakeetProcessor(
-        ParakeetFeatureExtractor(feature_size=num_mel_bins),
+        ParakeetFeatureExtractor(feature_size=sizes.num_mel_bins),
         tokenizer,
         blank_token=special[-1],
         decoder_type=head,
@@ -165,8 +169,17 @@ def new_parakeet(
     model = AUTO_CLASSES[head].from_config(config_class(encoder_config=encoder, **values, **own))
     if head != "ctc":
         model.generation_config.decoder_start_token_id = values["blank_token_id"]
+    if is_tdt(model):
+        # The logits of durations come after those of tokens, and `generate` would take the largest of all.
+        first = len(tokenizer)
+        model.generation_config.suppress_tokens = list(range(first, first + len(model.config.durations)))
     add_spec_augment(model, sizes)
     return model
+
+
+def is_tdt(model: Any) -> bool:
+    """Whether a model's transducer says, with each token, how many frames to go on."""
+    return hasattr(model.config, "durations")
 
 
 def add_spec_augment(model: Any, sizes: EncoderSizes) -> None:
@@ -203,17 +216,28 @@ class TransducerTrainer(TokenMeanTrainer):
     """The loss of a transducer, RNN-T or TDT. A batch is one of `CTCCollator`, (batch_size, num_tokens) labels that are
     padded with -100.
 
-    With `predict_with_generate`, an evaluation gives greedy transcripts to `compute_metrics`.
+    With `predict_with_generate` among its arguments, an evaluation gives greedy transcripts to `compute_metrics`.
+
+    Raises:
+        ValueError: for label smoothing, which these losses do not have.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` must be 0 for a transducer, got {self.args.label_smoothing_factor}"
+            )
 
     def _count(self, labels: Tensor) -> Tensor:
         return (labels != LABEL_PADDING).sum().float()
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
-        labels, config = inputs["labels"], self.model.config
-        blank = config.blank_token_id
-        # The two classes of transformers find the lengths of labels by different tokens.
-        padding = config.pad_token_id if hasattr(config, "durations") else blank
+        labels, blank = inputs["labels"], self.model.config.blank_token_id
+        if not labels.shape[1]:  # no clip of the batch has text, and transformers would drop the axis
+            labels = F.pad(labels, (0, 1), value=LABEL_PADDING)
+        # TDT counts the labels that are not padding, and RNN-T those that are not blank.
+        padding = self.model.config.pad_token_id if is_tdt(self.model) else blank
         is_padding = labels == LABEL_PADDING
         outputs = model(
             input_features=inputs["input_features"],
@@ -232,7 +256,7 @@ class TransducerTrainer(TokenMeanTrainer):
         inputs = dict(self._prepare_inputs(inputs))
         with torch.no_grad():
             loss = self.compute_loss(model, inputs).detach()
-            if prediction_loss_only or not self.args.predict_with_generate:
+            if prediction_loss_only or not getattr(self.args, "predict_with_generate", False):
                 return loss, None, None
             heard = {name: inputs[name] for name in ("input_features", "attention_mask")}
             return loss, self.model.generate(**heard).sequences, inputs["labels"]

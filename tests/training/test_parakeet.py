@@ -6,11 +6,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_families import MELS, dense_model
 from torch import nn
-from transformers import AutoProcessor, Seq2SeqTrainingArguments
+from transformers import (
+    AutoModelForTDT,
+    AutoProcessor,
+    SeamlessM4TFeatureExtractor,
+    Seq2SeqTrainingArguments,
+)
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.speech.collators import CTCCollator
+from hf_residual_transformer.training.clips import _frames_of, refuse_unfit_clips
 from hf_residual_transformer.training.scratch_parakeet import (
     ParakeetSizes,
     TransducerTrainer,
@@ -27,7 +34,7 @@ TINY |= {"subsampling": 4, "subsampling_channels": 4, "decoder_dim": 16, "dropou
 
 def made(head="tdt", **changes):
     sizes = ParakeetSizes(**TINY | changes)
-    processor = new_parakeet_processor(TEXTS, 30, head, sizes.num_mel_bins)
+    processor = new_parakeet_processor(TEXTS, 30, head, sizes)
     torch.manual_seed(0)
     return new_parakeet(sizes, head, processor.tokenizer, ResidualConfig.paper(3, 2)), processor
 
@@ -130,3 +137,61 @@ def test_an_evaluation_gives_greedy_transcripts_and_a_bad_loss_names_its_texts(t
 def test_a_head_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="`head` must be one of ctc, rnnt, tdt, got 'aed'"):
         check_head("aed")
+
+
+def test_a_tdt_writes_tokens_alone_whatever_its_weights_and_after_a_reload(tmp_path):
+    model, processor = made()
+    heard = CTCCollator(processor)(rows())
+    heard = {name: heard[name] for name in ("input_features", "attention_mask")}
+    with torch.no_grad():
+        model.joint.head.bias[-len(model.config.durations) :] += 100.0  # durations beat all tokens
+    model.save_pretrained(tmp_path)
+    for recogniser in (model.eval(), AutoModelForTDT.from_pretrained(tmp_path)):
+        assert recogniser.generate(**heard).sequences.max() < len(processor.tokenizer)
+
+
+@pytest.mark.parametrize("texts", [["", "one two"], ["", ""]])
+def test_clips_without_words_are_learnt_as_silence(texts, tmp_path):
+    model, processor = made()
+    trainer = trainer_of(model, processor, tmp_path)
+    batch = CTCCollator(processor)([row | {"text": text} for row, text in zip(rows(), texts)])
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    assert loss > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    model, processor = made()
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` must be 0 for a transducer, got 0\.1"):
+        trainer_of(model, processor, tmp_path, label_smoothing_factor=0.1)
+
+
+def test_the_frames_of_a_clip_are_those_of_the_encoder():
+    for subsampling in (2, 4, 8):
+        model, processor = made("ctc", subsampling=subsampling)
+        collator = CTCCollator(processor)
+        for length in (4_001, 8_000, 15_999):
+            row = rows()[1]
+            row["audio"]["array"] = row["audio"]["array"][:length]
+            batch = collator([row])
+            heard = {name: batch[name] for name in ("input_features", "attention_mask")}
+            mask = model.eval().encoder(**heard, output_attention_mask=True).attention_mask
+            assert _frames_of(model, processor.feature_extractor, length, "clip") == mask.sum()
+
+
+def test_a_clip_of_one_frame_is_named():
+    model, processor = made("ctc")
+    row = rows()[0] | {"text": ""}
+    row["audio"]["array"] = row["audio"]["array"][:200]
+    row["audio"]["path"] = "click.wav"
+    with pytest.raises(
+        ValueError, match=r"click\.wav .* must be long enough for 2 frames .*, got 200 samples"
+    ):
+        refuse_unfit_clips(model, CTCCollator(processor), [row])
+
+
+def test_frames_are_known_where_the_extractor_does_not_say_its_hop():
+    model = dense_model("wav2vec2-bert")
+    extractor = SeamlessM4TFeatureExtractor(feature_size=MELS, num_mel_bins=MELS)
+    assert _frames_of(model, extractor, 16_000, "clip") == 49
