@@ -143,7 +143,7 @@ def plot(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
             steps = [point[0] for point in runs[0][key]]
             values = np.mean([[point[column] for point in run[key]] for run in runs], axis=0)
             axes.plot(steps, values, label=runs[0]["title"], linewidth=1.2)
-    left.set(xlabel="step", ylabel="training loss")
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="WER on validation strings", ylim=(0, 1.05))
     right.legend(fontsize=7)
     figure.savefig(path, dpi=110)
