@@ -1,5 +1,5 @@
-"""Writes human speech to train on without the Hub, for `research/paper.py --scale acted`: telephone prompts and the
-acted dialogue of two games, all from Debian.
+"""Writes speech to train on without the Hub, for `research/paper.py --scale acted`: human telephone prompts and the
+acted dialogue of two games, all from Debian, and for training alone also synthetic strings of words (`sample/words`).
 
     apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} fillets-ng-data{,-cs,-nl} \
         flight-of-the-amazon-queen
@@ -7,7 +7,8 @@ acted dialogue of two games, all from Debian.
 
 `recognition.csv` has English with its transcripts. `translation.csv` has Spanish, French, Italian, Russian, Czech and
 Dutch with English text. Texts are in lower case without punctuation. The splits are those of `make_sample.py` and
-`make_actors.py`: characters of the actors' game and texts of prompts are in one split each.
+`make_actors.py`: characters of the actors' game and texts of prompts are in one split each. Validation and test are
+human speech alone.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import make_actors
 import make_sample
+import soundfile
 from make_sample import Clip
+from words import SAMPLING_RATE, WordStrings
 
+SYNTHETIC_SECONDS = 3.0
 COLUMNS = ["file_name", "text", "split", "duration"]
 
 
@@ -30,6 +34,22 @@ def spell(text: str) -> str:
     return " ".join(
         re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").lower())
     )
+
+
+def write_synthetic(folder: Path, number: int) -> Iterator[Clip]:
+    """Writes so many strings of English words, and so many Spanish sentences with their translation, by the voices that
+    are for training.
+    """
+    for language in ("en", "es"):
+        strings = WordStrings(language, "train", number, SYNTHETIC_SECONDS)
+        (folder / language).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            row = strings[index]
+            path = folder / language / f"{row['audio']['path']}.flac"
+            soundfile.write(path, row["audio"]["array"], SAMPLING_RATE)
+            text, english = ("", row["text"]) if language == "es" else (row["text"], "")
+            speaker = path.name.partition("-")[0]
+            yield Clip(path, path.name, text, language, speaker, SYNTHETIC_SECONDS, english, "train")
 
 
 def write_tasks(folder: Path, clips: Iterable[Clip]) -> dict[str, int]:
@@ -61,8 +81,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, without audio yet")
-    out = parser.parse_args().out
-    clips = [*make_actors.write_actors(out / "actors")[0], *make_sample.write_full(out / "prompts")]
+    parser.add_argument(
+        "--synthetic", type=int, default=2000, help="synthetic strings to train on, for each task; 0 for none"
+    )
+    args = parser.parse_args()
+    out = args.out
+    clips = [
+        *write_synthetic(out / "synthetic", args.synthetic),
+        *make_actors.write_actors(out / "actors")[0],
+        *make_sample.write_full(out / "prompts"),
+    ]
     print(write_tasks(out, clips))
 
 

@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import soundfile
 
 RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
 
@@ -38,6 +39,20 @@ def test_english_is_recognised_and_all_else_is_translated(make_paper_data, tmp_p
         {"file_name": "prompts/a.flac", "text": "it's here", "split": "train", "duration": "1.00"}
     ]
     assert [(row["text"], row["split"]) for row in rows["translation"]] == [("where", "test")]
+
+
+def test_synthetic_speech_is_added_for_training_alone(make_paper_data, tmp_path):
+    clips = list(make_paper_data.write_synthetic(tmp_path / "synthetic", 3))
+    assert make_paper_data.write_tasks(tmp_path, clips) == {"recognition": 3, "translation": 3}
+    for task in ("recognition", "translation"):
+        with open(tmp_path / f"{task}.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["split"] for row in rows} == {"train"}
+        assert all(row["text"].isascii() and row["text"] for row in rows)
+        for row in rows:
+            audio, rate = soundfile.read(tmp_path / row["file_name"])
+            assert len(audio) / rate == float(row["duration"])
+    assert len({clip.source for clip in clips}) == 6
 
 
 def test_a_task_without_clips_is_refused(make_paper_data, tmp_path):
