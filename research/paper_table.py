@@ -84,7 +84,7 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         "WER of K=3, R=2 over that of | seeds | ratio | 95 %, clips | 95 %, clips and seeds | ratio of each seed",
         "---|---:|---:|---:|---:|---",
     ]
-    for name in ("dense", "shallow", "narrow", "low-rank"):
+    for name in ("dense", "shallow", "narrow", "low-rank", "k3-r2-cyclic"):
         theirs = cells.get(name, [])
         seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
         if seeds:
