@@ -23,31 +23,22 @@ The first argument may instead be a JSON or YAML file with options by name. For 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import asdict
 
 from transformers import TrainingArguments
 
-from hf_residual_transformer.training.arguments import ScratchArguments, TrainingDataArguments, parse_args
+from hf_residual_transformer.training.arguments import (
+    FrameScratchArguments,
+    TrainingDataArguments,
+    parse_args,
+)
 from hf_residual_transformer.training.running import run_ctc_training
 from hf_residual_transformer.training.scratch_ctc import CTCSizes
 
 
-@dataclass
-class ScriptArguments(ScratchArguments):
-    """What the encoder shares, how transcripts are respelt, and the recipe beyond the Trainer's."""
-
-    text_case: Literal["keep", "upper", "lower"] = field(
-        default="keep", metadata={"help": "Case that transcripts are changed to."}
-    )
-    remove: str = field(
-        default="", metadata={"help": "Regular expression of what is then removed from transcripts."}
-    )
-
-
 def main() -> None:
     args, sizes, data_args, training_args = parse_args(
-        ScriptArguments, CTCSizes, TrainingDataArguments, TrainingArguments
+        FrameScratchArguments, CTCSizes, TrainingDataArguments, TrainingArguments
     )
     run_ctc_training(sizes, data_args, training_args, **asdict(args))
 

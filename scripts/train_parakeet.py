@@ -30,25 +30,23 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from hf_residual_transformer.training.arguments import ScratchArguments, TrainingDataArguments, parse_args
+from hf_residual_transformer.training.arguments import (
+    FrameScratchArguments,
+    TrainingDataArguments,
+    parse_args,
+)
 from hf_residual_transformer.training.running import run_parakeet_training
 from hf_residual_transformer.training.scratch_parakeet import ParakeetSizes
 
 
 @dataclass
-class ScriptArguments(ScratchArguments):
+class ScriptArguments(FrameScratchArguments):
     """The head, what the encoder shares, the vocabulary, how transcripts are respelt, and the recipe beyond the
     Trainer's.
     """
 
     head: Literal["ctc", "rnnt", "tdt"] = field(default="ctc", metadata={"help": "What writes the text."})
     vocab_size: int = field(default=1024, metadata={"help": "Tokens of the vocabulary."})
-    text_case: Literal["keep", "upper", "lower"] = field(
-        default="keep", metadata={"help": "Case that transcripts are changed to."}
-    )
-    remove: str = field(
-        default="", metadata={"help": "Regular expression of what is then removed from transcripts."}
-    )
 
 
 def main() -> None:

@@ -146,6 +146,18 @@ class ScratchArguments:
 
 
 @dataclass
+class FrameScratchArguments(ScratchArguments):
+    """The same for models that write a text along their frames, whose transcripts may be respelt."""
+
+    text_case: Literal["keep", "upper", "lower"] = field(
+        default="keep", metadata={"help": "Case that transcripts are changed to."}
+    )
+    remove: str = field(
+        default="", metadata={"help": "Regular expression of what is then removed from transcripts."}
+    )
+
+
+@dataclass
 class DistillationDataArguments(TrainingDataArguments):
     """Which recordings to train on, and which to decide on whether the result is kept."""
 

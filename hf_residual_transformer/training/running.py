@@ -244,17 +244,14 @@ def run_ctc_training(
     Raises:
         ValueError: naming the clip or the option, before training starts.
     """
-    residual_config = _residual_config(residual)
-    check_average(average_checkpoints, args)
-    normalize = partial(respell, case=text_case, remove=remove)
-    _prepare(args, overwrite)
-    splits = _whole_splits(data, Wav2Vec2FeatureExtractor().sampling_rate)
-    processor = new_ctc_processor(normalize(text) for text in splits[0]["text"])
-    model = new_ctc_model(sizes, processor.tokenizer, residual_config)
-    collator = CTCCollator(processor, normalize)
-    run_data = _run_data(data, sizes, text_case, remove)
-    trainer = _labels_trainer(CTCDistillationTrainer, model, processor, collator, splits, run_data, args)
-    train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
+
+    def make(texts: list[str], residual_config: ResidualConfig | None) -> tuple[Any, Any]:
+        processor = new_ctc_processor(texts)
+        return processor, new_ctc_model(sizes, processor.tokenizer, residual_config)
+
+    options = residual, text_case, remove, average_checkpoints, overwrite
+    rate = Wav2Vec2FeatureExtractor().sampling_rate
+    _train_along_frames(CTCDistillationTrainer, make, rate, sizes, data, args, *options)
 
 
 def run_parakeet_training(
@@ -284,25 +281,42 @@ def run_parakeet_training(
         ValueError: naming the clip or the option, before training starts; for "rnnt" without torchaudio too.
     """
     check_head(head)
+
+    def make(texts: list[str], residual_config: ResidualConfig | None) -> tuple[Any, Any]:
+        processor = new_parakeet_processor(texts, vocab_size, head, sizes)
+        return processor, new_parakeet(sizes, head, processor.tokenizer, residual_config)
+
+    trainer_class = CTCDistillationTrainer if head == "ctc" else TransducerTrainer
+    options = residual, text_case, remove, average_checkpoints, overwrite
+    rate = ParakeetFeatureExtractor().sampling_rate
+    _train_along_frames(trainer_class, make, rate, sizes, data, args, *options)
+
+
+def _train_along_frames(
+    trainer_class: Any,
+    make: Callable[[list[str], ResidualConfig | None], tuple[Any, Any]],
+    sampling_rate: int,
+    sizes: EncoderSizes,
+    data: TrainingDataArguments,
+    args: Any,
+    residual: str | None,
+    text_case: str,
+    remove: str,
+    average_checkpoints: int,
+    overwrite: bool,
+) -> None:
+    """Trains and saves a new model that writes a text along its frames; `make` makes its processor and itself from the
+    texts of the training split.
+    """
     residual_config = _residual_config(residual)
     check_average(average_checkpoints, args)
     normalize = partial(respell, case=text_case, remove=remove)
     _prepare(args, overwrite)
-    splits = _whole_splits(data, ParakeetFeatureExtractor().sampling_rate)
-    texts = [normalize(text) for text in splits[0]["text"]]
-    processor = new_parakeet_processor(texts, vocab_size, head, sizes)
-    model = new_parakeet(sizes, head, processor.tokenizer, residual_config)
-    collator = CTCCollator(processor, normalize)
+    splits = _whole_splits(data, sampling_rate)
+    processor, model = make([normalize(text) for text in splits[0]["text"]], residual_config)
     run_data = _run_data(data, sizes, text_case, remove)
-    trainer = _labels_trainer(
-        CTCDistillationTrainer if head == "ctc" else TransducerTrainer,
-        model,
-        processor,
-        collator,
-        splits,
-        run_data,
-        args,
-    )
+    collator = CTCCollator(processor, normalize)
+    trainer = _labels_trainer(trainer_class, model, processor, collator, splits, run_data, args)
     train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
 
 

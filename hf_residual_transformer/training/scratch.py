@@ -128,21 +128,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> WhisperTokenizer:
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
-    texts = list(texts)
-    if not texts:
-        raise ValueError("the training split must have clips with text, got none")
-    alphabet = {
-        char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece
-    }
-    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
-        raise ValueError(
-            f"`vocab_size` must be at least {len(alphabet) + len(SPECIAL_TOKENS)}, for the {len(alphabet)} characters "
-            f"of the texts and {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}"
-        )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
+    train_bpe(bpe, list(texts), vocab_size, later=SPECIAL_TOKENS)
     vocab = bpe.get_vocab()
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     for token in SPECIAL_TOKENS:
@@ -150,6 +136,40 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> WhisperTokenizer:
     tokenizer = WhisperTokenizer(vocab=vocab, merges=merges, add_prefix_space=True, pad_token=END)
     tokenizer.add_special_tokens({"additional_special_tokens": [START, NO_TIMESTAMPS]})
     return tokenizer
+
+
+def train_bpe(
+    bpe: Tokenizer, texts: Sequence[str], vocab_size: int, *, later: Sequence[str], first: Sequence[str] = ()
+) -> None:
+    """Trains a BPE on `texts`, whose characters are its alphabet.
+
+    Args:
+        bpe: with its `pre_tokenizer`.
+        texts: of the training split.
+        vocab_size: tokens of the whole vocabulary.
+        later: special tokens of it that are added after the training.
+        first: special tokens that have the first numbers.
+
+    Raises:
+        ValueError: if `texts` is empty, or `vocab_size` is too small for its characters.
+    """
+    if not texts:
+        raise ValueError("the training split must have clips with text, got none")
+    split: Any = bpe.pre_tokenizer
+    alphabet = {char for text in texts for piece, _ in split.pre_tokenize_str(text) for char in piece}
+    num_special = len(first) + len(later)
+    if vocab_size < len(alphabet) + num_special:
+        raise ValueError(
+            f"`vocab_size` must be at least {len(alphabet) + num_special}, for the {len(alphabet)} characters of the "
+            f"texts and {num_special} special tokens, got {vocab_size}"
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(later),
+        special_tokens=list(first),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
 
 
 def new_processor(tokenizer: WhisperTokenizer, sizes: ModelSizes) -> WhisperProcessor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -34,7 +34,7 @@ from ..classes import config_class_of
 from ..configuration import ResidualConfig
 from ..families import FAMILIES, family_of
 from ..speech.collators import LABEL_PADDING
-from .scratch import EncoderSizes, TokenMeanTrainer
+from .scratch import EncoderSizes, TokenMeanTrainer, train_bpe
 
 Head = Literal["ctc", "rnnt", "tdt"]
 CONFIGS: dict[str, Any] = {"ctc": ParakeetCTCConfig, "rnnt": ParakeetRNNTConfig, "tdt": ParakeetTDTConfig}
@@ -99,31 +99,11 @@ def new_parakeet_processor(
     Raises:
         ValueError: if `texts` is empty, or `vocab_size` is too small for its characters.
     """
-    texts = [text for text in texts if text]
-    if not texts:
-        raise ValueError("the training split must have clips with text, got none")
     bpe = Tokenizer(models.BPE(unk_token=UNKNOWN))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
     bpe.decoder = decoders.Metaspace()  # type: ignore[assignment]
     special = [PADDING] if head == "ctc" else [PADDING, BLANK]
-    alphabet = {
-        char for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text) for char in piece
-    }
-    least = len(alphabet) + 1 + len(special)
-    if vocab_size < least:
-        raise ValueError(
-            f"`vocab_size` must be at least {least}, for the {len(alphabet)} characters of the texts and "
-            f"{1 + len(special)} special tokens, got {vocab_size}"
-        )
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size - len(special),
-            special_tokens=[UNKNOWN],
-            initial_alphabet=sorted(alphabet),
-            show_progress=False,
-        ),
-    )
+    train_bpe(bpe, [text for text in texts if text], vocab_size, later=special, first=[UNKNOWN])
     tokenizer = ParakeetTokenizer(tokenizer_object=bpe, unk_token=UNKNOWN, pad_token=PADDING)
     tokenizer.add_tokens(special[1:], special_tokens=True)
     return ParakeetProcessor(
