@@ -31,7 +31,7 @@ from paper_bits import with_four_bits
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, set_seed
-from words import WordStrings, all_texts
+from words import TRAINING_SPEEDS, WordStrings, all_texts
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.families import family_of
@@ -234,6 +234,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
                 seconds,
                 seed if split == "train" else 0,
                 words["vocabulary"],
+                words.get("speeds", TRAINING_SPEEDS),
             )
             for split in ("train", "validation", "test")
         }

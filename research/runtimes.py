@@ -18,8 +18,8 @@ speech: PyTorch and ONNX Runtime by the lists of the generation config, the othe
 signs.
 
 The process imports only what its system needs, so that it may run on an interpreter of another environment. It prints
-a JSON line: seconds to import and load, seconds of all clips, and the texts. The first clip is transcribed once before
-the clock starts.
+a JSON line: seconds to import and load, seconds of all clips, what the encoder took of these, and the texts. The first
+clip is transcribed once before the clock starts.
 
     python research/runtimes.py --system q4_0-rounded --model openai-folder --clips clips.npz --language en --threads 2
 """
@@ -27,11 +27,14 @@ the clock starts.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
+import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,6 +64,7 @@ class Runtime:
     language: str = "en"
     threads: int = 2
 
+    encoder_seconds = 0.0  # so far
     rounded = (
         False  # whether it stands for another system's numbers, so that its speed and memory say nothing
     )
@@ -83,6 +87,18 @@ class Runtime:
         """The text of a clip, float32 of shape (num_samples,) at 16 kHz."""
         raise NotImplementedError
 
+    def timed(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which adds to `encoder_seconds` what it takes."""
+
+        @functools.wraps(encode)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            states = encode(*args, **kwargs)
+            self.encoder_seconds += time.perf_counter() - start
+            return states
+
+        return timed
+
 
 class TorchRuntime(Runtime):
     """A folder of Transformers, whose class may be ours, in float32."""
@@ -99,6 +115,8 @@ class TorchRuntime(Runtime):
         torch.set_num_threads(self.threads)
         self.processor = AutoProcessor.from_pretrained(self.path)
         self.model = AutoModelForSpeechSeq2Seq.from_pretrained(self.path, dtype=torch.float32).eval()
+        encoder = self.model.get_encoder()
+        encoder.forward = self.timed(encoder.forward)
 
     def transcribe(self, samples: np.ndarray) -> str:
         import torch
@@ -165,6 +183,7 @@ class FasterWhisperRuntime(Runtime):
         from faster_whisper import WhisperModel
 
         self.model = WhisperModel(str(self.path), device="cpu", cpu_threads=self.threads, num_workers=1)
+        self.model.encode = self.timed(self.model.encode)
 
     def transcribe(self, samples: np.ndarray) -> str:
         segments, _ = self.model.transcribe(
@@ -219,7 +238,27 @@ class WhisperCppRuntime(Runtime):
             temperature_inc=0.0,
             greedy={"best_of": 1},
         )
+        self.encoder_seconds = self._told_encoder_seconds()
         return " ".join(segment.text.strip() for segment in segments)
+
+
+    def _told_encoder_seconds(self) -> float:
+        """What whisper.cpp says that its encoder took so far. It writes it to the standard error and nowhere else."""
+        import _pywhispercpp
+
+        kept = os.dup(2)
+        with tempfile.TemporaryFile("w+") as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                _pywhispercpp.whisper_print_timings(self.model._ctx)
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+            said.seek(0)
+            found = re.search(r"encode time = +([0-9.]+) ms", said.read())
+        if not found:
+            raise RuntimeError("whisper.cpp must tell the encoder's time, but wrote none")
+        return float(found[1]) / 1000
 
 
 class OnnxRuntime(Runtime):
@@ -256,6 +295,7 @@ class OnnxRuntime(Runtime):
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             for path in self.files[:2]
         )
+        self.encode = self.timed(self.encoder.run)
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
         tokenizer = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -276,7 +316,7 @@ class OnnxRuntime(Runtime):
     def transcribe(self, samples: np.ndarray) -> str:
         window = np.pad(samples, (0, self.frames * SAMPLING_RATE // 100 - len(samples)))
         features = self.extractor(window, padding=0)[None].astype(np.float32)
-        (states,) = self.encoder.run(None, {"input_features": features})
+        (states,) = self.encode(None, {"input_features": features})
         names = [
             value.name for value in self.decoder.get_inputs() if value.name.startswith("past_key_values.")
         ]
@@ -394,12 +434,14 @@ def measure(runtime: Runtime, clips: str | Path) -> dict[str, Any]:
     with np.load(clips) as arrays:
         names = sorted(arrays.files)
         runtime.transcribe(arrays[names[0]])
+        before = runtime.encoder_seconds
         for name in names:
             samples = arrays[name]
             start = time.perf_counter()
             texts.append(runtime.transcribe(samples).strip())
             seconds += time.perf_counter() - start
-    return {"load_seconds": loaded, "seconds": seconds, "texts": texts}
+    encoder_seconds = runtime.encoder_seconds - before
+    return {"load_seconds": loaded, "seconds": seconds, "encoder_seconds": encoder_seconds, "texts": texts}
 
 
 def main() -> None:

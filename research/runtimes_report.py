@@ -70,6 +70,10 @@ def _divide(numbers: np.ndarray, divisors: np.ndarray) -> np.ndarray:
     return np.divide(numbers, divisors, out=np.full(len(numbers), np.nan), where=divisors != 0)
 
 
+def _factor(seconds: float | None, audio_seconds: float) -> float | None:
+    return None if seconds is None else seconds / audio_seconds
+
+
 def with_interval(value: float, sampled: np.ndarray) -> dict[str, float]:
     """A figure with the interval of its bootstrap samples, of those in which it has a value."""
     low, high = np.nanquantile(sampled, INTERVAL).tolist()
@@ -107,6 +111,7 @@ def figures_of(
                 "disagreement": with_interval(changed.rate(), changed.rates(samples)),
                 "words": int(own.words.sum()),
                 "real_time_factor": timed and timed["seconds"] / audio_seconds,
+                "real_time_factor_encoder": timed and _factor(timed.get("encoder_seconds"), audio_seconds),
                 "load_seconds": timed and timed["load_seconds"],
                 "peak_uss_mb": timed and timed["peak_uss"] / MB,
             }
@@ -119,8 +124,15 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
     head = ["system", "file, MB", "WER, %", "95 % interval", "WER / dense", "95 % interval"]
     head += ["disagreement, %", "95 % interval"]
     measured = any(f["real_time_factor"] is not None for f in figures)
-    timed = (("real_time_factor", 3), ("load_seconds", 1), ("peak_uss_mb", 0)) if measured else ()
-    head += ["real-time factor", "load, s", "peak memory, MB"][: len(timed)]
+    timed = {
+        "real_time_factor": ("real-time factor", 3),
+        "real_time_factor_encoder": ("of the encoder", 3),
+        "load_seconds": ("load, s", 1),
+        "peak_uss_mb": ("peak memory, MB", 0),
+    }
+    if not measured:
+        timed = {}
+    head += [title for title, _ in timed.values()]
 
     def interval(figure: Mapping[str, float] | None, scale: float, places: int) -> list[str]:
         if figure is None:
@@ -132,8 +144,8 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
     for f in figures:
         cells = [f["system"], f"{f['file_mb']:.1f}", *interval(f["wer"], 100, 1)]
         cells += [*interval(f["wer_ratio"], 1, 2), *interval(f["disagreement"], 100, 1)]
-        for name, places in timed:
-            cells.append("" if f[name] is None else f"{f[name]:.{places}f}")
+        for name, (_, places) in timed.items():
+            cells.append("" if f.get(name) is None else f"{f[name]:.{places}f}")
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows)]
     aligned = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -201,7 +213,7 @@ def write_report(
     if settings["timed"]:
         notes += (
             "Peak memory is the unique set size, libraries included. Loading includes imports. The real-time factor is "
-            "of whole transcriptions. "
+            "of whole transcriptions; what the encoder leaves of it is the decoder's and the features'. "
         )
     if settings["join_seconds"] is not None:
         notes += f"Adjacent recordings of one folder are joined up to {settings['join_seconds']:g} seconds. "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,7 @@ from torch.utils.data import Dataset
 FOLDER = Path(__file__).resolve().parent.parent / "sample" / "words"
 SAMPLING_RATE = 16_000
 SPLITS = ("train", "validation", "test")
-SPEEDS = {
-    "train": (0.9, 1.0, 1.1),
-    "validation": (1.0,),
-    "test": (1.0,),
-}  # by resampling, so that pitch moves too
+TRAINING_SPEEDS = (0.9, 1.0, 1.1)  # by resampling, so that pitch moves too
 MOST_WORDS = 3  # of a string that is to be recognised
 EARLY = 0.2  # the part of the training strings, from the first on, that are single words: aligning is learnt later
 GAP_SECONDS = (0.0, 0.12)
@@ -66,6 +62,7 @@ class WordStrings(Dataset):
         seconds: the longest string; words that do not fit are left out, and sentences that do not fit are not drawn.
         seed: of the strings.
         words: how many of `WORDS` are joined, from the first; the first ten are the digits.
+        speeds: of the training voices. The other splits have the voices as they are.
         folder: as `research/make_words.py` writes it.
 
     Raises:
@@ -80,16 +77,18 @@ class WordStrings(Dataset):
         seconds: float,
         seed: int = 0,
         words: int = len(WORDS),
+        speeds: Sequence[float] = TRAINING_SPEEDS,
         folder: Path = FOLDER,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}")
         self.language, self.split, self.size, self.seconds, self.seed = language, split, size, seconds, seed
         self.words = WORDS[:words]
+        self.speeds = tuple(speeds) if split == "train" else (1.0,)
         self.noises = _noises(SPLITS.index(split))
         self.voices: dict[str, dict[str, list[np.ndarray]]] = defaultdict(dict)
         for voice, word, audio in _read(folder, language, split):
-            self.voices[voice][word] = [_at_speed(audio, speed) for speed in SPEEDS[split]]
+            self.voices[voice][word] = [_at_speed(audio, speed) for speed in self.speeds]
         if not self.voices:
             raise ValueError(f"`split` must have voices in {folder}, got none for {language!r} and {split!r}")
 
@@ -103,7 +102,7 @@ class WordStrings(Dataset):
         said = -1
         while said < 0:
             words, text = self._words(rng, index)
-            speed = rng.integers(len(SPEEDS[self.split]))
+            speed = rng.integers(len(self.speeds))
             audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
             position, said = 0, 0
             for word in words:
