@@ -90,10 +90,10 @@ class ResidualConfig:
     A config is validated when it is made and cannot change afterwards; `dataclasses.replace` makes a changed copy.
 
     Args:
-        group_size: the number of adjacent layers that share one full-rank `U` (the paper's K). The last group may be
-            shorter. A dict gives a size by module name, and modules that it does not name stay dense: with
-            `{"fc1": 3, "fc2": 3}` only the feed-forward weights are shared. None, for all modules or as a value of
-            the dict, leaves out `U`, so that each layer has only its own `B_l A_l + D_l`.
+        group_size: the number of layers that share one full-rank `U` (the paper's K), adjacent ones unless `cyclic`.
+            The last group may be shorter. A dict gives a size by module name, and modules that it does not name stay
+            dense: with `{"fc1": 3, "fc2": 3}` only the feed-forward weights are shared. None, for all modules or as a
+            value of the dict, leaves out `U`, so that each layer has only its own `B_l A_l + D_l`.
         rank: the rank of `B_l A_l` (the paper's R). 0 leaves `B_l A_l` out. A rank above the smaller side of a matrix
             is an error when the model is built.
         rank_pattern: ranks that differ from `rank`. A key is a module name or the end of a module path:
@@ -119,6 +119,9 @@ class ResidualConfig:
             dict gives a number by module name; modules that it does not name keep `U` in the model's dtype.
         target_modules: names of the modules that are shared; the others stay dense. By default, these are the modules
             that `group_size` names, or else all linear modules of an encoder layer.
+        cyclic: whether layers that lie apart share, rather than adjacent ones. There are as many groups, and layer `l`
+            is in the group `l` modulo their number: with 6 layers and a `group_size` of 3, the layers 0, 2 and 4 share,
+            and 1, 3 and 5.
 
     Raises:
         ValueError: if a field is invalid; the message names the field, what it must be, and what it was.
@@ -135,6 +138,7 @@ class ResidualConfig:
     block_size: int = BLOCK
     scale_bits: int = SCALE_BITS[0]
     rotation: int | dict[str, int] = 1
+    cyclic: bool = False
 
     def __post_init__(self) -> None:
         sizes = values_of(self.group_size)
@@ -155,8 +159,9 @@ class ResidualConfig:
                 )
         if self.diagonal not in DIAGONALS:
             raise ValueError(f"`diagonal` must be one of {', '.join(DIAGONALS)}, got {self.diagonal!r}")
-        if not isinstance(self.share_biases, bool):
-            raise ValueError(f"`share_biases` must be true or false, got {self.share_biases!r}")
+        for name in ("share_biases", "cyclic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}")
         if self.shared_bits is not None and not all(
             _is_int(bits, FEWEST, MOST) for bits in values_of(self.shared_bits)
         ):
@@ -245,7 +250,7 @@ class ResidualConfig:
         return not chosen or role in chosen
 
     def group_size_of(self, role: str) -> int | None:
-        """The number of adjacent layers that share a `U` of the modules called `role`; None if they have no `U`."""
+        """The number of layers that share a `U` of the modules called `role`; None if they have no `U`."""
         return self.group_size[role] if isinstance(self.group_size, dict) else self.group_size
 
     def bits_of(self, role: str, path: str | None = None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -476,10 +477,18 @@ def shortest_suffixes(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def groups_of(num_layers: int, group_size: int) -> Iterator[range]:
-    """Adjacent layers, `group_size` at a time; the last group has the layers that are left."""
-    for start in range(0, num_layers, group_size):
-        yield range(start, min(start + group_size, num_layers))
+def groups_of(num_layers: int, group_size: int, cyclic: bool = False) -> Iterator[range]:
+    """The layers of each group.
+
+    Adjacent layers, `group_size` at a time, of which the last group has those that are left; or, if `cyclic`, as many
+    groups, of which layer `l` is in the group `l` modulo their number.
+    """
+    num_groups = math.ceil(num_layers / group_size)
+    for group_idx in range(num_groups):
+        if cyclic:
+            yield range(group_idx, num_layers, num_groups)
+        else:
+            yield range(group_idx * group_size, min((group_idx + 1) * group_size, num_layers))
 
 
 # How classes of transformers say which frames an attention mask leaves.

@@ -10,7 +10,7 @@ import copy
 import importlib
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -424,18 +424,28 @@ def _check_dtypes(state_dict: Any, checkpoint_files: Any) -> None:
             )
 
 
-def sharing_of(model: Any) -> dict[str, dict[str, list[int]]]:
-    """By stack and module, the sizes of the groups of adjacent layers that share a matrix."""
+def sharing_of(model: Any) -> dict[str, dict[str, list[Any]]]:
+    """By stack and module, the sizes of the groups of adjacent layers that share a matrix, or the layers of each group
+    where they lie apart.
+    """
     found = {}
     for stack in model.family.stacks:
         owner: Any = stack.find(model) if stack.is_in(model) else None
         if owner is not None and hasattr(owner, "shared"):
             found[stack.name] = {
-                role: list(Counter(linear.group_idx for linear in _linears_at(owner, path)).values())
+                role: _sizes_or_layers(_linears_at(owner, path))
                 for role, path in stack.of_layer(owner.layers[0]).roles.items()
                 if path.replace(".", "_") in owner.shared
             }
     return found
+
+
+def _sizes_or_layers(linears: Iterable[ResidualLinear]) -> list[Any]:
+    groups = defaultdict(list)
+    for layer_idx, linear in enumerate(linears):
+        groups[linear.group_idx].append(layer_idx)
+    are_adjacent = all(group[-1] - group[0] == len(group) - 1 for group in groups.values())
+    return [len(group) for group in groups.values()] if are_adjacent else list(groups.values())
 
 
 def _linears_at(owner: Any, path: str) -> Iterator[ResidualLinear]:
@@ -490,8 +500,8 @@ def _check_sharing(checkpoint: str, model: Any, recorded: Any) -> None:
             if saved != claimed:
                 raise ValueError(
                     f"{checkpoint} does not fit {type(model).__name__}: its layers share {role!r} of the {stack} in "
-                    f"groups of {saved} layers, but the config says {claimed}; `group_size` of `residual_config` must "
-                    "be as it was when the checkpoint was saved"
+                    f"groups of {saved} layers, but the config says {claimed}; `group_size` and `cyclic` of "
+                    "`residual_config` must be as they were when the checkpoint was saved"
                 )
 
 
@@ -564,7 +574,7 @@ def _share_layers(owner: Any, family: Family, stack: Stack, config: ResidualConf
         bank = nn.ModuleList()
         if group_size is not None:
             owner.shared[module_path.replace(".", "_")] = bank
-        for group_idx, group in enumerate(groups_of(len(owner.layers), group_size or 1)):
+        for group_idx, group in enumerate(groups_of(len(owner.layers), group_size or 1, config.cyclic)):
             convolves = isinstance(owner.layers[group[0]].get_submodule(module_path), nn.Conv1d)
             dense = as_linear(owner.layers[group[0]].get_submodule(module_path))
             has_bias = dense.bias is not None

@@ -93,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--rank-pattern", metavar="JSON", help="other ranks by module: '{\"fc2\": 64}'")
     form.add_argument("--diagonal", choices=("none", "square", "all"), help="matrices with a diagonal")
     form.add_argument("--share-biases", action="store_true", help="one bias a group, not one a layer")
+    form.add_argument("--cyclic", action="store_true", help="layers share that lie apart, not adjacent ones")
     form.add_argument("--target-modules", nargs="+", metavar="NAME", help="such as fc1 fc2 (default: all)")
     form.add_argument(
         "--start", choices=("calibrated", "svd"), default="calibrated", help="svd needs no audio"
@@ -236,7 +237,8 @@ def _residual_config(args: argparse.Namespace, bits: Any) -> Any:
     from hf_residual_transformer.training.arguments import read_json
 
     chosen = [args.group_size, args.rank, args.rank_pattern, args.diagonal, args.target_modules]
-    if all(choice is None for choice in chosen) and not args.share_biases and args.start == "calibrated":
+    flags = args.share_biases or args.cyclic
+    if all(choice is None for choice in chosen) and not flags and args.start == "calibrated":
         return None
     if args.size is not None and args.start == "svd":
         raise ValueError(
@@ -244,8 +246,8 @@ def _residual_config(args: argparse.Namespace, bits: Any) -> Any:
         )
     if args.size is not None and args.group_size is None:
         raise ValueError(
-            "--rank, --rank-pattern, --diagonal, --share-biases and --target-modules must not be set with --size "
-            "alone, which chooses all of them: give --group-size too, or leave them out"
+            "--rank, --rank-pattern, --diagonal, --share-biases, --cyclic and --target-modules must not be set with "
+            "--size alone, which chooses all of them: give --group-size too, or leave them out"
         )
     return ResidualConfig(
         group_size=read_json("group_size", args.group_size or "2"),
@@ -253,6 +255,7 @@ def _residual_config(args: argparse.Namespace, bits: Any) -> Any:
         rank_pattern=read_json("rank_pattern", args.rank_pattern or "{}"),
         diagonal=args.diagonal or "square",
         share_biases=args.share_biases,
+        cyclic=args.cyclic,
         target_modules=None if args.target_modules is None else tuple(args.target_modules),
         shared_bits=bits,
         **_rounding(args),

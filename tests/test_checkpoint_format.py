@@ -51,6 +51,21 @@ def test_a_group_size_with_as_many_groups_is_refused(saved, tmp_path):
         type(build(family)).from_pretrained(folder, config=AutoConfig.from_pretrained(other))
 
 
+def test_layers_that_share_cyclically_are_refused_as_adjacent_ones(tmp_path):
+    residual = ResidualConfig(group_size=2, rank=2, cyclic=True)
+    folder = tmp_path / "saved"
+    build("whisper", residual).save_pretrained(folder)
+    model = AutoModel.from_pretrained(folder)
+    assert model.config.residual_config == residual
+    layers = model.encoder.layers
+    assert layers[0].fc1.shared is layers[2].fc1.shared is not layers[1].fc1.shared
+    other = edited(folder, tmp_path, residual_config=residual.to_dict() | {"cyclic": False})
+    with pytest.raises(
+        ValueError, match=r"groups of \[\[0, 2\], \[1, 3\]\] layers, but the config says \[2, 2\]"
+    ):
+        AutoModel.from_pretrained(other)
+
+
 def test_a_file_that_says_nothing_still_loads(saved, tmp_path):
     said = ("residual_format", "residual_sharing", "residual_rotations")
     old = edited(saved[1], tmp_path, *said, init_std=0.02, initializer_range=0.02)

@@ -57,6 +57,7 @@ INVALID = [
     ("diagonal", None, "none, square, all"),
     ("share_biases", "yes", "true or false"),
     ("share_biases", 1, "true or false"),
+    ("cyclic", "yes", "true or false"),
     ("target_modules", "fc1", "list of module names"),
     ("target_modules", [], "list of module names"),
     ("target_modules", 3, "list of module names"),

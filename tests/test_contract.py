@@ -120,7 +120,10 @@ def dense_of(model: nn.Module, family: str, residual: ResidualConfig, group_size
     for layer_idx in range(DEPTH):
         for module, (out_features, in_features) in MODULES[family].items():
             own = f"{path}.layers.{layer_idx}.{module}"
-            shared = f"{path}.shared.{module.replace('.', '_')}.{layer_idx // (group_size or 1)}"
+            group_idx = layer_idx // (group_size or 1)
+            if residual.cyclic:
+                group_idx = layer_idx % math.ceil(DEPTH / group_size)
+            shared = f"{path}.shared.{module.replace('.', '_')}.{group_idx}"
             weight = (
                 state[f"{shared}.weight"].clone()
                 if group_size
@@ -150,23 +153,26 @@ def _pad(diagonal: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("group_size", "rank", "diagonal", "share_biases"),
+    ("group_size", "rank", "diagonal", "share_biases", "cyclic"),
     [
-        (1, 4, "square", False),
-        (2, 4, "square", False),
-        (3, 4, "all", True),
-        (DEPTH, 4, "none", False),
-        (DEPTH, 0, "square", True),
-        (DEPTH, 0, "none", True),
-        (2, 32, "all", False),
-        (3, 1, "none", True),
-        (100, 4, "all", False),
+        (1, 4, "square", False, False),
+        (2, 4, "square", False, False),
+        (3, 4, "all", True, False),
+        (DEPTH, 4, "none", False, False),
+        (DEPTH, 0, "square", True, False),
+        (DEPTH, 0, "none", True, False),
+        (2, 32, "all", False, False),
+        (3, 1, "none", True, False),
+        (100, 4, "all", False, False),
+        (2, 4, "square", False, True),
+        (3, 4, "all", True, True),
+        (DEPTH, 4, "none", False, True),
     ],
 )
 def test_outputs_and_gradients_equal_those_of_the_explicit_dense_model(
-    family, group_size, rank, diagonal, share_biases
+    family, group_size, rank, diagonal, share_biases, cyclic
 ):
-    residual = ResidualConfig(group_size, rank, diagonal=diagonal, share_biases=share_biases)
+    residual = ResidualConfig(group_size, rank, diagonal=diagonal, share_biases=share_biases, cyclic=cyclic)
     model = build(family, residual).double()
     dense = dense_of(model, family, residual, group_size)
     mine, expected = (twin(**in_float64(inputs_of(family))) for twin in (model, dense))
@@ -184,6 +190,8 @@ def test_outputs_and_gradients_equal_those_of_the_explicit_dense_model(
         assert len(bank) == math.ceil(DEPTH / group_size)
         for group_idx, shared in enumerate(bank):
             members = range(group_idx * group_size, min((group_idx + 1) * group_size, DEPTH))
+            if cyclic:
+                members = range(group_idx, DEPTH, len(bank))
             twins = [dense_layers[i].get_submodule(module) for i in members]
             close(shared.weight.grad, sum(twin.weight.grad for twin in twins))
             if share_biases and twins[0].bias is not None:

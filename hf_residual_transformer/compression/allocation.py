@@ -74,7 +74,7 @@ class Search:
             Group(path, size, tuple(layers), stack.name)
             for path in stack.modules
             for size in self.sizes(path)
-            for layers in groups_of(len(self.source), size or 1)
+            for layers in groups_of(len(self.source), size or 1, self.config.cyclic)
         ]
 
 

@@ -218,7 +218,7 @@ def runs_of_layers(source: LayerStack, groups: Sequence[Group]) -> list[list[Gro
 
     A group is never divided, so a run may be larger where a single group is.
     """
-    inner = {layer for group in groups for layer in group.layers[1:]}
+    inner = {layer for group in groups for layer in range(group.layers[0] + 1, group.layers[-1] + 1)}
     size = [0.0] * len(source)
     for layer, path in {(layer, group.module_path) for group in groups for layer in group.layers}:
         size[layer] += _new(source, layer, path, torch.device("meta")).nbytes
@@ -427,7 +427,7 @@ def collect(
     Args:
         source: the stack of `model`.
         model: a dense model whose parameters need no gradients, see `inputs.frozen_view`.
-        groups: the groups of adjacent layers to collect for.
+        groups: the groups of layers to collect for.
         batches: inputs of the model.
         objective: what errors should not change.
         memory_places: indices of the batches over which matrices that read the states of another stack are observed,

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 from functools import partial
 from itertools import pairwise
@@ -433,6 +434,26 @@ def test_fitting_to_what_the_residual_encoder_produces_brings_final_states_neare
     without, before = error()
     assert fitted < 0.95 * without
     assert all(not torch.equal(*pair) for pair in zip(shared, before) if pair[0].dim() == 2)
+
+
+@pytest.mark.parametrize("start", ["svd", "calibrated"])
+def test_cyclic_groups_lose_nothing_where_layers_that_lie_apart_agree(start):
+    dense = dense_whisper()
+    layers = dense.model.encoder.layers
+    num_groups = math.ceil(len(layers) / 2)
+    for index, layer in enumerate(layers):
+        layer.load_state_dict(layers[index % num_groups].state_dict())
+    inputs = whisper_inputs() if start == "calibrated" else None
+    lost = []
+    for cyclic in (True, False):
+        model = converted(dense, inputs, start=start, group_size=2, rank=1, diagonal="none", cyclic=cyclic)
+        report = model.conversion_report
+        lost.append(max(entry.error for entry in report.errors))
+        assert model.model.encoder.layers[0].fc1.shared is (
+            model.model.encoder.layers[num_groups if cyclic else 1].fc1.shared
+        )
+    assert lost[0] < 1e-6
+    assert lost[1] > 1e-3
 
 
 def test_shared_biases_are_the_mean_of_the_layers():
