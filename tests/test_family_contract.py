@@ -408,6 +408,13 @@ def test_a_dense_model_whose_layers_stay_in_16_bits_gives_the_same_compact_one(n
 
 
 # Most of a tiny Moonshine is its convolutions, which stay dense. Where a row is one block, 8-bit scales save nothing.
+@pytest.mark.parametrize("name", ["wav2vec2", "parakeet_ctc"])
+def test_a_size_is_of_the_whole_model_where_the_encoder_alone_becomes_compact(name):
+    report = hrt.size_report(case(name).compressed(None, budget=0.9, shared_bits=(4, 8)))
+    assert 0.8 < report.model_bytes.ratio <= 0.9
+    assert report.encoder_bytes.ratio < report.model_bytes.ratio
+
+
 @pytest.mark.parametrize(
     ("name", "budget"), [("speech_to_text", 0.62), ("moonshine", 0.85), ("moonshine_streaming", 0.9)]
 )
