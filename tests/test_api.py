@@ -196,7 +196,7 @@ class TestCompress:
 
     def test_the_class_of_a_model_decides_not_its_family_alone(self):
         dense = WhisperForAudioClassification(tiny_whisper_config())
-        model = hrt.compress(dense, rows(), processor=whisper_processor(), **SHORT)
+        model = hrt.compress(dense, rows(), 0.6, processor=whisper_processor(), **SHORT)
         assert type(model) is hrt.ResidualWhisperForAudioClassification
 
     def test_a_generation_config_without_languages_gets_those_of_the_processor_that_is_given(self, compact):
