@@ -1,0 +1,59 @@
+"""One table over all grids of `paper.py`: the word errors of encoders of about a third of the size, over those of dense
+and over those of fewer dense layers. Writes `results/paper/summary.md` from the JSON files of the runs.
+
+    python research/paper_summary.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from paper_table import ratio_of_errors, read_runs
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
+COLUMNS = {
+    "K=3, R=2": ("k3-r2", "dense"),
+    "K=3, R=2, cyclic": ("k3-r2-cyclic", "dense"),
+    "fewer layers": ("shallow", "dense"),
+    "low rank": ("low-rank", "dense"),
+    "cyclic over fewer layers": ("k3-r2-cyclic", "shallow"),
+    "cyclic over adjacent": ("k3-r2-cyclic", "k3-r2"),
+}
+
+
+def summary(results: Path) -> str:
+    """A row for each grid and task with more than one seed. A cell has the ratio of the word errors, and the interval
+    with 95 % of the draws of test clips and seeds; of one seed, it has the interval of clips alone, and says so.
+    """
+    head = ["grid", "task", *COLUMNS]
+    rows = [head, ["---", "---", *["---:"] * len(COLUMNS)]]
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        runs = read_runs(folder)
+        for task in sorted({task for task, _ in runs}):
+            cells = [_cell(runs.get((task, own), []), runs.get((task, other), [])) for own, other in COLUMNS.values()]
+            rows.append([f"`{folder.name}`", task, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _cell(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    ratio, of_clips, of_both = ratio_of_errors(runs, others)
+    if ratio == "-":
+        return "-"
+    return f"{ratio} ({of_clips}, one seed)" if of_both == "-" else f"{ratio} ({of_both})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder for each scale")
+    args = parser.parse_args()
+    text = summary(args.results)
+    (args.results / "summary.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
