@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import SAMPLE
 from test_make_sample import archive, mp3
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
@@ -148,3 +149,15 @@ def test_a_build_of_the_sample_adds_audio_and_keeps_what_is_there(make_actors, t
 def rows_of(folder: Path) -> list[dict[str, str]]:
     with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_sample_is_calibrated_on_many_voices_and_on_none_that_research_measures_with(make_actors):
+    rows = rows_of(SAMPLE)
+    files = {path.relative_to(SAMPLE).as_posix() for path in (SAMPLE / "audio").rglob("*.ogg")}
+    assert {row["file_name"] for row in rows} == files
+    english = {row["speaker"] for row in rows if (row["split"], row["language"]) == ("train", "en")}
+    assert len(english) >= 10
+    acted = {row["speaker"].removeprefix("queen_") for row in rows if row["speaker"].startswith("queen_")}
+    assert len(acted) == len(english) - 1
+    assert {make_actors.split_of(character) for character in acted - {make_actors.HERO}} == {"train"}
+    assert {row["split"] for row in rows if row["speaker"].startswith("queen_")} == {"train"}
