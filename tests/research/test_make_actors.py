@@ -161,3 +161,14 @@ def test_the_sample_is_calibrated_on_many_voices_and_on_none_that_research_measu
     assert len(acted) == len(english) - 1
     assert {make_actors.split_of(character) for character in acted - {make_actors.HERO}} == {"train"}
     assert {row["split"] for row in rows if row["speaker"].startswith("queen_")} == {"train"}
+
+
+def test_the_demo_says_what_the_sample_has(make_actors):
+    said = importlib.import_module("demo").CALIBRATED_ON
+    train = [row for row in rows_of(SAMPLE) if row["split"] == "train"]
+    minutes = sum(float(row["duration"]) for row in train) / 60
+    characters = {row["speaker"] for row in train if row["speaker"].startswith("queen_")}
+    languages = {row["language"] for row in train}
+    assert f"{minutes:.0f} minutes" in said
+    assert f"{len(languages)} languages" in said
+    assert f"{len(characters)} characters" in said
