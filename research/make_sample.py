@@ -1,7 +1,9 @@
-"""Builds the speech sample in `sample/` from recorded telephone prompts that Debian packages, and a few sentences of an
-audiobook, whose speaker is in no other split.
+"""Builds the speech sample in `sample/` from recorded telephone prompts that Debian packages, six minutes of acted
+English by the characters of a game, to calibrate on more than one English voice, and a few sentences of an audiobook,
+whose speaker is in no other split. Audio that is there already is kept.
 
-    apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} pocketsphinx-testdata
+    apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} pocketsphinx-testdata \
+        flight-of-the-amazon-queen
     python research/make_sample.py
 
 `--full OUT` writes all prompts of the five languages instead, and the Czech and Dutch dialogue of a game,
@@ -25,9 +27,9 @@ import gzip
 import hashlib
 import io
 import re
-import shutil
 import struct
 import subprocess
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -61,6 +63,8 @@ MIN_SECONDS, MAX_SECONDS = 0.6, 28.0
 MIN_ACTED_SECONDS = 1.5  # shorter ones are mostly cries
 MAX_CHARACTERS_PER_SECOND = 18.5  # letters and digits; faster than anyone speaks here, so the text differs
 OTHER_TRAIN_SECONDS = 200.0
+ACTED_SECONDS = 30.0  # of each character, at most
+SHORTEST_ACTED, LONGEST_ACTED = 2.0, 12.0  # seconds of a clip
 SPANISH_TEST_CLIPS = 25
 SPLITS = ("train", "validation", "test", "test_other")
 COLUMNS = ["file_name", "text", "language", "split", "duration", "speaker"]
@@ -69,8 +73,10 @@ README = """# Speech sample
 Telephone prompts of the Asterisk PBX, read by one professional speaker a language: human speech for the
 examples, the tests and the measurements of this repository. 16 kHz mono Ogg Opus, which `soundfile` reads;
 the transcripts are in `metadata.csv`, whose columns are the file's name, text, language, split, duration in
-seconds and speaker. The split `test_other` has {audiobook} sentences of a novel instead, read by a volunteer of
-LibriVox: a speaker and a style that are in no other split.
+seconds and speaker. The split `train` also has {acted} clips of acted English, `queen_*`, {acted_minutes:.1f} minutes
+by {characters} characters of a game, so that a model that is calibrated on it hears more than one English voice. The
+split `test_other` has {audiobook} sentences of a novel instead, read by a volunteer of LibriVox: a speaker and a style
+that are in no other split.
 
 {table}
 
@@ -93,8 +99,14 @@ hearing "número" in such clips, and on recordings too long for their texts.
 Debian's `asterisk-core-sounds-{{en,es,fr,it,ru}}` (texts) and `asterisk-core-sounds-{{en,es,fr,it,ru}}-g722`
 (audio), version {version}, decoded from G.722 and encoded anew as Opus by `research/make_sample.py`, whose
 docstring holds the commands. Of the texts, only superfluous spaces and the dots that mark an unfinished
-phrase were removed. A new build has the same clips and texts; the bytes of an Ogg file differ by its random
-serial number.
+phrase were removed. A build keeps the audio that is there. One from nothing has the same clips and texts; the bytes of
+an Ogg file differ by its random serial number.
+
+**The acted clips are a modified version** of parts of "Flight of the Amazon Queen", (C) 1995 John Passfield and Steven
+Stamatiadis, from Debian's `flight-of-the-amazon-queen`, version {game}: single lines of the dialogue, in 16 kHz and
+encoded anew as Opus, with the texts that the game shows. They are of characters whom `research/make_actors.py` has in
+its split `train`; the others are left for tests. Each has at most {seconds:.0f} seconds, in clips of {shortest:.0f} to
+{longest:.0f}, chosen by a hash of the name. An actor may have lent the voice to several characters.
 
 The sentences of the novel are from Debian's `pocketsphinx-testdata`, with the transcripts that it has.
 
@@ -105,10 +117,21 @@ The sentences of the novel are from Debian's `pocketsphinx-testdata`, with the t
 Wallack; financed by Digium, Inc., Unlimitel and BGM Informatique | CC BY-SA 3.0 |
 | it | Carlo Flora (carloflora.com, segreterietelefoniche.it), 2012; translated by Silvia Petrin | CC BY 3.0 |
 | ru | provided by Maxim Topal (ivrvoice.ru), 2010 | CC BY 3.0 |
+| en, `queen_*` | the actors of "Flight of the Amazon Queen" | that of the game: it may be given away with its readme, \
+and not be sold by itself |
 | en, split `test_other` | a volunteer of LibriVox (librivox.org), "Sense and Sensibility", chapter 1 | public domain |
 
-`LICENSE` is the copyright file of the packages of prompts, with the full terms. They hold for this folder, not for the
-code.
+`LICENSE` is the copyright file of the packages of prompts, and the game's readme, with the full terms. They hold for
+this folder, not for the code.
+"""
+GAME_NOTICE = """
+================================================================================
+
+Files: audio/train/en/queen_*
+These files are a modified version of parts of "Flight of the Amazon Queen":
+single lines of its dialogue, encoded anew. The rest of this file is the game's
+readme, with its licence, as it is distributed.
+
 """
 
 
@@ -173,6 +196,24 @@ def read_audiobook() -> list[Clip]:
         seconds = soundfile.info(source).duration
         clips.append(Clip(source, name, clean(text), "en", "en_librivox", seconds, split="test_other"))
     return clips
+
+
+def read_actors(folder: Path) -> list[Clip]:
+    """Writes the dialogue of the adventure game to the folder, and selects some of its training clips.
+
+    Each character has clips in random order, up to `ACTED_SECONDS`.
+    """
+    from make_actors import write_actors  # which imports this module
+
+    selected: list[Clip] = []
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for clip in sorted(write_actors(folder)[0], key=lambda clip: hash_of(f"queen {clip.name}")):
+        fits = seconds[clip.speaker] + clip.duration <= ACTED_SECONDS
+        if clip.split == "train" and SHORTEST_ACTED <= clip.duration <= LONGEST_ACTED and fits:
+            speaker = f"queen_{clip.speaker}"
+            selected.append(replace(clip, name=f"{speaker}_{clip.name}", speaker=speaker))
+            seconds[clip.speaker] += clip.duration
+    return selected
 
 
 def read_game(language: str) -> list[Clip]:
@@ -306,19 +347,18 @@ def select_sample(clips: list[Clip]) -> list[Clip]:
 
 def write_clips(clips: list[Clip], folder: Path, columns: list[str], coding: dict[str, Any]) -> list[Clip]:
     """Writes 16 kHz audio and `metadata.csv`, and returns the clips as written; `coding` is what `soundfile.write`
-    takes.
+    takes. Audio that is there already is kept.
 
     Raises:
-        FileExistsError: The folder has audio already.
         RuntimeError: A file doesn't decode to its source's length.
     """
-    refuse_audio(folder)
     encoded = []
     for clip in clips:
         name = f"{clip.name.replace('/', '_')}.{coding['format'].lower()}"
         target = folder / "audio" / clip.split / clip.language / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(target, decode(clip.source), SAMPLING_RATE, **coding)
+        if not target.exists():
+            soundfile.write(target, decode(clip.source), SAMPLING_RATE, **coding)
         written = soundfile.info(target)
         if written.samplerate != SAMPLING_RATE or abs(written.duration - clip.duration) > 0.05:
             raise RuntimeError(f"{target} has {written.duration:.2f} s, {clip.source} {clip.duration:.2f} s")
@@ -377,24 +417,44 @@ def count_table(clips: list[Clip]) -> str:
 
 
 def write_readme(clips: list[Clip], faults: Counter[str], folder: Path) -> None:
-    """Writes the sample's description, and the packages' copyright file as its licence."""
-    packages = ["asterisk-core-sounds-en", "asterisk-core-sounds-en-g722"]
-    command = ["dpkg-query", "--show", "--showformat", "${Version}\n", *packages]
-    versions = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    """Writes the sample's description, and the packages' copyright file and the game's readme as its licence."""
+    prompts, game = "asterisk-core-sounds-en", "flight-of-the-amazon-queen"
+    acted = [clip for clip in clips if clip.speaker.startswith("queen_")]
     text = README.format(
-        version=" and ".join(sorted(set(versions))),
+        version=versions_of(prompts, f"{prompts}-g722"),
+        game=versions_of(game),
         table=count_table(clips),
         faults="\n".join(f"- {count}: {fault}" for fault, count in faults.most_common()),
         minutes=OTHER_TRAIN_SECONDS / 60,
         spanish=SPANISH_TEST_CLIPS,
         audiobook=sum(clip.split == "test_other" for clip in clips),
+        acted=len(acted),
+        acted_minutes=sum(clip.duration for clip in acted) / 60,
+        characters=len({clip.speaker for clip in acted}),
+        seconds=ACTED_SECONDS,
+        shortest=SHORTEST_ACTED,
+        longest=LONGEST_ACTED,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-    shutil.copyfile(DOCUMENTATION / packages[0] / "copyright", folder / "LICENSE")
+    licence = (DOCUMENTATION / prompts / "copyright").read_bytes()
+    readme = gzip.decompress((DOCUMENTATION / game / "readme.txt.gz").read_bytes())
+    (folder / "LICENSE").write_bytes(licence + GAME_NOTICE.encode() + readme)
+
+
+def versions_of(*packages: str) -> str:
+    """The versions of Debian's packages, each once."""
+    command = ["dpkg-query", "--show", "--showformat", "${Version}\n", *packages]
+    versions = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return " and ".join(sorted(set(versions)))
 
 
 def write_full(folder: Path) -> list[Clip]:
-    """Writes all prompts and the dialogue of a game, with translations; returns the clips as they are written."""
+    """Writes all prompts and the dialogue of a game, with translations; returns the clips as they are written.
+
+    Raises:
+        FileExistsError: the folder has audio already.
+    """
+    refuse_audio(folder)
     clips, faults = without_faults([*read_all_prompts(), *read_game("cs"), *read_game("nl")])
     print("\n".join(f"left out: {count}, {fault}" for fault, count in faults.most_common()))
     assign_splits(clips)
@@ -437,7 +497,9 @@ def main() -> None:
     clips, faults = without_faults(read_all_prompts())
     assign_splits(clips)
     clips = select_sample(clips) + read_audiobook()
-    write_clips(clips, arguments.out, COLUMNS, OPUS)
+    with tempfile.TemporaryDirectory() as actors:
+        clips += read_actors(Path(actors))
+        write_clips(clips, arguments.out, COLUMNS, OPUS)
     write_readme(clips, faults, arguments.out)
     print(count_table(clips))
     print("\n".join(f"left out: {count}, {fault}" for fault, count in faults.most_common()))

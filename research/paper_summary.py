@@ -32,7 +32,10 @@ def summary(results: Path) -> str:
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         runs = read_runs(folder)
         for task in sorted({task for task, _ in runs}):
-            cells = [_cell(runs.get((task, own), []), runs.get((task, other), [])) for own, other in COLUMNS.values()]
+            cells = [
+                _cell(runs.get((task, own), []), runs.get((task, other), []))
+                for own, other in COLUMNS.values()
+            ]
             rows.append([f"`{folder.name}`", task, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

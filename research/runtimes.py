@@ -241,7 +241,6 @@ class WhisperCppRuntime(Runtime):
         self.encoder_seconds = self._told_encoder_seconds()
         return " ".join(segment.text.strip() for segment in segments)
 
-
     def _told_encoder_seconds(self) -> float:
         """What whisper.cpp says that its encoder took so far. It writes it to the standard error and nowhere else."""
         import _pywhispercpp

@@ -545,7 +545,9 @@ class _Conversion:
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         # The settings of an encoder alone, whether given or asked for, are counted as in the paper.
-        is_open = self.request.plan is None and self.request.parts is None and self.request.numbers is not None
+        is_open = (
+            self.request.plan is None and self.request.parts is None and self.request.numbers is not None
+        )
         is_whole = self.names != (ENCODER,) or is_open
         dense = sum(tensor.numel() for tensor in saved_tensors(self.dense)) if is_whole else of_layers
         fixed = dense - of_layers + sum(unranked_parameters(part.search) for part in self.parts.values())
