@@ -165,6 +165,12 @@ def test_a_dense_model_as_a_residual_one_that_shares_nothing_is_the_same(tokeniz
         )
 
 
+def test_a_four_bit_model_is_on_the_device_of_the_model_that_it_comes_from(tokenizer):
+    model = new_model(SIZES, tokenizer).to("meta")
+    other = paper_bits._residual(model, ResidualConfig.paper(3, 2))
+    assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
+
+
 def test_strings_depend_on_index_and_seed_alone_and_voices_are_in_one_split():
     one, again = (WordStrings("en", "train", 10, 2, seed=1) for _ in range(2))
     other = WordStrings("en", "train", 10, 2, seed=2)
