@@ -123,6 +123,13 @@ def _check_sizes(name: str, cell: Cell, sizes: EncoderSizes) -> None:
         encoder_size(replace(sizes, **cell.sizes), cell.residual)
     except ValueError as error:
         raise ValueError(f"the cell {name!r} cannot have these sizes: {error}") from error
+    layers = cell.sizes.get("encoder_layers", sizes.encoder_layers)
+    group_size = cell.residual.group_size if cell.residual else None
+    if isinstance(group_size, int) and group_size > layers:
+        raise ValueError(
+            f"the cell {name!r} needs `encoder_layers` of at least {group_size}, got {layers}, which would share as in "
+            f"K={layers}"
+        )
 
 
 def encoder_size(sizes: EncoderSizes, residual: ResidualConfig | None) -> int:

@@ -252,6 +252,14 @@ def test_a_cell_whose_sizes_cannot_be_is_named_before_anything_is_trained(scale)
         list(small.all_runs())
 
 
+def test_a_cell_with_larger_groups_than_there_are_layers_is_refused(scale):
+    deep = replace(scale, sizes=scale.sizes | {"encoder_layers": 6})
+    run = {"task": "recognition", "seeds": [0]}
+    assert list(replace(deep, runs=[run | {"cells": ["k6-r16"]}]).all_runs()) == [("recognition", "k6-r16", 0)]
+    with pytest.raises(ValueError, match="the cell 'k9-r16' needs `encoder_layers` of at least 9, got 6"):
+        list(replace(deep, runs=[run | {"cells": ["k9-r16"]}]).all_runs())
+
+
 def test_a_grid_trains_transducers_too(scale, tmp_path):
     sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
     sizes |= {"subsampling": 4, "subsampling_channels": 4, "decoder_dim": 32}
