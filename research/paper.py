@@ -30,7 +30,7 @@ import torch
 from paper_bits import with_four_bits
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
-from transformers import Seq2SeqTrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from words import TRAINING_SPEEDS, WordStrings, all_texts
 
 from hf_residual_transformer import ResidualConfig
@@ -263,8 +263,30 @@ def make_cyclic(model: Any) -> None:
         linear.group_idx = layer_idx % len(linear.__dict__["_shared"])
 
 
-def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple[Any, Splits, float]:
-    """Trains one model, or goes on where it stopped. Returns the CPU seconds of a step too."""
+class StepClock(TrainerCallback):
+    """Measures the optimizer steps of this process, without the reading of data, evaluations and saving."""
+
+    def __init__(self) -> None:
+        self.steps, self.cpu_seconds, self.seconds = 0, 0.0, 0.0
+        self._started = 0.0, 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.process_time(), time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        cpu, wall = self._started
+        self.cpu_seconds += time.process_time() - cpu
+        self.seconds += time.perf_counter() - wall
+        self.steps += 1
+
+    def means(self) -> dict[str, float | None]:
+        """CPU seconds and seconds of a step; None where a run that goes on has no step left."""
+        sums = {"cpu_seconds_per_step": self.cpu_seconds, "seconds_per_step": self.seconds}
+        return {name: value / self.steps if self.steps else None for name, value in sums.items()}
+
+
+def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple[Any, Splits, StepClock]:
+    """Trains one model, or goes on where it stopped. Returns what measured its steps too."""
     sizes = replace(scale.sizes_for(task), **cell.sizes)
     splits = load_splits(scale, task, seed)
     architecture = scale.architecture
@@ -276,6 +298,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     model = architecture.model(sizes, processor, cell.residual)
     if cell.cyclic:
         make_cyclic(model)
+    clock = StepClock()
     trainer = architecture.trainer(
         scale.ctc_weight,
         model=model,
@@ -293,15 +316,12 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
         data_collator=architecture.collator(processor),
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
+        callbacks=[clock],
     )
     complete = [path for path in checkpoints_in(folder) if fault_of(path) is None]
-    checkpoint = str(complete[-1]) if complete else None
-    started, first = time.process_time(), trainer.state.global_step
-    trainer.train(resume_from_checkpoint=checkpoint)
-    steps = trainer.state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else first)
-    seconds = (time.process_time() - started) / max(steps, 1)
+    trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
     trainer.finish(scale.average_checkpoints)
-    return trainer, splits, seconds
+    return trainer, splits, clock
 
 
 def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
@@ -356,7 +376,7 @@ def measure(task: str, references: list[str], predictions: list[str]) -> dict[st
 def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path) -> None:
     """Trains and measures one model, and writes its JSON file, last of all."""
     cell = make_cells(scale.sizes_for(task))[name]
-    trainer, splits, seconds = train(scale, task, cell, seed, work / f"{task}-{name}-{seed}")
+    trainer, splits, clock = train(scale, task, cell, seed, work / f"{task}-{name}-{seed}")
     model: Any = trainer.model
     processor: Any = trainer.processing_class
     batch_size = trainer.args.per_device_eval_batch_size
@@ -375,7 +395,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         "cyclic": cell.cyclic,
         "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
         "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
-        "cpu_seconds_per_step": seconds,
+        **clock.means(),
         "losses": [[entry["step"], float(entry["loss"])] for entry in history if "loss" in entry],
         "validation": [
             [entry["step"], float(entry["eval_loss"]), entry["eval_wer"]]

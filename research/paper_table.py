@@ -68,7 +68,8 @@ def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         bits = [run["four_bits"] for run in runs if "four_bits" in run]
         row += [f"{100 * bits[0]['ratio']:.1f}"] if bits else ["-"]
         row += [_written("wer", float(np.mean([entry["test"]["wer"] for entry in bits])))] if bits else ["-"]
-        row += [f"{np.mean([run['cpu_seconds_per_step'] for run in runs]):.3f}"]
+        seconds = [run["cpu_seconds_per_step"] for run in runs if run["cpu_seconds_per_step"] is not None]
+        row += [f"{np.mean(seconds):.3f}"] if seconds else ["-"]
         lines.append(" | ".join(row))
     return [f"| {line} |" for line in lines]
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,8 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
         losses = [loss for _, loss in values["losses"]]
         assert losses[-1] < 0.6 * losses[0]
         assert values["test"]["clips"] == 8
+        assert 0 < values["cpu_seconds_per_step"] < 60
+        assert 0 < values["seconds_per_step"] < 60
     table = (results / "table.md").read_text()
     assert "| K=3, R=2 | 1 |" in table
     assert "| WER of K=3, R=2 over that of |" in table
@@ -97,11 +100,18 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
     (killed / "checkpoint-40").mkdir(parents=True)
     (whole / "checkpoint-20").rename(killed / "checkpoint-20")
     (killed / "checkpoint-40" / "model.safetensors").write_bytes(b"half")
-    trainer, _, _ = paper.train(scale, "recognition", cell, 0, killed)
+    trainer, _, clock = paper.train(scale, "recognition", cell, 0, killed)
+    assert clock.steps == 20
     before = average_checkpoints([whole / "checkpoint-40"])
     after = average_checkpoints([killed / "checkpoint-40"])
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(name.startswith("ctc_head") for name, _ in trainer.model.named_parameters())
+
+    # One that was killed after its last checkpoint has no steps to measure.
+    paper.run(scale, "recognition", "k3-r2", 0, tmp_path / "work" / "tiny", tmp_path / "again.json")
+    values = json.loads((tmp_path / "again.json").read_text())
+    assert values["cpu_seconds_per_step"] is values["seconds_per_step"] is None
+    assert values["test"] == found["recognition-k3-r2-0"]["test"]
 
     # A run that has a file is skipped, and the table alone is written again.
     monkeypatch.setattr(paper, "run", None)
@@ -123,6 +133,19 @@ def test_a_grid_reads_data_sets_too(scale, tmp_path):
     values = json.loads((tmp_path / "result.json").read_text())
     assert values["test"]["clips"] == 6
     assert len(values["losses"]) == 2
+
+
+def test_steps_are_measured_alone(monkeypatch):
+    clock = paper.StepClock()
+    assert clock.means() == {"cpu_seconds_per_step": None, "seconds_per_step": None}
+    # Two steps of 1 and 3 seconds, and an evaluation between them.
+    readings = iter((0.0, 1.0, 10.0, 13.0))
+    times = SimpleNamespace(process_time=lambda: 2 * now, perf_counter=lambda: now)
+    monkeypatch.setattr(paper, "time", times)
+    for event in (clock.on_step_begin, clock.on_step_end) * 2:
+        now = next(readings)
+        event()
+    assert clock.means() == {"cpu_seconds_per_step": 4.0, "seconds_per_step": 2.0}
 
 
 def test_controls_are_as_large_as_the_paper_s_cell():
@@ -329,6 +352,17 @@ def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
     ratio, of_clips, of_both = paper_table.ratio_of_errors(two, two)
     assert (ratio, of_clips, of_both) == ("1.00", "1.00 to 1.00", "0.50 to 2.00")
     assert paper_table.ratio_of_errors(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
+
+
+def test_the_seconds_of_a_step_are_of_the_runs_that_made_one():
+    def row(*seconds):
+        test = {"wer": 0.5, "cer": 0.5, "word_errors_of_clips": "1 1"}
+        run = {"cell": "dense", "title": "dense", "encoder": {"ratio": 1.0, "parameters": 9}, "test": test}
+        runs = [run | {"seed": seed, "cpu_seconds_per_step": value} for seed, value in enumerate(seconds)]
+        return paper_table._rows("recognition", {"dense": runs})[2]
+
+    assert row(0.1, None, 0.3).endswith("| 0.200 |")
+    assert row(None).endswith("| - |")
 
 
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
