@@ -20,8 +20,8 @@ import json
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from paper_bits import with_four_bits
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
-from words import TRAINING_SPEEDS, WordStrings, all_texts
+from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.families import family_of
@@ -41,12 +41,13 @@ from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import batched
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
 from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
-from hf_residual_transformer.training.scratch import EncoderSizes
+from hf_residual_transformer.training.scratch import EncoderSizes, check_average
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
 BLOCK = ResidualConfig().block_size
 LANGUAGES = {"recognition": "en", "translation": "es"}
+RUN_FIELDS = ("task", "seeds", "cells")
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,19 @@ class Scale:
 
     @classmethod
     def read(cls, path: Path) -> Scale:
-        """Reads a YAML file; a field that it may not have is an error."""
+        """Reads a YAML file.
+
+        Raises:
+            ValueError: naming the field, for one that is missing, that a scale may not have, or that cannot be; what is
+                in `recipe` is up to `training_arguments`, since some of it depends on the machine.
+        """
         try:
             scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
         if scale.model not in ARCHITECTURES:
             raise ValueError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {scale.model!r}")
+        _check_scale(scale)
         return scale
 
     @property
@@ -188,6 +195,29 @@ class Scale:
     def sizes_for(self, task: str) -> Any:
         """The sizes of the dense model of a task."""
         return self.architecture.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
+
+    def training_arguments(
+        self, folder: Path, seed: int = 0, max_tokens: int | None = None
+    ) -> Seq2SeqTrainingArguments:
+        """The arguments of the Trainer of one run.
+
+        Raises:
+            ValueError: for an option in `recipe` that cannot be, or for `average_checkpoints` that it does not keep.
+        """
+        try:
+            args = Seq2SeqTrainingArguments(
+                output_dir=str(folder),
+                seed=seed,
+                remove_unused_columns=False,
+                predict_with_generate=True,
+                generation_max_length=max_tokens,
+                report_to=[],
+                **self.recipe,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`recipe` must hold options of the Trainer: {error}") from error
+        check_average(self.average_checkpoints, args)
+        return args
 
     def all_runs(self) -> Iterator[tuple[str, str, int]]:
         """Task, cell and seed of each run, in order.
@@ -209,6 +239,46 @@ class Scale:
                         checked.add((run["task"], cell))
                         _check_sizes(cell, cells[cell], self.sizes_for(run["task"]))
                     yield run["task"], cell, seed
+
+
+def _check_scale(scale: Scale) -> None:
+    _check("`data`", scale.data, LANGUAGES)
+    _check("`sizes_of`", scale.sizes_of, scale.data)
+    for part in (scale.sizes, *scale.sizes_of.values()):
+        _check("`sizes`", part, _names(scale.architecture.sizes_class))
+    for task, entry in scale.data.items():
+        place = f"`data` of {task}"
+        _check(place, entry)
+        if "words" in entry:
+            needed = ["vocabulary", "validation", "test"]
+            needed += [] if hasattr(scale.sizes_for(task), "window_seconds") else ["seconds"]
+            _check(place, entry, ["words"])
+            _check(f"`words` of {task}", entry["words"], [*needed, "train", "seconds", "speeds"], needed)
+            _check("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
+        else:
+            splits = [f"{split}_split" for split in SPLITS]
+            _check(f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits)
+    for run in scale.runs:
+        _check("each of `runs`", run, RUN_FIELDS, RUN_FIELDS)
+        for name in ("seeds", "cells"):
+            if not isinstance(run[name], list):
+                raise ValueError(f"`{name}` must be a list, got {run[name]!r}")
+
+
+def _check(place: str, values: Any, allowed: Iterable[str] | None = None, needed: Iterable[str] = ()) -> None:
+    """Checks the names in one part of a scale."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} must hold fields by name, got {values!r}")
+    for name in needed:
+        if name not in values:
+            raise ValueError(f"{place} must have the field {name!r}, got {', '.join(values) or 'none'}")
+    for name in values:
+        if allowed is not None and name not in allowed:
+            raise ValueError(f"{place} must have fields of {', '.join(allowed)}, got {name!r}")
+
+
+def _names(kind: Any) -> list[str]:
+    return [option.name for option in fields(kind)]
 
 
 @dataclass
@@ -243,14 +313,14 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
                 words["vocabulary"],
                 words.get("speeds", TRAINING_SPEEDS),
             )
-            for split in ("train", "validation", "test")
+            for split in SPLITS
         }
         for name, split in splits.items():
             if not len(split):
                 raise ValueError(f"the split {name!r} of {task} must have clips, got none")
         texts = all_texts(language, words["vocabulary"])
         return Splits(texts, texts, **splits)
-    names = {split: data[f"{split}_split"] for split in ("train", "validation", "test")}
+    names = {split: data[f"{split}_split"] for split in SPLITS}
     options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
     loaded = {split: options.load(name, 16_000) for split, name in names.items()}
     return Splits(list(loaded["train"]["text"]), list(loaded["validation"]["text"]), **loaded)
@@ -302,15 +372,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     trainer = architecture.trainer(
         scale.ctc_weight,
         model=model,
-        args=Seq2SeqTrainingArguments(
-            output_dir=str(folder),
-            seed=seed,
-            remove_unused_columns=False,
-            predict_with_generate=True,
-            generation_max_length=getattr(sizes, "max_tokens", None),
-            report_to=[],
-            **scale.recipe,
-        ),
+        args=scale.training_arguments(folder, seed, getattr(sizes, "max_tokens", None)),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         data_collator=architecture.collator(processor),
@@ -440,7 +502,10 @@ def main() -> None:
     scale = Scale.read(path)
     scale.architecture.check()
     results = args.results / scale.name
-    for task, name, seed in [] if args.table else list(scale.all_runs()):
+    runs = [] if args.table else list(scale.all_runs())
+    if runs:
+        scale.training_arguments(args.work)  # so that a wrong recipe is refused before anything is trained
+    for task, name, seed in runs:
         result = results / f"{task}-{name}-{seed}.json"
         if result.is_file():
             continue

@@ -260,6 +260,65 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
         paper.Scale.read(path)
 
 
+DATA = TINY["data"]["recognition"]
+RUN = TINY["runs"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": [{"seeds": [0], "cells": ["dense"]}]}, "each of `runs` must have the field 'task'"),
+        ({"runs": [{"task": "recognition", "cells": ["dense"]}]}, "each of `runs` must have the field 'seeds'"),
+        ({"runs": [{"task": "recognition", "seeds": [0]}]}, "each of `runs` must have the field 'cells'"),
+        ({"runs": [RUN | {"seeds": 0}]}, "`seeds` must be a list, got 0"),
+        ({"runs": ["dense"]}, "each of `runs` must hold fields by name, got 'dense'"),
+        ({"runs": [RUN | {"task": "translation"}]}, "`task` must be one of recognition, got 'translation'"),
+        ({"data": {"summary": DATA}}, "`data` must have fields of recognition, translation, got 'summary'"),
+        ({"data": {"recognition": None}}, "`data` of recognition must hold fields by name, got None"),
+        ({"data": {"recognition": {}}}, "which has no `words`, must have the field 'train_split', got none"),
+        (
+            {"data": {"recognition": {"words": {"vocabulary": 3, "test": 8}}}},
+            "`words` of recognition must have the field 'validation', got test, vocabulary",
+        ),
+        (
+            {"model": "parakeet_tdt", "sizes": {"d_model": 32}},
+            "`words` of recognition must have the field 'seconds'",
+        ),
+        ({"sizes": {"width": 32}}, "`sizes` must have fields of encoder_layers, .*got 'width'"),
+        ({"sizes_of": {"recognition": {"width": 32}}}, "`sizes` must have fields of .*got 'width'"),
+        ({"recipe": {}}, "`recipe` must have the field 'max_steps', got none"),
+    ],
+)
+def test_faults_of_a_scale_are_named(change, message, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | change))
+    with pytest.raises(ValueError, match=message):
+        list(paper.Scale.read(path).all_runs())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {"colour": 1}}, "`recipe` must hold options of the Trainer: .*'colour'"),
+        ({"recipe": {"eval_strategy": "often"}}, "`recipe` must hold options of the Trainer: .*often"),
+        ({"recipe": {"seed": 1}}, "`recipe` must hold options of the Trainer: .*'seed'"),
+        (
+            {"average_checkpoints": 3, "recipe": {"save_total_limit": 2}},
+            "`average_checkpoints` must be at most the number of checkpoints that are kept, got 3",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(
+    change, message, tmp_path, monkeypatch
+):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | change | {"recipe": TINY["recipe"] | change["recipe"]}))
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--scale", str(path)])
+    monkeypatch.setattr(paper, "run", None)
+    with pytest.raises(ValueError, match=message):
+        paper.main()
+
+
 def test_an_empty_split_is_named(scale):
     words = {"vocabulary": 3, "validation": 8, "test": 0}
     with pytest.raises(ValueError, match="the split 'test' of recognition must have clips, got none"):
@@ -312,7 +371,7 @@ def test_a_grid_of_another_model_is_named(tmp_path):
 @pytest.mark.parametrize(
     "name", [path.stem for path in (RESEARCH / "paper").glob("*.yaml") if path.stem != "accelerate"]
 )
-def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
+def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch, tmp_path):
     scale = paper.Scale.read(RESEARCH / "paper" / f"{name}.yaml")
     cells = dict.fromkeys(paper.make_cells(SIZES), paper.Cell("dense"))
     monkeypatch.setattr(paper, "make_cells", lambda sizes: cells)  # their sizes take seconds for 18 layers
@@ -320,6 +379,8 @@ def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
     assert list(scale.all_runs())
     for task in scale.data:
         assert scale.sizes_for(task).encoder_layers > 0
+    anywhere = scale.recipe | {"use_cpu": True, "bf16": False}
+    assert replace(scale, recipe=anywhere).training_arguments(tmp_path).max_steps > 0
 
 
 def test_a_vocabulary_needs_texts_and_room_for_their_characters():
