@@ -27,6 +27,7 @@ from typing import Any
 
 import jiwer
 import torch
+from accelerate import PartialState
 from paper_bits import with_four_bits
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
@@ -504,15 +505,24 @@ def main() -> None:
     results = args.results / scale.name
     runs = [] if args.table else list(scale.all_runs())
     if runs:
-        scale.training_arguments(args.work)  # so that a wrong recipe is refused before anything is trained
+        # Refuses a wrong recipe before anything is trained, and tells the processes of each other.
+        scale.training_arguments(args.work)
     for task, name, seed in runs:
         result = results / f"{task}-{name}-{seed}.json"
         if result.is_file():
             continue
         print(f"{task}, {name}, seed {seed}", flush=True)
         run(scale, task, name, seed, args.work / scale.name, result)
+        _write_table_once(results)
+    _write_table_once(results)
+
+
+def _write_table_once(results: Path) -> None:
+    """Writes the table in the main process alone. The others wait, and then find the files of the run that ended."""
+    state = PartialState()
+    if state.is_main_process:
         write_table(results)
-    write_table(results)
+    state.wait_for_everyone()
 
 
 if __name__ == "__main__":

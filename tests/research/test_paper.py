@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from two_processes import run_together
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.modeling import residual_linears
@@ -116,6 +117,28 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
     # A run that has a file is skipped, and the table alone is written again.
     monkeypatch.setattr(paper, "run", None)
     paper.main()
+
+
+def grid_in_one_process(*words):
+    """How many tables this process writes, as one of those that `accelerate launch` starts."""
+    written = []
+    write = paper.write_table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "write_table", lambda folder: written.append(write(folder)))
+        patch.setattr(sys, "argv", ["paper.py", *words])
+        paper.main()
+    return len(written)
+
+
+def test_the_first_of_two_processes_writes_the_files(tmp_path):
+    steps = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "ddp_backend": "gloo"}
+    runs = [{"task": "recognition", "seeds": [0], "cells": ["narrow"]}]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"recipe": TINY["recipe"] | steps, "runs": runs}))
+    words = ["--scale", path, "--work", tmp_path / "work", "--results", tmp_path]
+    assert run_together(grid_in_one_process, *map(str, words), joined=False) == [2, 0]
+    assert [found.name for found in (tmp_path / "tiny").glob("*.json")] == ["recognition-narrow-0.json"]
+    assert "| dense, narrower | 1 |" in (tmp_path / "tiny" / "table.md").read_text()
 
 
 def test_a_grid_reads_data_sets_too(scale, tmp_path):
