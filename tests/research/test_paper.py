@@ -382,6 +382,24 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
     assert values["encoder"]["parameters"] < 0.6 * dense
 
 
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        (
+            [("a.wav", "one two"), ("b.wav", "one \u00e9t\u00e9")],
+            "text of b.wav must have only characters of the training split, got '\u00e9' in",
+        ),
+        ([], "every split must have clips, got an empty one"),
+    ],
+)
+def test_texts_that_a_transducer_cannot_learn_are_named(clips, message):
+    parakeet = paper.ARCHITECTURES["parakeet_tdt"]
+    processor = parakeet.processor(all_texts("en"), 40, parakeet.sizes_class())
+    parakeet.check_texts([("a.wav", "one two"), ("b.wav", "")], processor, None, 0.0)
+    with pytest.raises(ValueError, match=message):
+        parakeet.check_texts(clips, processor, None, 0.0)
+
+
 def test_a_grid_of_another_model_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump(TINY | {"model": "moonshine"}))
