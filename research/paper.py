@@ -258,7 +258,9 @@ def _check_scale(scale: Scale) -> None:
             _check("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
         else:
             splits = [f"{split}_split" for split in SPLITS]
-            _check(f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits)
+            _check(
+                f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits
+            )
     for run in scale.runs:
         _check("each of `runs`", run, RUN_FIELDS, RUN_FIELDS)
         for name in ("seeds", "cells"):
@@ -413,14 +415,23 @@ def recognise(
 
 
 def measure(task: str, references: list[str], predictions: list[str]) -> dict[str, Any]:
-    """WER and CER, for a translation BLEU and chrF too, and for each clip its numbers of words and of word errors."""
-    translated = {}
+    """WER and CER, for a translation BLEU and chrF too, and for each clip what a bootstrap adds up.
+
+    That is the numbers of words and of word errors, and for BLEU the matches of one to four words, and the lengths of
+    prediction and reference.
+    """
+    translated: dict[str, Any] = {}
     if task == "translation":
         import sacrebleu
 
+        one_clip = sacrebleu.BLEU(effective_order=True)  # sacrebleu warns without it; no count changes
         translated = {
             "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
             "chrf": sacrebleu.corpus_chrf(predictions, [references]).score,
+            "bleu_of_clips": " ".join(
+                ",".join(map(str, (*clip.counts, clip.sys_len, clip.ref_len)))
+                for clip in map(one_clip.sentence_score, predictions, ([text] for text in references))
+            ),
         }
     counts = [jiwer.process_words(*pair) for pair in zip(references, predictions)]
     errors = [count.substitutions + count.deletions + count.insertions for count in counts]

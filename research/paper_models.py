@@ -123,7 +123,8 @@ class Parakeet(Architecture):
         The length of a text is not checked, since the loss of a transducer is finite for any. Greedy search writes at
         most `max_symbols_per_step` tokens at a frame, so that a longer text counts as word errors.
         """
-        tokenizer, number, known = processor.tokenizer, 0, set()
+        tokenizer, number = processor.tokenizer, 0
+        known: set[str] = set()
         for number, (name, text) in enumerate(clips, start=1):  # noqa: B007
             new = set(text) - known
             unknown = sorted(char for char in new if tokenizer.unk_token_id in tokenizer(char).input_ids)

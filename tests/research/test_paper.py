@@ -291,7 +291,10 @@ RUN = TINY["runs"][0]
     ("change", "message"),
     [
         ({"runs": [{"seeds": [0], "cells": ["dense"]}]}, "each of `runs` must have the field 'task'"),
-        ({"runs": [{"task": "recognition", "cells": ["dense"]}]}, "each of `runs` must have the field 'seeds'"),
+        (
+            {"runs": [{"task": "recognition", "cells": ["dense"]}]},
+            "each of `runs` must have the field 'seeds'",
+        ),
         ({"runs": [{"task": "recognition", "seeds": [0]}]}, "each of `runs` must have the field 'cells'"),
         ({"runs": [RUN | {"seeds": 0}]}, "`seeds` must be a list, got 0"),
         ({"runs": ["dense"]}, "each of `runs` must hold fields by name, got 'dense'"),
@@ -360,7 +363,9 @@ def test_a_cell_whose_sizes_cannot_be_is_named_before_anything_is_trained(scale)
 def test_a_cell_with_larger_groups_than_there_are_layers_is_refused(scale):
     deep = replace(scale, sizes=scale.sizes | {"encoder_layers": 6})
     run = {"task": "recognition", "seeds": [0]}
-    assert list(replace(deep, runs=[run | {"cells": ["k6-r16"]}]).all_runs()) == [("recognition", "k6-r16", 0)]
+    assert list(replace(deep, runs=[run | {"cells": ["k6-r16"]}]).all_runs()) == [
+        ("recognition", "k6-r16", 0)
+    ]
     with pytest.raises(ValueError, match="the cell 'k9-r16' needs `encoder_layers` of at least 9, got 6"):
         list(replace(deep, runs=[run | {"cells": ["k9-r16"]}]).all_runs())
 
@@ -467,13 +472,43 @@ def test_the_seconds_of_a_step_are_of_the_runs_that_made_one():
     assert row(None).endswith("| - |")
 
 
+def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra `research` has it")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(80)]
+    predictions = ["", "a", *(text[:5] + text[7:] for text in texts[2:])]
+    run = {"test": paper.measure("translation", texts, predictions)}
+    counts = paper_table.bleu_counts(run)
+    assert counts.shape == (80, 10)
+    expected = sacrebleu.corpus_bleu(predictions, [texts]).score
+    assert paper_table.bleu(counts.sum(0)) == pytest.approx(run["test"]["bleu"]) == pytest.approx(expected)
+    drawn = rng.integers(80, size=80)
+    expected = sacrebleu.corpus_bleu([predictions[i] for i in drawn], [[texts[i] for i in drawn]]).score
+    assert paper_table.bleu(counts[drawn].sum(0)) == pytest.approx(expected)
+
+    interval = paper_table.interval_of_bleu([run])
+    assert paper_table.interval_of_bleu([run, run]) == interval, "all seeds have the same draws"
+    low, high = map(float, interval.split(" to "))
+    assert 2 < run["test"]["bleu"] - low < 20
+    assert 2 < high - run["test"]["bleu"] < 20
+    perfect = {"test": paper.measure("translation", texts, texts)}
+    assert paper_table.interval_of_bleu([perfect]) == "100.0 to 100.0"
+    # The mean of two seeds, of which one is perfect in every draw, varies by half as much.
+    ends = map(float, paper_table.interval_of_bleu([run, perfect]).split(" to "))
+    assert list(ends) == pytest.approx([(low + 100) / 2, (high + 100) / 2], abs=0.11)
+    del run["test"]["bleu_of_clips"]
+    assert paper_table.interval_of_bleu([run, perfect]) == "-"
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu-long", "cpu-narrow", "cpu-rnnt"])
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
-def test_the_page_has_the_tables_that_the_results_give(tmp_path):
-    results = RESEARCH.parent / "results" / "paper" / "cpu"
-    shutil.copytree(results, tmp_path / "cpu")
-    table = paper_table.write_table(tmp_path / "cpu")
+def test_the_page_has_the_tables_that_the_results_give(scale, tmp_path, monkeypatch):
+    results = RESEARCH.parent / "results" / "paper" / scale
+    shutil.copytree(results, tmp_path / scale)
+    monkeypatch.setattr(paper_table, "plot", lambda *_: None)  # takes longer than the table
+    table = paper_table.write_table(tmp_path / scale)
     assert table == (results / "table.md").read_text()
     page = (RESEARCH.parent / "docs" / "paper.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
+    assert len(rows) > 8
     assert [row for row in rows if row not in page] == []
