@@ -20,18 +20,19 @@ import json
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jiwer
 import torch
+from accelerate import PartialState
 from paper_bits import with_four_bits
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
-from transformers import Seq2SeqTrainingArguments, set_seed
-from words import TRAINING_SPEEDS, WordStrings, all_texts
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.families import family_of
@@ -41,12 +42,13 @@ from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import batched
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
 from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
-from hf_residual_transformer.training.scratch import EncoderSizes
+from hf_residual_transformer.training.scratch import EncoderSizes, check_average
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
 BLOCK = ResidualConfig().block_size
 LANGUAGES = {"recognition": "en", "translation": "es"}
+RUN_FIELDS = ("task", "seeds", "cells")
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,13 @@ def _check_sizes(name: str, cell: Cell, sizes: EncoderSizes) -> None:
         encoder_size(replace(sizes, **cell.sizes), cell.residual)
     except ValueError as error:
         raise ValueError(f"the cell {name!r} cannot have these sizes: {error}") from error
+    layers = cell.sizes.get("encoder_layers", sizes.encoder_layers)
+    group_size = cell.residual.group_size if cell.residual else None
+    if isinstance(group_size, int) and group_size > layers:
+        raise ValueError(
+            f"the cell {name!r} needs `encoder_layers` of at least {group_size}, got {layers}, which would share as in "
+            f"K={layers}"
+        )
 
 
 def encoder_size(sizes: EncoderSizes, residual: ResidualConfig | None) -> int:
@@ -164,13 +173,19 @@ class Scale:
 
     @classmethod
     def read(cls, path: Path) -> Scale:
-        """Reads a YAML file; a field that it may not have is an error."""
+        """Reads a YAML file.
+
+        Raises:
+            ValueError: naming the field, for one that is missing, that a scale may not have, or that cannot be; what is
+                in `recipe` is up to `training_arguments`, since some of it depends on the machine.
+        """
         try:
             scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
         if scale.model not in ARCHITECTURES:
             raise ValueError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {scale.model!r}")
+        _check_scale(scale)
         return scale
 
     @property
@@ -181,6 +196,29 @@ class Scale:
     def sizes_for(self, task: str) -> Any:
         """The sizes of the dense model of a task."""
         return self.architecture.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
+
+    def training_arguments(
+        self, folder: Path, seed: int = 0, max_tokens: int | None = None
+    ) -> Seq2SeqTrainingArguments:
+        """The arguments of the Trainer of one run.
+
+        Raises:
+            ValueError: for an option in `recipe` that cannot be, or for `average_checkpoints` that it does not keep.
+        """
+        try:
+            args = Seq2SeqTrainingArguments(
+                output_dir=str(folder),
+                seed=seed,
+                remove_unused_columns=False,
+                predict_with_generate=True,
+                generation_max_length=max_tokens,
+                report_to=[],
+                **self.recipe,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`recipe` must hold options of the Trainer: {error}") from error
+        check_average(self.average_checkpoints, args)
+        return args
 
     def all_runs(self) -> Iterator[tuple[str, str, int]]:
         """Task, cell and seed of each run, in order.
@@ -202,6 +240,48 @@ class Scale:
                         checked.add((run["task"], cell))
                         _check_sizes(cell, cells[cell], self.sizes_for(run["task"]))
                     yield run["task"], cell, seed
+
+
+def _check_scale(scale: Scale) -> None:
+    _check("`data`", scale.data, LANGUAGES)
+    _check("`sizes_of`", scale.sizes_of, scale.data)
+    for part in (scale.sizes, *scale.sizes_of.values()):
+        _check("`sizes`", part, _names(scale.architecture.sizes_class))
+    for task, entry in scale.data.items():
+        place = f"`data` of {task}"
+        _check(place, entry)
+        if "words" in entry:
+            needed = ["vocabulary", "validation", "test"]
+            needed += [] if hasattr(scale.sizes_for(task), "window_seconds") else ["seconds"]
+            _check(place, entry, ["words"])
+            _check(f"`words` of {task}", entry["words"], [*needed, "train", "seconds", "speeds"], needed)
+            _check("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
+        else:
+            splits = [f"{split}_split" for split in SPLITS]
+            _check(
+                f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits
+            )
+    for run in scale.runs:
+        _check("each of `runs`", run, RUN_FIELDS, RUN_FIELDS)
+        for name in ("seeds", "cells"):
+            if not isinstance(run[name], list):
+                raise ValueError(f"`{name}` must be a list, got {run[name]!r}")
+
+
+def _check(place: str, values: Any, allowed: Iterable[str] | None = None, needed: Iterable[str] = ()) -> None:
+    """Checks the names in one part of a scale."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} must hold fields by name, got {values!r}")
+    for name in needed:
+        if name not in values:
+            raise ValueError(f"{place} must have the field {name!r}, got {', '.join(values) or 'none'}")
+    for name in values:
+        if allowed is not None and name not in allowed:
+            raise ValueError(f"{place} must have fields of {', '.join(allowed)}, got {name!r}")
+
+
+def _names(kind: Any) -> list[str]:
+    return [option.name for option in fields(kind)]
 
 
 @dataclass
@@ -236,14 +316,14 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
                 words["vocabulary"],
                 words.get("speeds", TRAINING_SPEEDS),
             )
-            for split in ("train", "validation", "test")
+            for split in SPLITS
         }
         for name, split in splits.items():
             if not len(split):
                 raise ValueError(f"the split {name!r} of {task} must have clips, got none")
         texts = all_texts(language, words["vocabulary"])
         return Splits(texts, texts, **splits)
-    names = {split: data[f"{split}_split"] for split in ("train", "validation", "test")}
+    names = {split: data[f"{split}_split"] for split in SPLITS}
     options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
     loaded = {split: options.load(name, 16_000) for split, name in names.items()}
     return Splits(list(loaded["train"]["text"]), list(loaded["validation"]["text"]), **loaded)
@@ -256,8 +336,30 @@ def make_cyclic(model: Any) -> None:
         linear.group_idx = layer_idx % len(linear.__dict__["_shared"])
 
 
-def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple[Any, Splits, float]:
-    """Trains one model, or goes on where it stopped. Returns the CPU seconds of a step too."""
+class StepClock(TrainerCallback):
+    """Measures the optimizer steps of this process, without the reading of data, evaluations and saving."""
+
+    def __init__(self) -> None:
+        self.steps, self.cpu_seconds, self.seconds = 0, 0.0, 0.0
+        self._started = 0.0, 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.process_time(), time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        cpu, wall = self._started
+        self.cpu_seconds += time.process_time() - cpu
+        self.seconds += time.perf_counter() - wall
+        self.steps += 1
+
+    def means(self) -> dict[str, float | None]:
+        """CPU seconds and seconds of a step; None where a run that goes on has no step left."""
+        sums = {"cpu_seconds_per_step": self.cpu_seconds, "seconds_per_step": self.seconds}
+        return {name: value / self.steps if self.steps else None for name, value in sums.items()}
+
+
+def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple[Any, Splits, StepClock]:
+    """Trains one model, or goes on where it stopped. Returns what measured its steps too."""
     sizes = replace(scale.sizes_for(task), **cell.sizes)
     splits = load_splits(scale, task, seed)
     architecture = scale.architecture
@@ -269,32 +371,22 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     model = architecture.model(sizes, processor, cell.residual)
     if cell.cyclic:
         make_cyclic(model)
+    clock = StepClock()
     trainer = architecture.trainer(
         scale.ctc_weight,
         model=model,
-        args=Seq2SeqTrainingArguments(
-            output_dir=str(folder),
-            seed=seed,
-            remove_unused_columns=False,
-            predict_with_generate=True,
-            generation_max_length=getattr(sizes, "max_tokens", None),
-            report_to=[],
-            **scale.recipe,
-        ),
+        args=scale.training_arguments(folder, seed, getattr(sizes, "max_tokens", None)),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         data_collator=architecture.collator(processor),
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
+        callbacks=[clock],
     )
     complete = [path for path in checkpoints_in(folder) if fault_of(path) is None]
-    checkpoint = str(complete[-1]) if complete else None
-    started, first = time.process_time(), trainer.state.global_step
-    trainer.train(resume_from_checkpoint=checkpoint)
-    steps = trainer.state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else first)
-    seconds = (time.process_time() - started) / max(steps, 1)
+    trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
     trainer.finish(scale.average_checkpoints)
-    return trainer, splits, seconds
+    return trainer, splits, clock
 
 
 def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
@@ -323,14 +415,23 @@ def recognise(
 
 
 def measure(task: str, references: list[str], predictions: list[str]) -> dict[str, Any]:
-    """WER and CER, for a translation BLEU and chrF too, and for each clip its numbers of words and of word errors."""
-    translated = {}
+    """WER and CER, for a translation BLEU and chrF too, and for each clip what a bootstrap adds up.
+
+    That is the numbers of words and of word errors, and for BLEU the matches of one to four words, and the lengths of
+    prediction and reference.
+    """
+    translated: dict[str, Any] = {}
     if task == "translation":
         import sacrebleu
 
+        one_clip = sacrebleu.BLEU(effective_order=True)  # sacrebleu warns without it; no count changes
         translated = {
             "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
             "chrf": sacrebleu.corpus_chrf(predictions, [references]).score,
+            "bleu_of_clips": " ".join(
+                ",".join(map(str, (*clip.counts, clip.sys_len, clip.ref_len)))
+                for clip in map(one_clip.sentence_score, predictions, ([text] for text in references))
+            ),
         }
     counts = [jiwer.process_words(*pair) for pair in zip(references, predictions)]
     errors = [count.substitutions + count.deletions + count.insertions for count in counts]
@@ -349,7 +450,7 @@ def measure(task: str, references: list[str], predictions: list[str]) -> dict[st
 def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path) -> None:
     """Trains and measures one model, and writes its JSON file, last of all."""
     cell = make_cells(scale.sizes_for(task))[name]
-    trainer, splits, seconds = train(scale, task, cell, seed, work / f"{task}-{name}-{seed}")
+    trainer, splits, clock = train(scale, task, cell, seed, work / f"{task}-{name}-{seed}")
     model: Any = trainer.model
     processor: Any = trainer.processing_class
     batch_size = trainer.args.per_device_eval_batch_size
@@ -368,7 +469,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         "cyclic": cell.cyclic,
         "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
         "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
-        "cpu_seconds_per_step": seconds,
+        **clock.means(),
         "losses": [[entry["step"], float(entry["loss"])] for entry in history if "loss" in entry],
         "validation": [
             [entry["step"], float(entry["eval_loss"]), entry["eval_wer"]]
@@ -413,14 +514,26 @@ def main() -> None:
     scale = Scale.read(path)
     scale.architecture.check()
     results = args.results / scale.name
-    for task, name, seed in [] if args.table else list(scale.all_runs()):
+    runs = [] if args.table else list(scale.all_runs())
+    if runs:
+        # Refuses a wrong recipe before anything is trained, and tells the processes of each other.
+        scale.training_arguments(args.work)
+    for task, name, seed in runs:
         result = results / f"{task}-{name}-{seed}.json"
         if result.is_file():
             continue
         print(f"{task}, {name}, seed {seed}", flush=True)
         run(scale, task, name, seed, args.work / scale.name, result)
+        _write_table_once(results)
+    _write_table_once(results)
+
+
+def _write_table_once(results: Path) -> None:
+    """Writes the table in the main process alone. The others wait, and then find the files of the run that ended."""
+    state = PartialState()
+    if state.is_main_process:
         write_table(results)
-    write_table(results)
+    state.wait_for_everyone()
 
 
 if __name__ == "__main__":

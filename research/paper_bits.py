@@ -36,7 +36,7 @@ def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
     source = model.eval() if hasattr(model.config, "residual_config") else _one_matrix_a_layer(model.eval())
     covariances = _covariances(source, input_features)
     config = replace(source.config.residual_config, shared_bits=BITS)
-    small = _residual(source.config, config)
+    small = _residual(source, config)
     weights = dict(source.state_dict())
     for path, module in source.named_modules():
         if isinstance(module, SharedLinear):
@@ -50,16 +50,20 @@ def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
     return small.eval(), size_report(small).encoder_bytes.unique
 
 
-def _residual(config: Any, residual: ResidualConfig) -> Any:
-    values = config.to_dict()
+def _residual(source: Any, residual: ResidualConfig) -> Any:
+    """A new model with the sizes of `source`, on its device."""
+    values = source.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", *RESIDUAL_FIELDS):
         values.pop(key, None)
-    return ResidualWhisperForConditionalGeneration(ResidualWhisperConfig(**values, residual_config=residual))
+    model: Any = ResidualWhisperForConditionalGeneration(
+        ResidualWhisperConfig(**values, residual_config=residual)
+    )
+    return model.to(source.device)
 
 
 def _one_matrix_a_layer(dense: Any) -> Any:
     """The dense model as a residual one that shares nothing, with the same outputs."""
-    model = _residual(dense.config, ResidualConfig(group_size=1, rank=0, diagonal="none"))
+    model = _residual(dense, ResidualConfig(group_size=1, rank=0, diagonal="none"))
     weights = dict(dense.state_dict())
     for role, path in WHISPER.encoder.roles.items():
         for index in range(dense.config.encoder_layers):

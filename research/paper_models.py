@@ -50,7 +50,11 @@ class Architecture:
     def check_texts(
         self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float
     ) -> None:
-        """Checks the text of each clip, which comes with its name, before training starts."""
+        """Checks the text of each clip, which comes with its name, before training starts.
+
+        Raises:
+            ValueError: for no clips; naming the clip, for a text that the model cannot learn.
+        """
         raise NotImplementedError
 
     def model(self, sizes: Any, processor: Any, residual: ResidualConfig | None) -> Any:
@@ -114,7 +118,24 @@ class Parakeet(Architecture):
     def check_texts(
         self, clips: Iterable[tuple[str, str]], processor: Any, sizes: Any, ctc_weight: float
     ) -> None:
-        self.collator(processor).encode([{"text": text} for _, text in clips])
+        """Checks that there are clips, and no characters but those of the training split.
+
+        The length of a text is not checked, since the loss of a transducer is finite for any. Greedy search writes at
+        most `max_symbols_per_step` tokens at a frame, so that a longer text counts as word errors.
+        """
+        tokenizer, number = processor.tokenizer, 0
+        known: set[str] = set()
+        for number, (name, text) in enumerate(clips, start=1):  # noqa: B007
+            new = set(text) - known
+            unknown = sorted(char for char in new if tokenizer.unk_token_id in tokenizer(char).input_ids)
+            if unknown:
+                raise ValueError(
+                    f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in "
+                    f"{text!r}"
+                )
+            known |= new
+        if not number:
+            raise ValueError("every split must have clips, got an empty one")
 
     def model(self, sizes: Any, processor: Any, residual: ResidualConfig | None) -> Any:
         return new_parakeet(sizes, self.head, processor.tokenizer, residual)

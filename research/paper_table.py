@@ -48,6 +48,7 @@ def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         "encoder %",
         *names,
         "least to most",
+        *(["95 %, clips"] if task == "translation" else []),
         "WER / dense",
         "95 %, clips",
     ]
@@ -64,11 +65,13 @@ def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         row += [f"{100 * first['encoder']['ratio']:.1f}"]
         row += [_written(metric, float(np.mean([run["test"][metric] for run in runs]))) for metric in metrics]
         row += [f"{_written(metrics[0], min(spread))} to {_written(metrics[0], max(spread))}"]
+        row += [interval_of_bleu(runs)] if task == "translation" else []
         row += ratio_of_errors(runs, cells.get("dense", []))
         bits = [run["four_bits"] for run in runs if "four_bits" in run]
         row += [f"{100 * bits[0]['ratio']:.1f}"] if bits else ["-"]
         row += [_written("wer", float(np.mean([entry["test"]["wer"] for entry in bits])))] if bits else ["-"]
-        row += [f"{np.mean([run['cpu_seconds_per_step'] for run in runs]):.3f}"]
+        seconds = [run["cpu_seconds_per_step"] for run in runs if run["cpu_seconds_per_step"] is not None]
+        row += [f"{np.mean(seconds):.3f}"] if seconds else ["-"]
         lines.append(" | ".join(row))
     return [f"| {line} |" for line in lines]
 
@@ -122,9 +125,40 @@ def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) ->
     return [f"{ours.sum() / theirs.sum():.2f}", *intervals]
 
 
-def _interval(ratios: np.ndarray) -> str:
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return f"{low:.2f} to {high:.2f}"
+def _interval(values: np.ndarray, digits: int = 2) -> str:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def interval_of_bleu(runs: list[dict[str, Any]]) -> str:
+    """95 % of the bootstrap's draws of test clips, for the mean BLEU of the seeds. It is "-" for older runs, which do
+    not have the counts of each clip.
+    """
+    if any("bleu_of_clips" not in run["test"] for run in runs):
+        return "-"
+    counts = np.array([bleu_counts(run) for run in runs])
+    num_clips = counts.shape[1]
+    draws = np.random.default_rng(0).integers(num_clips, size=(RESAMPLES, num_clips))
+    times = np.stack([np.bincount(draw, minlength=num_clips) for draw in draws])
+    return _interval(np.mean([[bleu(sums) for sums in times @ of_seed] for of_seed in counts], 0), digits=1)
+
+
+def bleu_counts(run: dict[str, Any]) -> np.ndarray:
+    """What the BLEU of some test clips is made of, once it is added up over them: the matches of one to four words, how
+    many there could be, and the lengths of prediction and reference. Shape (num_clips, 10).
+    """
+    stored = [clip.split(",") for clip in run["test"]["bleu_of_clips"].split()]
+    matches, lengths = np.split(np.array(stored, dtype=int), [4], axis=1)
+    possible = np.maximum(lengths[:, :1] - np.arange(4), 0)
+    return np.concatenate([matches, possible, lengths], 1)
+
+
+def bleu(sums: np.ndarray) -> float:
+    """BLEU from sums of `bleu_counts`, (10,), as `sacrebleu.corpus_bleu` computes it."""
+    from sacrebleu import BLEU
+
+    *counts, length, reference_length = sums.tolist()
+    return BLEU.compute_bleu(counts[:4], counts[4:], length, reference_length, smooth_method="exp").score
 
 
 def word_errors(run: dict[str, Any]) -> np.ndarray:

@@ -8,11 +8,13 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from two_processes import run_together
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.modeling import residual_linears
@@ -85,6 +87,8 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
         losses = [loss for _, loss in values["losses"]]
         assert losses[-1] < 0.6 * losses[0]
         assert values["test"]["clips"] == 8
+        assert 0 < values["cpu_seconds_per_step"] < 60
+        assert 0 < values["seconds_per_step"] < 60
     table = (results / "table.md").read_text()
     assert "| K=3, R=2 | 1 |" in table
     assert "| WER of K=3, R=2 over that of |" in table
@@ -97,15 +101,44 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
     (killed / "checkpoint-40").mkdir(parents=True)
     (whole / "checkpoint-20").rename(killed / "checkpoint-20")
     (killed / "checkpoint-40" / "model.safetensors").write_bytes(b"half")
-    trainer, _, _ = paper.train(scale, "recognition", cell, 0, killed)
+    trainer, _, clock = paper.train(scale, "recognition", cell, 0, killed)
+    assert clock.steps == 20
     before = average_checkpoints([whole / "checkpoint-40"])
     after = average_checkpoints([killed / "checkpoint-40"])
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(name.startswith("ctc_head") for name, _ in trainer.model.named_parameters())
 
+    # One that was killed after its last checkpoint has no steps to measure.
+    paper.run(scale, "recognition", "k3-r2", 0, tmp_path / "work" / "tiny", tmp_path / "again.json")
+    values = json.loads((tmp_path / "again.json").read_text())
+    assert values["cpu_seconds_per_step"] is values["seconds_per_step"] is None
+    assert values["test"] == found["recognition-k3-r2-0"]["test"]
+
     # A run that has a file is skipped, and the table alone is written again.
     monkeypatch.setattr(paper, "run", None)
     paper.main()
+
+
+def grid_in_one_process(*words):
+    """How many tables this process writes, as one of those that `accelerate launch` starts."""
+    written = []
+    write = paper.write_table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "write_table", lambda folder: written.append(write(folder)))
+        patch.setattr(sys, "argv", ["paper.py", *words])
+        paper.main()
+    return len(written)
+
+
+def test_the_first_of_two_processes_writes_the_files(tmp_path):
+    steps = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "ddp_backend": "gloo"}
+    runs = [{"task": "recognition", "seeds": [0], "cells": ["narrow"]}]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"recipe": TINY["recipe"] | steps, "runs": runs}))
+    words = ["--scale", path, "--work", tmp_path / "work", "--results", tmp_path]
+    assert run_together(grid_in_one_process, *map(str, words), joined=False) == [2, 0]
+    assert [found.name for found in (tmp_path / "tiny").glob("*.json")] == ["recognition-narrow-0.json"]
+    assert "| dense, narrower | 1 |" in (tmp_path / "tiny" / "table.md").read_text()
 
 
 def test_a_grid_reads_data_sets_too(scale, tmp_path):
@@ -123,6 +156,19 @@ def test_a_grid_reads_data_sets_too(scale, tmp_path):
     values = json.loads((tmp_path / "result.json").read_text())
     assert values["test"]["clips"] == 6
     assert len(values["losses"]) == 2
+
+
+def test_steps_are_measured_alone(monkeypatch):
+    clock = paper.StepClock()
+    assert clock.means() == {"cpu_seconds_per_step": None, "seconds_per_step": None}
+    # Two steps of 1 and 3 seconds, and an evaluation between them.
+    readings = iter((0.0, 1.0, 10.0, 13.0))
+    times = SimpleNamespace(process_time=lambda: 2 * now, perf_counter=lambda: now)
+    monkeypatch.setattr(paper, "time", times)
+    for event in (clock.on_step_begin, clock.on_step_end) * 2:
+        now = next(readings)
+        event()
+    assert clock.means() == {"cpu_seconds_per_step": 4.0, "seconds_per_step": 2.0}
 
 
 def test_controls_are_as_large_as_the_paper_s_cell():
@@ -163,6 +209,12 @@ def test_a_dense_model_as_a_residual_one_that_shares_nothing_is_the_same(tokeniz
         torch.testing.assert_close(
             other.get_encoder()(features).last_hidden_state, model.get_encoder()(features).last_hidden_state
         )
+
+
+def test_a_four_bit_model_is_on_the_device_of_the_model_that_it_comes_from(tokenizer):
+    model = new_model(SIZES, tokenizer).to("meta")
+    other = paper_bits._residual(model, ResidualConfig.paper(3, 2))
+    assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
 
 
 def test_strings_depend_on_index_and_seed_alone_and_voices_are_in_one_split():
@@ -231,6 +283,68 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
         paper.Scale.read(path)
 
 
+DATA = TINY["data"]["recognition"]
+RUN = TINY["runs"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": [{"seeds": [0], "cells": ["dense"]}]}, "each of `runs` must have the field 'task'"),
+        (
+            {"runs": [{"task": "recognition", "cells": ["dense"]}]},
+            "each of `runs` must have the field 'seeds'",
+        ),
+        ({"runs": [{"task": "recognition", "seeds": [0]}]}, "each of `runs` must have the field 'cells'"),
+        ({"runs": [RUN | {"seeds": 0}]}, "`seeds` must be a list, got 0"),
+        ({"runs": ["dense"]}, "each of `runs` must hold fields by name, got 'dense'"),
+        ({"runs": [RUN | {"task": "translation"}]}, "`task` must be one of recognition, got 'translation'"),
+        ({"data": {"summary": DATA}}, "`data` must have fields of recognition, translation, got 'summary'"),
+        ({"data": {"recognition": None}}, "`data` of recognition must hold fields by name, got None"),
+        ({"data": {"recognition": {}}}, "which has no `words`, must have the field 'train_split', got none"),
+        (
+            {"data": {"recognition": {"words": {"vocabulary": 3, "test": 8}}}},
+            "`words` of recognition must have the field 'validation', got test, vocabulary",
+        ),
+        (
+            {"model": "parakeet_tdt", "sizes": {"d_model": 32}},
+            "`words` of recognition must have the field 'seconds'",
+        ),
+        ({"sizes": {"width": 32}}, "`sizes` must have fields of encoder_layers, .*got 'width'"),
+        ({"sizes_of": {"recognition": {"width": 32}}}, "`sizes` must have fields of .*got 'width'"),
+        ({"recipe": {}}, "`recipe` must have the field 'max_steps', got none"),
+    ],
+)
+def test_faults_of_a_scale_are_named(change, message, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | change))
+    with pytest.raises(ValueError, match=message):
+        list(paper.Scale.read(path).all_runs())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {"colour": 1}}, "`recipe` must hold options of the Trainer: .*'colour'"),
+        ({"recipe": {"eval_strategy": "often"}}, "`recipe` must hold options of the Trainer: .*often"),
+        ({"recipe": {"seed": 1}}, "`recipe` must hold options of the Trainer: .*'seed'"),
+        (
+            {"average_checkpoints": 3, "recipe": {"save_total_limit": 2}},
+            "`average_checkpoints` must be at most the number of checkpoints that are kept, got 3",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(
+    change, message, tmp_path, monkeypatch
+):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | change | {"recipe": TINY["recipe"] | change["recipe"]}))
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--scale", str(path)])
+    monkeypatch.setattr(paper, "run", None)
+    with pytest.raises(ValueError, match=message):
+        paper.main()
+
+
 def test_an_empty_split_is_named(scale):
     words = {"vocabulary": 3, "validation": 8, "test": 0}
     with pytest.raises(ValueError, match="the split 'test' of recognition must have clips, got none"):
@@ -244,6 +358,16 @@ def test_a_cell_whose_sizes_cannot_be_is_named_before_anything_is_trained(scale)
         ValueError, match=r"the cell 'k3-r16' cannot have these sizes: `rank` must be at most 8"
     ):
         list(small.all_runs())
+
+
+def test_a_cell_with_larger_groups_than_there_are_layers_is_refused(scale):
+    deep = replace(scale, sizes=scale.sizes | {"encoder_layers": 6})
+    run = {"task": "recognition", "seeds": [0]}
+    assert list(replace(deep, runs=[run | {"cells": ["k6-r16"]}]).all_runs()) == [
+        ("recognition", "k6-r16", 0)
+    ]
+    with pytest.raises(ValueError, match="the cell 'k9-r16' needs `encoder_layers` of at least 9, got 6"):
+        list(replace(deep, runs=[run | {"cells": ["k9-r16"]}]).all_runs())
 
 
 def test_a_grid_trains_transducers_too(scale, tmp_path):
@@ -263,6 +387,24 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
     assert values["encoder"]["parameters"] < 0.6 * dense
 
 
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        (
+            [("a.wav", "one two"), ("b.wav", "one \u00e9t\u00e9")],
+            "text of b.wav must have only characters of the training split, got '\u00e9' in",
+        ),
+        ([], "every split must have clips, got an empty one"),
+    ],
+)
+def test_texts_that_a_transducer_cannot_learn_are_named(clips, message):
+    parakeet = paper.ARCHITECTURES["parakeet_tdt"]
+    processor = parakeet.processor(all_texts("en"), 40, parakeet.sizes_class())
+    parakeet.check_texts([("a.wav", "one two"), ("b.wav", "")], processor, None, 0.0)
+    with pytest.raises(ValueError, match=message):
+        parakeet.check_texts(clips, processor, None, 0.0)
+
+
 def test_a_grid_of_another_model_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump(TINY | {"model": "moonshine"}))
@@ -275,7 +417,7 @@ def test_a_grid_of_another_model_is_named(tmp_path):
 @pytest.mark.parametrize(
     "name", [path.stem for path in (RESEARCH / "paper").glob("*.yaml") if path.stem != "accelerate"]
 )
-def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
+def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch, tmp_path):
     scale = paper.Scale.read(RESEARCH / "paper" / f"{name}.yaml")
     cells = dict.fromkeys(paper.make_cells(SIZES), paper.Cell("dense"))
     monkeypatch.setattr(paper, "make_cells", lambda sizes: cells)  # their sizes take seconds for 18 layers
@@ -283,6 +425,8 @@ def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch):
     assert list(scale.all_runs())
     for task in scale.data:
         assert scale.sizes_for(task).encoder_layers > 0
+    anywhere = scale.recipe | {"use_cpu": True, "bf16": False}
+    assert replace(scale, recipe=anywhere).training_arguments(tmp_path).max_steps > 0
 
 
 def test_a_vocabulary_needs_texts_and_room_for_their_characters():
@@ -317,13 +461,54 @@ def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
     assert paper_table.ratio_of_errors(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
 
 
+def test_the_seconds_of_a_step_are_of_the_runs_that_made_one():
+    def row(*seconds):
+        test = {"wer": 0.5, "cer": 0.5, "word_errors_of_clips": "1 1"}
+        run = {"cell": "dense", "title": "dense", "encoder": {"ratio": 1.0, "parameters": 9}, "test": test}
+        runs = [run | {"seed": seed, "cpu_seconds_per_step": value} for seed, value in enumerate(seconds)]
+        return paper_table._rows("recognition", {"dense": runs})[2]
+
+    assert row(0.1, None, 0.3).endswith("| 0.200 |")
+    assert row(None).endswith("| - |")
+
+
+def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra `research` has it")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(80)]
+    predictions = ["", "a", *(text[:5] + text[7:] for text in texts[2:])]
+    run = {"test": paper.measure("translation", texts, predictions)}
+    counts = paper_table.bleu_counts(run)
+    assert counts.shape == (80, 10)
+    expected = sacrebleu.corpus_bleu(predictions, [texts]).score
+    assert paper_table.bleu(counts.sum(0)) == pytest.approx(run["test"]["bleu"]) == pytest.approx(expected)
+    drawn = rng.integers(80, size=80)
+    expected = sacrebleu.corpus_bleu([predictions[i] for i in drawn], [[texts[i] for i in drawn]]).score
+    assert paper_table.bleu(counts[drawn].sum(0)) == pytest.approx(expected)
+
+    interval = paper_table.interval_of_bleu([run])
+    assert paper_table.interval_of_bleu([run, run]) == interval, "all seeds have the same draws"
+    low, high = map(float, interval.split(" to "))
+    assert 2 < run["test"]["bleu"] - low < 20
+    assert 2 < high - run["test"]["bleu"] < 20
+    perfect = {"test": paper.measure("translation", texts, texts)}
+    assert paper_table.interval_of_bleu([perfect]) == "100.0 to 100.0"
+    # The mean of two seeds, of which one is perfect in every draw, varies by half as much.
+    ends = map(float, paper_table.interval_of_bleu([run, perfect]).split(" to "))
+    assert list(ends) == pytest.approx([(low + 100) / 2, (high + 100) / 2], abs=0.11)
+    del run["test"]["bleu_of_clips"]
+    assert paper_table.interval_of_bleu([run, perfect]) == "-"
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu-long", "cpu-narrow", "cpu-rnnt"])
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
-def test_the_page_has_the_tables_that_the_results_give(tmp_path):
-    results = RESEARCH.parent / "results" / "paper" / "cpu"
-    shutil.copytree(results, tmp_path / "cpu")
-    table = paper_table.write_table(tmp_path / "cpu")
+def test_the_page_has_the_tables_that_the_results_give(scale, tmp_path, monkeypatch):
+    results = RESEARCH.parent / "results" / "paper" / scale
+    shutil.copytree(results, tmp_path / scale)
+    monkeypatch.setattr(paper_table, "plot", lambda *_: None)  # takes longer than the table
+    table = paper_table.write_table(tmp_path / scale)
     assert table == (results / "table.md").read_text()
     page = (RESEARCH.parent / "docs" / "paper.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
+    assert len(rows) > 8
     assert [row for row in rows if row not in page] == []
