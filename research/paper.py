@@ -37,7 +37,6 @@ from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.families import family_of
 from hf_residual_transformer.folders import save_processor
-from hf_residual_transformer.modeling import residual_linears
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import batched
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
@@ -59,14 +58,12 @@ class Cell:
         title: of the row.
         residual: what the encoder shares; None for a dense one.
         sizes: sizes that differ from the scale's.
-        cyclic: whether layers l and l + L / K share, rather than K adjacent ones.
         four_bits: whether `U`, or each dense matrix, is also measured in four bits after training.
     """
 
     title: str
     residual: ResidualConfig | None = None
     sizes: dict[str, int] = field(default_factory=dict)
-    cyclic: bool = False
     four_bits: bool = True
 
 
@@ -104,7 +101,7 @@ def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
         "k3-r0-none": Cell("K=3, R=0, no diagonal (pure sharing)", replace(paper(3, 0), diagonal="none")),
         "k3-r2-none": Cell("K=3, R=2, no diagonal", replace(paper(3, 2), diagonal="none")),
         "k3-r2-all": Cell("K=3, R=2, diagonal on all", replace(paper(3, 2), diagonal="all")),
-        "k3-r2-cyclic": Cell("K=3, R=2, cyclic", paper(3, 2), cyclic=True),
+        "k3-r2-cyclic": Cell("K=3, R=2, cyclic", replace(paper(3, 2), cyclic=True)),
         "k6-r16": Cell("K=6, R=16", paper(6, 16)),
         "k9-r16": Cell("K=9, R=16", paper(9, 16)),
     }
@@ -329,13 +326,6 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
     return Splits(list(loaded["train"]["text"]), list(loaded["validation"]["text"]), **loaded)
 
 
-def make_cyclic(model: Any) -> None:
-    """Lets layers l and l + L / K share, rather than K adjacent ones."""
-    for path, linear in residual_linears(model):
-        layer_idx = int(path.split("layers.")[1].split(".")[0])
-        linear.group_idx = layer_idx % len(linear.__dict__["_shared"])
-
-
 class StepClock(TrainerCallback):
     """Measures the optimizer steps of this process, without the reading of data, evaluations and saving."""
 
@@ -369,8 +359,6 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
         architecture.check_texts(clips, processor, sizes, scale.ctc_weight)
     set_seed(seed)
     model = architecture.model(sizes, processor, cell.residual)
-    if cell.cyclic:
-        make_cyclic(model)
     clock = StepClock()
     trainer = architecture.trainer(
         scale.ctc_weight,
@@ -466,7 +454,6 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         "seed": seed,
         "steps": trainer.state.global_step,
         "residual_config": cell.residual and cell.residual.to_dict(),
-        "cyclic": cell.cyclic,
         "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
         "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
         **clock.means(),
@@ -482,8 +469,6 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         collator = scale.architecture.collator(processor)
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
         small, num_bytes = with_four_bits(model, collator(rows)["input_features"])
-        if cell.cyclic:
-            make_cyclic(small)
         values["four_bits"] = {
             "bytes": num_bytes,
             "ratio": num_bytes / (2 * dense),

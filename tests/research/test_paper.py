@@ -181,10 +181,12 @@ def test_controls_are_as_large_as_the_paper_s_cell():
 
 
 def test_cyclic_layers_share_with_the_layer_a_period_later(tokenizer):
-    model = new_model(replace(SIZES, encoder_layers=6), tokenizer, ResidualConfig.paper(3, 2))
-    paper.make_cyclic(model)
-    banks = [linear.shared for path, linear in residual_linears(model) if path.endswith("fc1")]
-    assert [bank is banks[0] for bank in banks] == [True, False, True, False, True, False]
+    sizes = replace(SIZES, encoder_layers=6)
+    model = new_model(sizes, tokenizer, paper.make_cells(sizes)["k3-r2-cyclic"].residual)
+    small, _ = paper_bits.with_four_bits(model, torch.randn(8, 16, 100))
+    for one in (model, small):
+        banks = [linear.shared for path, linear in residual_linears(one) if path.endswith("fc1")]
+        assert [bank is banks[0] for bank in banks] == [True, False, True, False, True, False]
 
 
 @pytest.mark.parametrize("residual", [None, ResidualConfig.paper(3, 2)])
