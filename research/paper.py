@@ -497,10 +497,10 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
     scale = Scale.read(path)
-    scale.architecture.check()
     results = args.results / scale.name
     runs = [] if args.table else list(scale.all_runs())
     if runs:
+        scale.architecture.check()
         # Refuses a wrong recipe before anything is trained, and tells the processes of each other.
         scale.training_arguments(args.work)
     for task, name, seed in runs:
