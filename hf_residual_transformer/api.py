@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .classes import MODEL_TYPE_PREFIX, RECOGNIZERS, model_classes_of
-from .configuration import ResidualConfigMixin
+from .configuration import ResidualConfig, ResidualConfigMixin
 from .families import FAMILIES, REFUSED
 from .modeling import ResidualMixin
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .configuration import ResidualConfig
     from .speech.metrics import EvaluationResult
 
 WINDOWS, WINDOWS_WITH_DECODER = 16, 64  # to calibrate on; a decoder has few tokens in each
+Q4_0 = ResidualConfig(
+    group_size=1, rank=0, diagonal="none", shared_bits=4
+)  # the numbers of whisper.cpp's format
 SHUFFLE_BUFFER = 200  # clips of a stream
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
@@ -53,6 +55,7 @@ def compress(
     block_size: int | None = None,
     rotation: int | None = None,
     residual_config: ResidualConfig | None = None,
+    whisper_cpp: bool = False,
     start: str = "calibrated",
     iterations: int | None = None,
     device: str | torch.device | None = None,
@@ -88,6 +91,10 @@ def compress(
         rotation: the number of inputs that are rotated together before a matrix is rounded, so that this loses less:
             16, 32, 64, 128 or 256, or 1 for none; by default 128. Fewer make a slightly faster model.
         residual_config: what to share, instead of what `size` chooses; `size` then chooses the ranks alone.
+        whisper_cpp: whether a Whisper is given the form of whisper.cpp's q4_0, four bits for each weight and nothing
+            else, fitted to the recordings. `export(..., format="ggml")` writes it without rounding again, and
+            whisper.cpp runs it as its own. The form leaves nothing to choose, so that `size`, `parts`, `bits`,
+            `block_size`, `rotation` and `residual_config` must not be set.
         start: "calibrated", or "svd", which looks at weights alone and is far worse.
         iterations: rounds of alternation for groups of layers that have no closed form.
         device: where a model that is given by name is put; by default a GPU if there is one.
@@ -112,7 +119,20 @@ def compress(
         raise ValueError(
             f"`bits` must not be set beside `residual_config`, which has its own `shared_bits`, got {bits!r}"
         )
+    if whisper_cpp:
+        chosen = {"size": size, "parts": parts, "block_size": block_size, "rotation": rotation}
+        chosen |= {"bits": None if bits == "auto" else bits, "residual_config": residual_config}
+        for name, value in chosen.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must not be set with `whisper_cpp`, whose form is fixed, got {value!r}"
+                )
     dense, processor = load_dense(model, processor, device=device, low_memory=low_memory)
+    if whisper_cpp and type(dense).__name__ != "WhisperForConditionalGeneration":
+        raise ValueError(
+            f"`whisper_cpp` must be false for a {type(dense).__name__}, since whisper.cpp runs Whisper for speech "
+            "recognition alone, got True"
+        )
     calibration = None
     if audio is not None:
         rows = rows_of(audio, processor, split, language=language, text_column=None, options=data_options)
@@ -125,7 +145,10 @@ def compress(
             rows, processor, num_windows=num_windows, batch_size=batch_size, pack=pack
         )
     options: dict[str, Any] = {"parts": parts, "block_size": block_size, "rotation": rotation}
-    if residual_config is None:
+    if whisper_cpp:
+        residual_config = Q4_0
+        options |= {"decoder_residual_config": Q4_0, "embedding_bits": Q4_0.shared_bits}
+    elif residual_config is None:
         options["shared_bits"] = bits
     if iterations is not None:
         options["iterations"] = iterations

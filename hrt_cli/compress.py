@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float16",
         help="dtype of weights that are not quantised (default: float16)",
     )
+    how.add_argument(
+        "--whisper-cpp",
+        action="store_true",
+        help="four bits in the form of whisper.cpp's q4_0, for hrt export --format ggml; size and bits are fixed",
+    )
     form = parser.add_argument_group(
         "precise form", "settings by hand, as in the paper, where --size does not choose them"
     )
@@ -121,6 +126,11 @@ def run(args: argparse.Namespace) -> None:
     bits = _bits(args)
     residual_config = _residual_config(args, bits)
     by_hand = residual_config is not None
+    if args.whisper_cpp and (by_hand or args.size or args.bits or args.parts or _rounding(args)):
+        raise ValueError(
+            "--whisper-cpp has a form of its own: --size, --bits, --parts, --block-size, --rotation and the options of "
+            "the precise form must not be set with it"
+        )
     if _rounding(args) and (args.bits == "none" or (by_hand and bits is None)):
         raise ValueError(
             "--block-size and --rotation are of matrices in few bits: give --bits, or leave them out"
@@ -162,6 +172,7 @@ def run(args: argparse.Namespace) -> None:
             pack=args.pack,
             seed=args.seed,
             residual_config=residual_config,
+            whisper_cpp=args.whisper_cpp,
             start=args.start,
             iterations=args.iterations,
             device=args.device,

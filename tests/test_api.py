@@ -199,6 +199,27 @@ class TestCompress:
         model = hrt.compress(dense, rows(), 0.6, processor=whisper_processor(), **SHORT)
         assert type(model) is hrt.ResidualWhisperForAudioClassification
 
+    def test_a_model_for_whisper_cpp_is_written_as_q4_0(self, tmp_path):
+        model = hrt.compress(whisper(), rows(), processor=whisper_processor(), whisper_cpp=True, **SHORT)
+        assert model.config.residual_config == model.config.decoder_residual_config
+        assert model.config.embedding_bits == model.config.residual_config.shared_bits == 4
+        folder = hrt.export(model, tmp_path / "ggml", format="ggml")
+        assert [path.name for path in folder.iterdir()] == ["ggml-model-q4_0.bin"]
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("size", 0.31), ("bits", 4), ("parts", ("encoder",)), ("rotation", 16)]
+    )
+    def test_the_form_of_whisper_cpp_leaves_nothing_to_choose(self, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` must not be set with `whisper_cpp`"):
+            hrt.compress(whisper(), rows(), processor=whisper_processor(), whisper_cpp=True, **{name: value})
+
+    def test_whisper_cpp_runs_whisper_for_recognition_alone(self):
+        dense = WhisperForAudioClassification(tiny_whisper_config())
+        with pytest.raises(
+            ValueError, match="`whisper_cpp` must be false for a WhisperForAudioClassification"
+        ):
+            hrt.compress(dense, rows(), processor=whisper_processor(), whisper_cpp=True, **SHORT)
+
     def test_a_generation_config_without_languages_gets_those_of_the_processor_that_is_given(self, compact):
         dense = whisper()
         for name in ("lang_to_id", "task_to_id"):

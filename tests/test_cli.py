@@ -213,6 +213,8 @@ class TestErrors:
             (["--rank", "4", "--parts", "encoder"], "--parts must not be set with the precise form"),
             (["--start", "svd", "--size", "0.5"], "--size must not be set with --start svd"),
             (["--num-windows", "0"], "--num-windows above 0 are needed"),
+            (["--whisper-cpp", "--size", "0.31"], "--whisper-cpp has a form of its own"),
+            (["--whisper-cpp", "--rank", "4"], "--whisper-cpp has a form of its own"),
         ],
     )
     def test_compress_refuses_settings_before_it_makes_a_folder(self, options, problem, tmp_path, capsys):
