@@ -120,7 +120,12 @@ def compress(
             f"`bits` must not be set beside `residual_config`, which has its own `shared_bits`, got {bits!r}"
         )
     if whisper_cpp:
-        chosen = {"size": size, "parts": parts, "block_size": block_size, "rotation": rotation}
+        chosen: dict[str, Any] = {
+            "size": size,
+            "parts": parts,
+            "block_size": block_size,
+            "rotation": rotation,
+        }
         chosen |= {"bits": None if bits == "auto" else bits, "residual_config": residual_config}
         for name, value in chosen.items():
             if value is not None:
