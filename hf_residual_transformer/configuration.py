@@ -121,7 +121,8 @@ class ResidualConfig:
             that `group_size` names, or else all linear modules of an encoder layer.
         cyclic: whether layers that lie apart share, rather than adjacent ones. There are as many groups, and layer `l`
             is in the group `l` modulo their number: with 6 layers and a `group_size` of 3, the layers 0, 2 and 4 share,
-            and 1, 3 and 5.
+            and 1, 3 and 5. A compression then holds the statistics of all layers at once, which for a large model takes
+            many gigabytes.
 
     Raises:
         ValueError: if a field is invalid; the message names the field, what it must be, and what it was.

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts",
         nargs="+",
         choices=("encoder", "decoder", "embed_tokens"),
-        help="what becomes compact (default: all); with encoder alone, the size is that of its layers",
+        help="what becomes compact (default: all); with `--parts encoder`, the size is that of its layers",
     )
     how.add_argument(
         "--bits",
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> None:
     by_hand = residual_config is not None
     if args.whisper_cpp and (by_hand or args.size or args.bits or args.parts or _rounding(args)):
         raise ValueError(
-            "--whisper-cpp has a form of its own: --size, --bits, --parts, --block-size, --rotation and the options of "
-            "the precise form must not be set with it"
+            "--whisper-cpp has a form of its own: --size, --bits, --parts, --block-size, --rotation, --start and the other "
+            "options of the precise form must not be set with it"
         )
     if _rounding(args) and (args.bits == "none" or (by_hand and bits is None)):
         raise ValueError(

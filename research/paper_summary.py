@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 def summary(results: Path) -> str:
-    """A row for each grid and task with more than one seed. A cell has the ratio of the word errors, and the interval
+    """A row for each grid and task. A cell has the ratio of the word errors, and the interval
     with 95 % of the draws of test clips and seeds; of one seed, it has the interval of clips alone, and says so.
     """
     head = ["grid", "task", *COLUMNS]

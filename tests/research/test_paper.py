@@ -29,8 +29,8 @@ from hf_residual_transformer.training.scratch import (
 
 RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
 sys.path.insert(0, str(RESEARCH))
-paper, paper_bits, paper_table, words = map(
-    importlib.import_module, ("paper", "paper_bits", "paper_table", "words")
+paper, paper_bits, paper_summary, paper_table, words = map(
+    importlib.import_module, ("paper", "paper_bits", "paper_summary", "paper_table", "words")
 )
 WordStrings, all_texts = words.WordStrings, words.all_texts
 
@@ -514,3 +514,12 @@ def test_the_page_has_the_tables_that_the_results_give(scale, tmp_path, monkeypa
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) > 8
     assert [row for row in rows if row not in page] == []
+
+
+@pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
+def test_the_page_has_the_table_over_all_grids():
+    text = paper_summary.summary(paper_summary.RESULTS)
+    assert text == (paper_summary.RESULTS / "summary.md").read_text()
+    rows = text.splitlines()
+    assert len(rows) > 5
+    assert [row for row in rows if row not in (RESEARCH.parent / "docs" / "paper.md").read_text()] == []
