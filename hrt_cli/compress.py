@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> None:
     by_hand = residual_config is not None
     if args.whisper_cpp and (by_hand or args.size or args.bits or args.parts or _rounding(args)):
         raise ValueError(
-            "--whisper-cpp has a form of its own: --size, --bits, --parts, --block-size, --rotation, --start and the other "
-            "options of the precise form must not be set with it"
+            "--whisper-cpp has a form of its own: --size, --bits, --parts, --block-size, --rotation, --start and the "
+            "other options of the precise form must not be set with it"
         )
     if _rounding(args) and (args.bits == "none" or (by_hand and bits is None)):
         raise ValueError(

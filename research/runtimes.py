@@ -242,8 +242,9 @@ class WhisperCppRuntime(Runtime):
         return " ".join(segment.text.strip() for segment in segments)
 
     def _told_encoder_seconds(self) -> float:
-        """What whisper.cpp says that its encoder took so far, with the keys and values of cross-attention. It writes it to
-        the standard error and nowhere else.
+        """What whisper.cpp says that its encoder took so far, with the keys and values of cross-attention.
+
+        It writes it to the standard error and nowhere else.
         """
         import _pywhispercpp
 
