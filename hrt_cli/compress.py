@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts",
         nargs="+",
         choices=("encoder", "decoder", "embed_tokens"),
-        help="what becomes compact (default: all); with `--parts encoder`, the size is that of its layers",
+        help="(default: all); with encoder, --size is that of its layers",
     )
     how.add_argument(
         "--bits",
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--whisper-cpp",
         action="store_true",
-        help="four bits in the form of whisper.cpp's q4_0, for hrt export --format ggml; size and bits are fixed",
+        help="whisper.cpp's q4_0, fitted, for hrt export --format ggml",
     )
     form = parser.add_argument_group(
         "precise form", "settings by hand, as in the paper, where --size does not choose them"
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--rank-pattern", metavar="JSON", help="other ranks by module: '{\"fc2\": 64}'")
     form.add_argument("--diagonal", choices=("none", "square", "all"), help="matrices with a diagonal")
     form.add_argument("--share-biases", action="store_true", help="one bias a group, not one a layer")
-    form.add_argument("--cyclic", action="store_true", help="layers share that lie apart, not adjacent ones")
+    form.add_argument("--cyclic", action="store_true", help="layers that lie apart share, not adjacent ones")
     form.add_argument("--target-modules", nargs="+", metavar="NAME", help="such as fc1 fc2 (default: all)")
     form.add_argument(
         "--start", choices=("calibrated", "svd"), default="calibrated", help="svd needs no audio"
