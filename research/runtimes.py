@@ -64,7 +64,7 @@ class Runtime:
     language: str = "en"
     threads: int = 2
 
-    encoder_seconds = 0.0  # so far
+    timed_seconds = 0.0  # of what is `timed`, so far
     rounded = (
         False  # whether it stands for another system's numbers, so that its speed and memory say nothing
     )
@@ -88,16 +88,20 @@ class Runtime:
         raise NotImplementedError
 
     def timed(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, which adds to `encoder_seconds` what it takes."""
+        """The same function, which adds to `timed_seconds` what it takes."""
 
         @functools.wraps(encode)
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             states = encode(*args, **kwargs)
-            self.encoder_seconds += time.perf_counter() - start
+            self.timed_seconds += time.perf_counter() - start
             return states
 
         return timed
+
+    def encoder_seconds(self) -> float:
+        """What the encoder took so far."""
+        return self.timed_seconds
 
 
 class TorchRuntime(Runtime):
@@ -238,10 +242,9 @@ class WhisperCppRuntime(Runtime):
             temperature_inc=0.0,
             greedy={"best_of": 1},
         )
-        self.encoder_seconds = self._told_encoder_seconds()
         return " ".join(segment.text.strip() for segment in segments)
 
-    def _told_encoder_seconds(self) -> float:
+    def encoder_seconds(self) -> float:
         """What whisper.cpp says that its encoder took so far, with the keys and values of cross-attention.
 
         It writes it to the standard error and nowhere else.
@@ -436,13 +439,13 @@ def measure(runtime: Runtime, clips: str | Path) -> dict[str, Any]:
     with np.load(clips) as arrays:
         names = sorted(arrays.files)
         runtime.transcribe(arrays[names[0]])
-        before = runtime.encoder_seconds
+        before = runtime.encoder_seconds()
         for name in names:
             samples = arrays[name]
             start = time.perf_counter()
             texts.append(runtime.transcribe(samples).strip())
             seconds += time.perf_counter() - start
-    encoder_seconds = runtime.encoder_seconds - before
+    encoder_seconds = runtime.encoder_seconds() - before
     return {"load_seconds": loaded, "seconds": seconds, "encoder_seconds": encoder_seconds, "texts": texts}
 
 

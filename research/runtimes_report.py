@@ -17,6 +17,12 @@ DENSE = "torch-dense"
 SAMPLES = 2000
 INTERVAL = (0.025, 0.975)
 MB = 1e6
+TIMED = {  # columns by figure, with their digits
+    "real_time_factor": ("real-time factor", 3),
+    "real_time_factor_encoder": ("of the encoder", 3),
+    "load_seconds": ("load, s", 1),
+    "peak_uss_mb": ("peak memory, MB", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -123,15 +129,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
     """The figures as a Markdown table whose columns line up."""
     head = ["system", "file, MB", "WER, %", "95 % interval", "WER / dense", "95 % interval"]
     head += ["disagreement, %", "95 % interval"]
-    measured = any(f["real_time_factor"] is not None for f in figures)
-    timed = {
-        "real_time_factor": ("real-time factor", 3),
-        "real_time_factor_encoder": ("of the encoder", 3),
-        "load_seconds": ("load, s", 1),
-        "peak_uss_mb": ("peak memory, MB", 0),
-    }
-    if not measured:
-        timed = {}
+    timed = TIMED if any(f["real_time_factor"] is not None for f in figures) else {}
     head += [title for title, _ in timed.values()]
 
     def interval(figure: Mapping[str, float] | None, scale: float, places: int) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,18 +246,9 @@ def check_transcripts(
     Raises:
         ValueError: naming the clip, for an empty split, a text that is too long, or one with unknown characters.
     """
-    number, known = 0, set(" ")
-    for number, (name, text) in enumerate(clips, start=1):  # noqa: B007
+    for name, text in with_known_characters(clips, partial(_is_unknown, tokenizer=tokenizer)):
         ids = tokenizer(text).input_ids
         spoken = [i for i in ids if i < len(tokenizer) - len(SPECIAL_TOKENS)]
-        new = set(text) - known
-        unknown = sorted(character for character in new if _is_unknown(character, tokenizer))
-        known |= new
-        if unknown:
-            raise ValueError(
-                f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in "
-                f"{text!r}"
-            )
         if len(ids) > sizes.max_tokens:
             raise ValueError(
                 f"the text of {name} must have at most `max_tokens` = {sizes.max_tokens} tokens, got {len(ids)}; leave "
@@ -268,6 +260,28 @@ def check_transcripts(
                 f"the text of {name} must fit the {sizes.num_frames} encoder frames of a window, got one that needs "
                 f"{frames}; raise `vocab_size`, or set `ctc_weight` to 0"
             )
+
+
+def with_known_characters(
+    clips: Iterable[tuple[str, str]], is_unknown: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
+    """The clips, each by name and text, as long as the vocabulary has their characters.
+
+    Raises:
+        ValueError: naming the first clip with unknown characters, or for no clips.
+    """
+    number = 0
+    known: set[str] = set()
+    for number, (name, text) in enumerate(clips, start=1):  # noqa: B007
+        new = set(text) - known
+        unknown = sorted(filter(is_unknown, new))
+        if unknown:
+            raise ValueError(
+                f"the text of {name} must have only characters of the training split, got {''.join(unknown)!r} in "
+                f"{text!r}"
+            )
+        known |= new
+        yield name, text
     if not number:
         raise ValueError("every split must have clips, got an empty one")
 
