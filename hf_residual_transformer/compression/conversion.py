@@ -412,6 +412,12 @@ class _Conversion:
         self.parts = {name: self._part(name) for name in self.stacks if name in names}
         self.names = names
 
+    @property
+    def _chooses_everything(self) -> bool:
+        """Whether the budget is of the whole model, of which nobody gave settings or parts."""
+        request = self.request
+        return request.plan is None and request.parts is None and request.numbers is not None
+
     def _part_names(self) -> tuple[str, ...]:
         """The parts that become compact."""
         plan, request = self.request.plan, self.request
@@ -423,7 +429,7 @@ class _Conversion:
         elif request.parts is not None:
             names = request.parts
         else:
-            return has if request.numbers is not None else (ENCODER,)
+            return has if self._chooses_everything else (ENCODER,)
         missing = [name for name in names if name not in has]
         if missing:
             raise ValueError(
@@ -545,10 +551,7 @@ class _Conversion:
         layers = [part.search.source.layers for part in self.parts.values()]
         of_layers = sum(parameter.numel() for stack in layers for parameter in stack.parameters())
         # The settings of an encoder alone, whether given or asked for, are counted as in the paper.
-        is_open = (
-            self.request.plan is None and self.request.parts is None and self.request.numbers is not None
-        )
-        is_whole = self.names != (ENCODER,) or is_open
+        is_whole = self.names != (ENCODER,) or self._chooses_everything
         dense = sum(tensor.numel() for tensor in saved_tensors(self.dense)) if is_whole else of_layers
         fixed = dense - of_layers + sum(unranked_parameters(part.search) for part in self.parts.values())
         if EMBEDDING in self.names:

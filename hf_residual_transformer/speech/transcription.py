@@ -135,6 +135,8 @@ def transcribe(
         tokens = GenerationMixin.generate(
             model,
             encoder_outputs=encoded,
+            # Whisper has no use for it here, but `generate` warns of a batch without one.
+            attention_mask=torch.ones_like(input_features[:, 0], dtype=torch.long),
             decoder_input_ids=prefix,
             decoder_attention_mask=torch.ones_like(prefix),
             max_length=prefix.shape[1]
