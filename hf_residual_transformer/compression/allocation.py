@@ -362,7 +362,7 @@ def token_ranges(num_tokens: int, end_token: int | None) -> list[int]:
 def embedding_curves(
     table: Tensor,
     statistics: EmbeddingStatistics,
-    ranges: Sequence[tuple[int, Sequence[int]]],
+    ranges: Iterable[tuple[int, Sequence[int]]],
     block_size: int,
     measure: Callable[[Tensor], float] | None = None,
     scale_bits: int = SCALE_BITS[0],

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -545,7 +545,10 @@ class _Conversion:
         divergence = self._divergence(self.check_places)
         for name, part in self.parts.items():
             read_memory = {path for block in part.search.source.stack.blocks for path in block.memory}
-            for path, (found, plain) in _curves_by_path(part, rounds=divergence is not None).items():
+            by_path = _curves_by_path(part, divergence is not None, self.request.progress)
+            for path, (found, plain) in _progress(
+                by_path.items(), f"measuring {name}", "kind of matrix", self.request.progress
+            ):
                 of_decoder = Keeps.STATES if path in read_memory else Keeps.KEYS
                 curves += _scaled(found, plain, divergence, of_decoder if name == DECODER else Keeps.NOTHING)
         layers = [part.search.source.layers for part in self.parts.values()]
@@ -571,7 +574,7 @@ class _Conversion:
             curves += embedding_curves(
                 table,
                 embedding,
-                ranges,
+                _progress(ranges, f"measuring {EMBEDDING}", "range of tokens", self.request.progress),
                 blocks.block_size,
                 None if of_table is None else measure,
                 blocks.scale_bits,
@@ -659,11 +662,17 @@ def _rotation(request: Request, source: LayerStack) -> int | dict[str, int]:
     return {role: request.rotation for role, (outputs, inputs) in shapes.items() if inputs <= outputs}
 
 
-def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve], list[PlainRounding]]]:
+def _progress(items: Collection[Any], name: str, unit: str, shows: bool) -> Iterable[Any]:
+    return tqdm(items, desc=name, unit=f" {unit}", disable=not shows)
+
+
+def _curves_by_path(
+    part: _Part, rounds: bool, progress: bool
+) -> dict[str, tuple[list[Curve], list[PlainRounding]]]:
     """The curves of a part by module path, and if `rounds` the plain rounding of the same matrices."""
     found: dict[str, tuple[list[Curve], list[PlainRounding]]] = {}
     for run_idx in range(len(part.runs)):
-        curves, roundings = _curves_of_run(part, run_idx, rounds=rounds)
+        curves, roundings = _curves_of_run(part, run_idx, rounds, progress)
         for curve in curves:
             found.setdefault(curve.group.module_path, ([], []))[0].append(curve)
         for path, rounding in roundings.items():
@@ -672,11 +681,12 @@ def _curves_by_path(part: _Part, *, rounds: bool) -> dict[str, tuple[list[Curve]
 
 
 def _curves_of_run(
-    part: _Part, run_idx: int, *, rounds: bool
+    part: _Part, run_idx: int, rounds: bool, progress: bool
 ) -> tuple[list[Curve], dict[str, list[PlainRounding]]]:
     """The same of a run of layers, whose statistics are not kept."""
     source, config, statistics = part.search.source, part.search.config, part.observe(run_idx)
-    curves = curves_of(part.search, part.runs[run_idx], statistics)
+    groups = _progress(part.runs[run_idx], f"errors of {source.stack.name}", "matrix", progress)
+    curves = curves_of(part.search, groups, statistics)
     return curves, round_plainly(source, statistics, config) if rounds else {}
 
 
