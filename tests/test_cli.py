@@ -513,7 +513,9 @@ def test_finetune_trains_whichever_ctc_model_it_is_given(tmp_path, kind, compres
 
 def test_finetune_refuses_characters_that_the_vocabulary_lacks(tmp_path, dense_wav2vec2, capsys):
     words = ["finetune", dense_wav2vec2, *DATA, *TRAINING, "--out", tmp_path / "out"]
-    assert "the tokenizer has no" in refused(capsys, *words)
+    said = refused(capsys, *words)
+    assert "the tokenizer has no" in said
+    assert re.search(r"\.\w+ \(row \d+\) has a transcript that cannot be used", said), said
 
 
 def test_streamed_data_trains_too(tmp_path, dense_whisper):

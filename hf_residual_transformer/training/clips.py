@@ -30,7 +30,7 @@ def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapp
     Where they do not, CTC's loss is infinite, and a transducer cannot write them.
 
     Raises:
-        ValueError: naming the first clip that is too short, or whose transcript is too long.
+        ValueError: naming the first clip that is too short, or whose transcript is too long or has unknown characters.
     """
     is_transducer = hasattr(model, "max_symbols_per_step")
     has_decoder = model.config.is_encoder_decoder and not is_transducer
@@ -38,10 +38,13 @@ def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapp
     if has_decoder and isinstance(rows, Dataset) and "text" in rows.column_names:
         rows = rows.remove_columns([name for name in ("audio",) if name in rows.column_names])
     for number, row in enumerate(rows):
-        labels = collator.encode([row])[0]
         audio = row.get("audio") or {}
         place = f"row {number}" if isinstance(rows, Dataset) else "a row of the stream"
         clip = f"{audio['path']} ({place})" if audio.get("path") else f"the clip of {place}"
+        try:
+            labels = collator.encode([row])[0]
+        except ValueError as error:
+            raise ValueError(f"{clip} has a transcript that cannot be used: {error}") from error
         if has_decoder:
             needed, found, unit = len(labels), model.config.max_target_positions, "tokens"
         else:
