@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.utils import logging
@@ -357,6 +358,18 @@ def _as_words(options: dict[str, Any]) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
+
+
+def warn_of_slow_bfloat16(args: Any) -> None:
+    """Says so where `TrainingArguments` ask for bfloat16 on a processor that has no fast products in it.
+
+    On an x86 processor with AVX2 alone, PyTorch takes about ten times as long for them as in float32 (docs/LOG.md).
+    """
+    if args.bf16 and args.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning(
+            "`bf16` makes this training several times slower, since the processor has AVX2 and no fast products in "
+            "bfloat16: leave `--bf16` out"
+        )
 
 
 def read_json(name: str, text: str) -> Any:

@@ -37,7 +37,7 @@ from ..folders import (
 )
 from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
 from ..whisper import has_short_windows
-from .arguments import DistillationArguments, TrainingDataArguments, read_json
+from .arguments import DistillationArguments, TrainingDataArguments, read_json, warn_of_slow_bfloat16
 from .checkpoints import bytes_to_write
 from .clips import checked
 from .recipe import (
@@ -395,6 +395,7 @@ def respell(text: str, case: str, remove: str) -> str:
 
 
 def _prepare(args: Any, overwrite: bool) -> None:
+    warn_of_slow_bfloat16(args)
     resume = args.resume_from_checkpoint is not None
     folder = prepare_output_dir(args.output_dir, overwrite, resume=resume)
     if overwrite and not resume and folder.is_dir() and args.process_index == 0:

@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import logged, moved
 from transformers import Seq2SeqTrainingArguments
 
 import hrt_cli
-from hf_residual_transformer.training.arguments import TrainingDataArguments
+from hf_residual_transformer.training.arguments import TrainingDataArguments, warn_of_slow_bfloat16
 from hf_residual_transformer.training.checkpoints import fault_of, last_checkpoint
 from hf_residual_transformer.training.running import run_training
 from hf_residual_transformer.training.scratch import ModelSizes
@@ -227,3 +228,13 @@ def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(dense_wav2vec2,
     message = capsys.readouterr().err
     assert "must be finite, got" in message and "in the batch of step 2" in message
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("capability", "warns"), [("AVX2", True), ("AVX512", False)])
+def test_slow_bfloat16_is_said_before_training(capability, warns, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for bf16 in (True, False):
+        args = Seq2SeqTrainingArguments(str(tmp_path / "out"), bf16=bf16, use_cpu=True, report_to="none")
+        caplog.clear()
+        warn_of_slow_bfloat16(args)
+        assert ("several times slower" in caplog.text) == (warns and bf16)
