@@ -402,9 +402,10 @@ def test_a_dense_model_whose_layers_stay_in_16_bits_gives_the_same_compact_one(n
     assert found.config.to_dict() == expected.config.to_dict()
     others = expected.merge().state_dict()
     for key, value in found.bfloat16().merge().state_dict().items():
-        torch.testing.assert_close(
-            value, others[key], rtol=0.01, atol=0.01 * float(value.abs().max()), msg=key
-        )
+        # Where processors sum in another order, a weight between two integers may be rounded to the other. Biases make
+        # up for the errors of whole rows.
+        most = 0.02 if value.dim() > 1 else 0.05
+        assert (value - others[key]).float().norm() <= most * value.float().norm(), key
 
 
 # Most of a tiny Moonshine is its convolutions, which stay dense. Where a row is one block, 8-bit scales save nothing.
