@@ -2,11 +2,14 @@
 and over those of fewer dense layers. Writes `results/paper/summary.md` from the JSON files of the runs.
 
     python research/paper_summary.py
+
+`--seeds 3 4 5 6` only prints the table, of these seeds alone, such as those that were added after a look at the others.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,17 @@ COLUMNS = {
 }
 
 
-def summary(results: Path) -> str:
-    """A row for each grid and task. A cell has the ratio of the word errors, and the interval
+def summary(results: Path, seeds: Collection[int] | None = None) -> str:
+    """A row for each grid and task, of all seeds or some. A cell has the ratio of the word errors, and the interval
     with 95 % of the draws of test clips and seeds; of one seed, it has the interval of clips alone, and says so.
     """
     head = ["grid", "task", *COLUMNS]
     rows = [head, ["---", "---", *["---:"] * len(COLUMNS)]]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        runs = read_runs(folder)
+        runs = {
+            key: [run for run in found if seeds is None or run["seed"] in seeds]
+            for key, found in read_runs(folder).items()
+        }
         for task in sorted({task for task, _ in runs}):
             cells = [
                 _cell(runs.get((task, own), []), runs.get((task, other), []))
@@ -52,9 +58,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder for each scale")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="prints the table of these seeds, and writes nothing"
+    )
     args = parser.parse_args()
-    text = summary(args.results)
-    (args.results / "summary.md").write_text(text, encoding="utf-8")
+    text = summary(args.results, args.seeds)
+    if args.seeds is None:
+        (args.results / "summary.md").write_text(text, encoding="utf-8")
     print(text)
 
 
