@@ -663,7 +663,7 @@ def _rotation(request: Request, source: LayerStack) -> int | dict[str, int]:
 
 
 def _progress(items: Collection[Any], name: str, unit: str, shows: bool) -> Iterable[Any]:
-    return tqdm(items, desc=name, unit=f" {unit}", disable=not shows)
+    return tqdm(items, desc=name, unit=unit, disable=not shows)
 
 
 def _curves_by_path(
