@@ -468,12 +468,15 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
     if cell.four_bits and scale.architecture.has_four_bits:
         collator = scale.architecture.collator(processor)
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
-        small, num_bytes = with_four_bits(model, collator(rows)["input_features"])
-        values["four_bits"] = {
-            "bytes": num_bytes,
-            "ratio": num_bytes / (2 * dense),
-            "test": measure(task, *recognise(scale.architecture, small, processor, splits.test, batch_size)),
-        }
+        features = collator(rows)["input_features"]
+        for entry, scale_bits in (("four_bits", 16), ("four_bits_small_scales", 8)):
+            small, num_bytes = with_four_bits(model, features, scale_bits)
+            found = recognise(scale.architecture, small, processor, splits.test, batch_size)
+            values[entry] = {
+                "bytes": num_bytes,
+                "ratio": num_bytes / (2 * dense),
+                "test": measure(task, *found),
+            }
     if trainer.is_world_process_zero():
         save_processor(processor, work)
         result.parent.mkdir(parents=True, exist_ok=True)

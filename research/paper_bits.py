@@ -26,16 +26,17 @@ DAMPING = 0.03  # of the covariances' mean variance
 
 
 @torch.no_grad()
-def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
+def with_four_bits(model: Any, input_features: Tensor, scale_bits: int = 16) -> tuple[Any, int]:
     """A copy whose `U` is in four bits, and the bytes of its encoder. A dense model's matrices are a `U` each.
 
     Args:
         model: a Whisper, dense or residual.
         input_features: speech, (batch_size, num_mel_bins, num_frames); the rounding keeps what comes out for it.
+        scale_bits: the bits of each scale, 16 or 8.
     """
     source = model.eval() if hasattr(model.config, "residual_config") else _one_matrix_a_layer(model.eval())
     covariances = _covariances(source, input_features)
-    config = replace(source.config.residual_config, shared_bits=BITS)
+    config = replace(source.config.residual_config, shared_bits=BITS, scale_bits=scale_bits)
     small = _residual(source, config)
     weights = dict(source.state_dict())
     for path, module in source.named_modules():
@@ -43,9 +44,10 @@ def with_four_bits(model: Any, input_features: Tensor) -> tuple[Any, int]:
             covariance = covariances[id(module)]
             covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
             del weights[f"{path}.weight"]
-            packed, scale, *_ = quantize(module.weight, covariance, BITS)
-            weights |= {f"{path}.weight_packed": packed, f"{path}.weight_scale": scale.float()}
-    small.load_state_dict(weights)
+            rounded = quantize(module.weight, covariance, BITS, scale_bits=scale_bits)
+            small.get_submodule(path).write(rounded)
+    absent, unknown = small.load_state_dict(weights, strict=False)
+    assert not unknown and all(".weight_" in name for name in absent)  # which were written above
     small.generation_config = source.generation_config
     return small.eval(), size_report(small).encoder_bytes.unique
 

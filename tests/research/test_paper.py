@@ -189,12 +189,13 @@ def test_cyclic_layers_share_with_the_layer_a_period_later(tokenizer):
         assert [bank is banks[0] for bank in banks] == [True, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("scale_bits", [16, 8])
 @pytest.mark.parametrize("residual", [None, ResidualConfig.paper(3, 2)])
-def test_four_bits_keep_the_outputs_of_a_trained_encoder_nearly(residual, tokenizer):
+def test_four_bits_keep_the_outputs_of_a_trained_encoder_nearly(residual, scale_bits, tokenizer):
     torch.manual_seed(0)
     model = new_model(SIZES, tokenizer, residual).eval()
     features = torch.randn(8, 16, 100)
-    small, num_bytes = paper_bits.with_four_bits(model, features)
+    small, num_bytes = paper_bits.with_four_bits(model, features, scale_bits)
     with torch.no_grad():
         expected = model.get_encoder()(features).last_hidden_state
         found = small.get_encoder()(features).last_hidden_state
