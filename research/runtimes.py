@@ -190,8 +190,12 @@ class FasterWhisperRuntime(Runtime):
         self.model.encode = self.timed(self.model.encode)
 
     def transcribe(self, samples: np.ndarray) -> str:
+        # faster-whisper pads features by zeros, which are no silence for the model; and of the length that CTranslate2
+        # is given, which has the prompt in it, it takes half.
+        window = np.pad(samples, (0, 30 * SAMPLING_RATE - len(samples)))
+        prompt = 4 if self.model.model.is_multilingual else 2
         segments, _ = self.model.transcribe(
-            samples,
+            window,
             language=self.language,
             beam_size=1,
             best_of=1,
@@ -199,7 +203,7 @@ class FasterWhisperRuntime(Runtime):
             without_timestamps=True,
             condition_on_previous_text=False,
             vad_filter=False,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=2 * MAX_NEW_TOKENS - prompt,
             no_speech_threshold=None,
             log_prob_threshold=None,
             compression_ratio_threshold=None,
