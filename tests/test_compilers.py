@@ -57,9 +57,6 @@ def possible(name: str, work: Callable[..., Any]) -> Callable[..., Call]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    torch.__version__ < "2.8", reason="torch 2.7 does not trace through a config that holds an object"
-)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_compiles_as_one_graph_with_equal_outputs_and_gradients(name):
     part = possible(name, compiled)

@@ -609,9 +609,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     torch.testing.assert_close(grads, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.8", reason="torch 2.7 does not trace through a config that holds an object"
-)
 def test_whispers_encoder_compiles_as_one_graph():
     torch._dynamo.reset()
     residual = ResidualConfig(group_size=2, rank=2, diagonal="all")

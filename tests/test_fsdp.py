@@ -57,7 +57,6 @@ def step(family: str, by: str, bits: int | None, scale_bits: int) -> dict[str, t
     }
 
 
-@pytest.mark.skipif(torch.__version__ < "2.8", reason="with torch 2.7, the step is not that of one process")
 @pytest.mark.parametrize(("bits", "scale_bits"), [(None, 16), (4, 16), (4, 8)])
 @pytest.mark.parametrize("by", ["layer", "encoder"])
 @pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
