@@ -1,9 +1,11 @@
-"""One table over all grids of `paper.py`: the word errors of encoders of about a third of the size, over those of dense
-and over those of fewer dense layers. Writes `results/paper/summary.md` from the JSON files of the runs.
+"""Two tables over all grids of `paper.py`: the word errors of encoders of about a third of the size, over those of
+dense and over those of fewer dense layers; and those of the paper's other rows, over those of K=3, R=2. Writes
+`results/paper/summary.md` from the JSON files of the runs.
 
     python research/paper_summary.py
 
-`--seeds 3 4 5 6` only prints the table, of these seeds alone, such as those that were added after a look at the others.
+`--seeds 3 4 5 6` only prints the tables, of these seeds alone, such as those that were added after a look at the
+others.
 """
 
 from __future__ import annotations
@@ -24,14 +26,29 @@ COLUMNS = {
     "cyclic over fewer layers": ("k3-r2-cyclic", "shallow"),
     "cyclic over adjacent": ("k3-r2-cyclic", "k3-r2"),
 }
+ORDER = {
+    "K=3, R=16": ("k3-r16", "k3-r2"),
+    "K=6, R=16": ("k6-r16", "k3-r2"),
+    "K=9, R=16": ("k9-r16", "k3-r2"),
+    "K=3, R=2, no diagonal": ("k3-r2-none", "k3-r2"),
+    "K=3, R=2, diagonal on all": ("k3-r2-all", "k3-r2"),
+    "K=3, R=0": ("k3-r0", "k3-r2"),
+    "pure sharing": ("k3-r0-none", "k3-r2"),
+}
 
 
 def summary(results: Path, seeds: Collection[int] | None = None) -> str:
-    """A row for each grid and task, of all seeds or some. A cell has the ratio of the word errors, and the interval
-    with 95 % of the draws of test clips and seeds; of one seed, it has the interval of clips alone, and says so.
+    """Both tables, of all seeds or some."""
+    return "\n".join(_table(results, columns, seeds) for columns in (COLUMNS, ORDER))
+
+
+def _table(results: Path, columns: dict[str, tuple[str, str]], seeds: Collection[int] | None) -> str:
+    """A row for each grid and task that has any of the ratios. A cell has the ratio of the word errors, and the
+    interval with 95 % of the draws of test clips and seeds; of one seed, it has the interval of clips alone, and says
+    so.
     """
-    head = ["grid", "task", *COLUMNS]
-    rows = [head, ["---", "---", *["---:"] * len(COLUMNS)]]
+    head = ["grid", "task", *columns]
+    rows = [head, ["---", "---", *["---:"] * len(columns)]]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         runs = {
             key: [run for run in found if seeds is None or run["seed"] in seeds]
@@ -40,9 +57,10 @@ def summary(results: Path, seeds: Collection[int] | None = None) -> str:
         for task in sorted({task for task, _ in runs}):
             cells = [
                 _cell(runs.get((task, own), []), runs.get((task, other), []))
-                for own, other in COLUMNS.values()
+                for own, other in columns.values()
             ]
-            rows.append([f"`{folder.name}`", task, *cells])
+            if set(cells) != {"-"}:
+                rows.append([f"`{folder.name}`", task, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -59,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder for each scale")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="prints the table of these seeds, and writes nothing"
+        "--seeds", type=int, nargs="+", help="prints the tables of these seeds, and writes nothing"
     )
     args = parser.parse_args()
     text = summary(args.results, args.seeds)
