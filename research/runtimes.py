@@ -44,6 +44,7 @@ from ggml_blocks import FORMATS, round_to_blocks
 
 MAX_NEW_TOKENS = 128
 SAMPLING_RATE = 16_000
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # the C library gives large blocks back
 
 
 @dataclass
@@ -178,6 +179,7 @@ class FasterWhisperRuntime(Runtime):
     """
 
     model: Any
+    environment: ClassVar = RETURNING
 
     @property
     def files(self) -> list[Path]:
@@ -212,7 +214,10 @@ class FasterWhisperRuntime(Runtime):
 
 
 class WhisperCppRuntime(Runtime):
-    """whisper.cpp through pywhispercpp, on a file that `ggml_writer.py` or whisper.cpp's own tools wrote."""
+    """whisper.cpp through pywhispercpp, on a file that `ggml_writer.py` or whisper.cpp's own tools wrote.
+
+    The C library's setting that the others have would not change its memory.
+    """
 
     model: Any
 
@@ -239,9 +244,10 @@ class WhisperCppRuntime(Runtime):
             no_context=True,
             no_timestamps=True,
             single_segment=True,
-            max_tokens=MAX_NEW_TOKENS,
+            max_tokens=MAX_NEW_TOKENS - 1,  # it stops after one more
             suppress_blank=True,
             suppress_nst=True,
+            no_speech_thold=1.0,  # leaves out no text
             temperature=0.0,
             temperature_inc=0.0,
             greedy={"best_of": 1},
@@ -279,7 +285,7 @@ class OnnxRuntime(Runtime):
 
     encoder: Any
     decoder: Any
-    environment: ClassVar = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # the C library gives large blocks back
+    environment: ClassVar = RETURNING
 
     @property
     def folder(self) -> Path:
