@@ -402,13 +402,13 @@ def test_a_dense_model_whose_layers_stay_in_16_bits_gives_the_same_compact_one(n
     assert found.config.to_dict() == expected.config.to_dict()
     others = expected.merge().state_dict()
     for key, value in found.bfloat16().merge().state_dict().items():
-        if not name.startswith("moonshine"):
+        if name != "moonshine":
             torch.testing.assert_close(
                 value, others[key], rtol=0.01, atol=0.01 * float(value.abs().max()), msg=key
             )
             continue
-        # On a processor with AVX2 alone, a weight of these models lies between two integers and is rounded to the
-        # other, and the weights and biases after it make up for that.
+        # On a processor with AVX2 alone, a weight of this model lies between two integers and is rounded to the other,
+        # and the weights and biases after it make up for that.
         most = 0.02 if value.dim() > 1 else 0.05
         assert (value - others[key]).float().norm() <= most * value.float().norm(), key
 

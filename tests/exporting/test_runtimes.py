@@ -151,9 +151,7 @@ def in_pytorch(compact, clips) -> dict[str, dict[str, Any]]:
     with torch.no_grad():
         for language, recordings in clips.items():
             for name, samples in recordings.items():
-                features = processor(samples, sampling_rate=16_000, return_tensors="pt").input_features
-                tokens = model.generate(features, language=language, max_new_tokens=128)
-                text = processor.batch_decode(tokens, skip_special_tokens=True)[0]
+                features, _, text = transcript(model, processor, samples, language)
                 processor.tokenizer.set_prefix_tokens(language, "transcribe", predict_timestamps=False)
                 ids = torch.tensor([processor.tokenizer(text).input_ids])
                 output = model(input_features=features, decoder_input_ids=ids)
@@ -165,6 +163,13 @@ def in_pytorch(compact, clips) -> dict[str, dict[str, Any]]:
                     text=text.strip(),
                 )
     return found
+
+
+def transcript(model: Any, processor: Any, samples: np.ndarray, language: str) -> tuple[Any, Any, str]:
+    """Features of a clip, and the token ids and the text that the model writes in PyTorch."""
+    features = processor(samples, sampling_rate=16_000, return_tensors="pt").input_features
+    tokens = model.generate(features, language=language, max_new_tokens=128)
+    return features, tokens, processor.batch_decode(tokens, skip_special_tokens=True)[0]
 
 
 def assert_alike(texts: dict[str, str], wanted: dict[str, Any]) -> None:
@@ -423,10 +428,8 @@ def test_the_merged_model_runs_in_faster_whisper(merged, peers, clips, in_pytorc
     long = np.concatenate(read)[: 28 * 16_000]
     processor = AutoProcessor.from_pretrained(merged)
     model = WhisperForConditionalGeneration.from_pretrained(merged, dtype=torch.float32)
-    features = processor(long, sampling_rate=16_000, return_tensors="pt").input_features
-    tokens = model.generate(features, language="en", max_new_tokens=128)
+    _, tokens, text = transcript(model, processor, long, "en")
     assert tokens.shape[1] > 64
-    text = processor.batch_decode(tokens, skip_special_tokens=True)[0]
     samples = clips["en"] | {"long": long}
     found = transcribed_by(f"faster-whisper:{tmp_path / 'ct2'}", peers, samples, tmp_path, "en")
     assert_alike(found, in_pytorch["en"] | {"long": SimpleNamespace(text=text)})
@@ -448,7 +451,5 @@ def test_blocks_alone_run_in_whisper_cpp(dense, peers, clips, tmp_path):
     assert path.stat().st_size < 47e6
     found = transcribed_by(f"whisper.cpp:{path}", peers, clips["en"], tmp_path, "en")
     for name, samples in clips["en"].items():
-        features = dense.processor(samples, sampling_rate=16_000, return_tensors="pt").input_features
-        tokens = model.generate(features, language="en", max_new_tokens=128)
-        text = dense.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        *_, text = transcript(model, dense.processor, samples, "en")
         assert_alike({name: found[name]}, {name: SimpleNamespace(text=text)})
