@@ -357,15 +357,15 @@ def export(
 
     Raises:
         ImportError: when the packages of the extra "export" are missing.
-        FileExistsError: when `out` holds files.
-        ValueError: for a model that has no exported form, a missing processor, and where the ONNX Runtime that is
-            installed cannot load the result.
+        FileExistsError: when `out` holds files, and for the folder of a checkpoint even with `overwrite`.
+        ValueError: for a model that has no exported form, a missing processor, a tokenizer without the tokens of
+            languages and tasks that the runtime needs, and where the ONNX Runtime that is installed cannot load the
+            result.
     """
     require_extra("export")
-    from .exporting.folder import export_model
-    from .folders import prepare_output_dir
+    from .exporting.folder import export_model, prepare_export_dir
 
-    prepare_output_dir(out, overwrite)  # before a model is loaded for nothing
+    prepare_export_dir(out, overwrite)  # before a model is loaded for nothing
     loaded, processor = _load_recognizer(model, processor, device="cpu")
     return export_model(
         loaded,

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,12 @@ def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) 
 
 
 def unfinished(folder: Path) -> Path:
-    """The folder beside `folder` that is filled first."""
+    """The folder beside `folder` that is filled first.
+
+    Its name is one that nobody chooses, since a killed run leaves it, and the next run deletes it.
+    """
     folder = folder.absolute()
-    return folder.with_name(folder.name + UNFINISHED)
+    return folder.with_name(f".{folder.name}{UNFINISHED}")
 
 
 @contextmanager
@@ -84,11 +87,15 @@ def complete_folder(folder: Path) -> Iterator[Path]:
     new = unfinished(folder)
     if new.is_dir():
         shutil.rmtree(new)  # of a run that was killed
+    made = [parent for parent in new.parents if not parent.exists()]
     new.mkdir(parents=True)
     try:
         yield new
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):  # where another process uses a parent by now
+            for parent in made:
+                parent.rmdir()
         raise
     adopt(new, folder)
 

@@ -22,10 +22,24 @@ EXTRA_FRAMES = 200
 _one_at_a_time = threading.Lock()
 
 
+def language_ids(vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """The tokens of languages that a vocabulary has, in Whisper's order."""
+    return {token: vocabulary[token] for code in LANGUAGES if (token := f"<|{code}|>") in vocabulary}
+
+
 def language_and_task_ids(vocabulary: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """`lang_to_id` and `task_to_id` of a generation config, from the tokens that a vocabulary has."""
-    languages = {token: vocabulary[token] for code in LANGUAGES if (token := f"<|{code}|>") in vocabulary}
+    """`lang_to_id` and `task_to_id` of a multilingual model's generation config, from the tokens of its vocabulary.
+
+    Raises:
+        ValueError: if there are no tokens of languages, or not those of both tasks.
+    """
+    languages = language_ids(vocabulary)
     tasks = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS if f"<|{task}|>" in vocabulary}
+    if not languages or len(tasks) < len(TASK_IDS):
+        raise ValueError(
+            "the tokenizer of a multilingual Whisper must have tokens such as <|en|> and <|transcribe|>, got "
+            f"{len(languages)} languages and {len(tasks)} tasks; take the tokenizer that the model was trained with"
+        )
     return languages, tasks
 
 

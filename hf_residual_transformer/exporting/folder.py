@@ -57,12 +57,13 @@ def export_model(
         raise ValueError(
             f"`activation_function` must be one of {', '.join(ACTIVATIONS)}, got {config.activation_function!r}"
         )
-    folder = prepare_output_dir(out, overwrite)
+    folder = prepare_export_dir(out, overwrite)
     with complete_folder(folder) as draft:
         if format == "ggml":
             save_q4_0(model, processor, draft / GGML_FILE)
             return folder
         is_sherpa = format == "sherpa-onnx"
+        generation = {} if is_sherpa else _generation_config(model, processor.tokenizer)
         graphs = draft if is_sherpa else draft / "onnx"
         graphs.mkdir(exist_ok=True)
         for name, build in (SHERPA_GRAPHS if is_sherpa else GRAPHS).items():
@@ -77,8 +78,26 @@ def export_model(
         if is_sherpa:
             sherpa.save_tokens(processor.tokenizer, draft / "tokens.txt")
             return folder
-        _save_configs(model, processor, draft)
+        _save_configs(config, generation, draft)
         _save_processor(processor, draft)
+    return folder
+
+
+def prepare_export_dir(out: str | Path, overwrite: bool) -> Path:
+    """As `prepare_output_dir`, and refuses the folder of a checkpoint in any case.
+
+    The config of the export would replace that of the checkpoint, whose weights nothing could read then.
+
+    Raises:
+        FileExistsError: if the folder holds weights, or other files and `overwrite` is false.
+    """
+    folder = prepare_output_dir(out, overwrite)
+    weights = sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []
+    if weights:
+        raise FileExistsError(
+            f"the output folder {folder} holds a checkpoint, {weights[0]}, which could not be loaded any more with the "
+            "config of the export; name another folder"
+        )
     return folder
 
 
@@ -110,9 +129,8 @@ def _check_runs(path: Path) -> None:
         ) from error
 
 
-def _save_configs(model: Any, processor: Any, folder: Path) -> None:
-    """A plain Whisper's config.json, and a generation_config.json that has the tokens of languages and tasks."""
-    config = model.config
+def _save_configs(config: Any, generation: dict[str, Any], folder: Path) -> None:
+    """A plain Whisper's config.json, and its generation_config.json."""
     dense = config.to_dense_config() if hasattr(config, "to_dense_config") else config
     values = {
         **dense.to_dict(),
@@ -122,36 +140,39 @@ def _save_configs(model: Any, processor: Any, folder: Path) -> None:
         "transformers.js_config": {"dtype": "fp32"},
     }
     _write(folder / "config.json", values)
-    tokenizer = processor.tokenizer
+    _write(folder / "generation_config.json", generation)
+
+
+def _generation_config(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The model's, with what a trained Whisper says about its special tokens, which runtimes look for there.
+
+    Raises:
+        ValueError: if the model is multilingual, and neither its generation config nor its tokenizer has languages and
+            tasks.
+    """
     generation = model.generation_config.to_dict()
-    missing = {
-        name: value
-        for name, value in _tokens_for_generation(tokenizer, config.vocab_size).items()
-        if generation.get(name) is None
-    }
+    vocabulary, missing = tokenizer.get_vocab(), dict[str, Any]()
+    is_multilingual = generation.get("is_multilingual")
+    if is_multilingual is None:
+        missing["is_multilingual"] = is_multilingual = model.config.vocab_size != ENGLISH_ONLY
+    if generation.get("no_timestamps_token_id") is None and "<|notimestamps|>" in vocabulary:
+        missing["no_timestamps_token_id"] = vocabulary["<|notimestamps|>"]
+    if is_multilingual and not (generation.get("lang_to_id") and generation.get("task_to_id")):
+        languages, tasks = language_and_task_ids(vocabulary)
+        for name, ids in (("lang_to_id", languages), ("task_to_id", tasks)):
+            if not generation.get(name):
+                missing[name] = ids
     if missing:
         logger.warning(
             f"the generation config lacks {', '.join(missing)}; the export has them from the tokenizer's tokens"
         )
     generation |= missing
-    if not generation["is_multilingual"]:
+    if not is_multilingual:
         logger.warning(
             "this model knows English alone, but onnx-asr asks every Whisper for a language and a task, and such a "
             "model may then hear nothing; transformers.js and sherpa-onnx ask it for English alone"
         )
-    _write(folder / "generation_config.json", generation)
-
-
-def _tokens_for_generation(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """What the generation config of a trained Whisper says about its special tokens."""
-    vocabulary = tokenizer.get_vocab()
-    found: dict[str, Any] = {
-        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
-        "is_multilingual": vocab_size != ENGLISH_ONLY,
-    }
-    if found["is_multilingual"]:
-        found["lang_to_id"], found["task_to_id"] = language_and_task_ids(vocabulary)
-    return {name: value for name, value in found.items() if value is not None}
+    return generation
 
 
 def _save_processor(processor: Any, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from onnx import TensorProto, helper
 
-from ..whisper import language_and_task_ids
+from ..whisper import language_ids
 from .ggml import ordinary_tokens
 from .graph import Graph
 from .whisper import (
@@ -27,6 +27,16 @@ from .whisper import (
     size_of,
 )
 
+# Of the vocabulary, in the metadata.
+TOKENS = (
+    "<|startoftranscript|>",
+    "<|transcribe|>",
+    "<|translate|>",
+    "<|notimestamps|>",
+    "<|startofprev|>",
+    "<|startoflm|>",
+    "Ġ",
+)
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 PARTS = ("k", "v")
 
@@ -96,9 +106,19 @@ def _stacked(graph: Graph, layers: list[str]) -> str:
 
 
 def metadata(config: Any, tokenizer: Any) -> dict[str, str]:
-    """What sherpa-onnx reads in the encoder's metadata."""
+    """What sherpa-onnx reads in the encoder's metadata.
+
+    Raises:
+        ValueError: naming the tokens of Whisper that the tokenizer lacks.
+    """
     ids = tokenizer.get_vocab()
-    languages, _ = language_and_task_ids(ids)
+    lacking = [token for token in TOKENS if token not in ids]
+    if lacking:
+        raise ValueError(
+            f"the tokenizer must have the tokens {', '.join(lacking)} for sherpa-onnx, as those of trained Whisper "
+            "models have; take the tokenizer that the model was trained with"
+        )
+    languages = language_ids(ids)
     multilingual = len(languages) > 1 and config.vocab_size != ENGLISH_ONLY
     start = ids["<|startoftranscript|>"]
     first = [start]

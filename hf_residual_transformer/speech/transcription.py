@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from ..whisper import language_and_task_ids
 from .collators import LABEL_PADDING, is_multilingual
@@ -85,11 +84,6 @@ def complete_token_ids(model: Any, tokenizer: Any = None) -> None:
                 "`model.processor`, or save the tokenizer beside the model"
             ) from error
     languages, tasks = language_and_task_ids(tokenizer.get_vocab())
-    if not languages or len(tasks) < len(TASK_IDS):
-        raise ValueError(
-            "the tokenizer of a multilingual Whisper must have tokens such as <|en|> and <|transcribe|>, got "
-            f"{len(languages)} languages and {len(tasks)} tasks; take the tokenizer that the model was trained with"
-        )
     if not getattr(config, "lang_to_id", None):
         config.lang_to_id = languages
     if not getattr(config, "task_to_id", None):

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..families import Family, family_of, frame_mask, num_frames_of
 from ..layers import SHARED, QuantizedEmbedding, QuantizedWeight, ResidualLinear, quantized_weights
 from ..modeling import forward_as
-from ..speech.transcription import encode, encoder_window, transcribe
+from ..speech.transcription import encode, encoder_window, has_words, transcribe
 from ..whisper import MARGIN_FRAMES, has_short_windows, num_heard_frames
 from .arguments import LEARNING_RATES, DistillationArguments, RecipeArguments
 from .guarded import GuardedTrainer
@@ -76,6 +76,7 @@ class DistillationTrainer(GuardedTrainer):
     """
 
     losses_on_labels: ClassVar[set[str]]
+    heard_words: bool | None = None  # whether the teacher has transcribed a word; None before it transcribes
     model: Any
     outcome: DistillationOutcome
 
@@ -157,8 +158,18 @@ class DistillationTrainer(GuardedTrainer):
         since it gets more noise than it learns (docs/LOG.md). It freezes the encoder where `learns_decoder_alone`.
 
         With `RecipeArguments(keep="better")` and an `eval_dataset`, the student gets its weights back if the loss on
-        this data does not fall.
+        this data does not fall. A warning says so if the teacher heard no word in any of the recordings.
         """
+        result = self._train_and_choose(*args, **kwargs)
+        if self.heard_words is False:
+            logger.warning(
+                "the teacher heard no word in these recordings, so that its probabilities teach nothing; choose "
+                "recordings with speech"
+            )
+        return result
+
+    def _train_and_choose(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and gives the student its weights back where the result is to be kept only if it is better."""
         with self._frozen_part():
             chooses = isinstance(self.args, RecipeArguments) and self.args.keep == "better"
             if not chooses or self.eval_dataset is None:
@@ -399,6 +410,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer, Seq2SeqTrainer):
             heard = num_heard_frames(features) + MARGIN_FRAMES if padded else None
             labels = transcribe(teacher, features, states, heard)
         made = {**inputs, "labels": labels}
+        self.heard_words = bool(self.heard_words) or has_words(teacher, labels)
         return made if "hidden" in self.weights else {**made, TEACHER_STATES: states}
 
     def _run(self, model: nn.Module, encoder: nn.Module, inputs: dict[str, Any], encoder_only: bool) -> Any:

@@ -23,7 +23,12 @@ from conftest import (
 from ggml_reader import read_ggml
 from peft import LoraConfig, inject_adapter_in_model
 from sessions import Runtime
-from transformers import AutoModelForSpeechSeq2Seq, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 
 import hf_residual_transformer as hrt
 import hrt_cli
@@ -33,6 +38,7 @@ from hf_residual_transformer.exporting.graph import operator_bits, repacked
 from hf_residual_transformer.layers import QuantizedWeight
 from hf_residual_transformer.quantization import dequantize
 
+TASKS_AND_LANGUAGES = {"<|en|>", "<|de|>", "<|transcribe|>", "<|translate|>"}
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "float U": {"residual_config": ResidualConfig(group_size=3, rank=4, share_biases=True)},
@@ -264,6 +270,30 @@ def test_a_generation_config_without_languages_gets_those_of_the_tokenizer(tmp_p
     assert any("lang_to_id" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("format", ["onnx", "sherpa-onnx"])
+def test_a_tokenizer_without_languages_and_tasks_is_refused_where_they_are_needed(tmp_path, format):
+    model, processor = whisper("dense"), whisper_processor()
+    model.generation_config.lang_to_id = {}  # as if it were not there
+    vocab = {token: index for token, index in WHISPER_VOCAB.items() if token not in TASKS_AND_LANGUAGES}
+    processor.tokenizer = WhisperTokenizer(vocab=vocab, merges=[])
+    wanted = (
+        "0 languages and 0 tasks"
+        if format == "onnx"
+        else r"the tokens <\|transcribe\|>, <\|translate\|> for sherpa-onnx"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        hrt.export(model, tmp_path / "a" / "out", processor=processor, format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_languages_are_those_of_the_tokenizer(tmp_path):
+    model = whisper("dense")
+    wanted, model.generation_config.lang_to_id = model.generation_config.lang_to_id, {}
+    folder = exported(model, tmp_path)
+    assert json.loads((folder / "generation_config.json").read_text())["lang_to_id"] == wanted
+    assert model.generation_config.lang_to_id == {}  # the model itself stays as it is
+
+
 def test_an_export_that_knows_english_alone_says_which_runtimes_ask_it_rightly(tmp_path, caplog):
     model = whisper("dense")
     model.generation_config.is_multilingual = False
@@ -280,6 +310,17 @@ def test_a_folder_with_files_is_refused_and_stays_as_it_is(tmp_path):
     exported(whisper("dense"), tmp_path, overwrite=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     assert (tmp_path / "out" / "onnx" / "encoder_model.onnx").exists()
+
+
+def test_the_folder_of_a_checkpoint_is_refused_and_stays_as_it_is(tmp_path):
+    model, folder = whisper("everything"), tmp_path / "compact"
+    model.save_pretrained(folder)
+    whisper_processor().save_pretrained(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for given in (str(folder), model):
+        with pytest.raises(FileExistsError, match=r"holds a checkpoint, model\.safetensors"):
+            hrt.export(given, folder, processor=whisper_processor(), overwrite=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_runtime_that_cannot_load_the_result_is_named_and_nothing_is_written(tmp_path, monkeypatch):

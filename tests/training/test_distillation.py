@@ -34,6 +34,7 @@ from hf_residual_transformer import (
 )
 from hf_residual_transformer.speech.transcription import encode, encoder_window, transcribe
 from hf_residual_transformer.speech.windows import WindowCollator
+from hf_residual_transformer.training import trainers
 from hf_residual_transformer.training.arguments import DistillationArguments
 from hf_residual_transformer.training.losses import HiddenStateLoss, LogitsLoss
 from hf_residual_transformer.training.trainers import (
@@ -446,6 +447,17 @@ def test_without_labels_the_decoder_runs_on_what_the_teacher_makes_of_the_audio(
         loss = teacher(**features, labels=labels).loss
         others = [teacher(**features, labels=labels.roll(shift, 0)).loss for shift in (1, 2, 3)]
     assert all(loss < other for other in others)
+
+
+@pytest.mark.parametrize("hears", [False, True])
+def test_a_teacher_that_hears_no_word_is_said(hears, tmp_path, monkeypatch, caplog):
+    def says(teacher: Any, features: Tensor, *_: Any) -> Tensor:
+        token = 5 if hears else teacher.config.eos_token_id
+        return torch.tensor([[teacher.config.decoder_start_token_id, token]]).repeat(len(features), 1)
+
+    monkeypatch.setattr(trainers, "transcribe", says)
+    trainer_for(*whisper_pair(), whisper_data(4, labels=False), tmp_path, {"logits_weight": 1.0}).train()
+    assert any("heard no word" in record.getMessage() for record in caplog.records) != hears
 
 
 def test_a_transcription_has_its_language_task_and_end_and_no_more():
