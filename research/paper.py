@@ -251,7 +251,12 @@ def _check_scale(scale: Scale) -> None:
             needed = ["vocabulary", "validation", "test"]
             needed += [] if hasattr(scale.sizes_for(task), "window_seconds") else ["seconds"]
             _check(place, entry, ["words"])
-            _check(f"`words` of {task}", entry["words"], [*needed, "train", "seconds", "speeds"], needed)
+            _check(
+                f"`words` of {task}",
+                entry["words"],
+                [*needed, "train", "seconds", "speeds", "new_voices"],
+                needed,
+            )
             _check("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
         else:
             splits = [f"{split}_split" for split in SPLITS]
@@ -312,6 +317,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
                 seed if split == "train" else 0,
                 words["vocabulary"],
                 words.get("speeds", TRAINING_SPEEDS),
+                seed if words.get("new_voices") else None,
             )
             for split in SPLITS
         }
@@ -435,6 +441,19 @@ def measure(task: str, references: list[str], predictions: list[str]) -> dict[st
     }
 
 
+def voices(test: Any) -> dict[str, Any]:
+    """Who speaks in the test, by whom the intervals are drawn: names, and a number for each clip. Only strings of words
+    have it.
+    """
+    if not isinstance(test, WordStrings):
+        return {}
+    names = list(test.voices)
+    return {
+        "voices": names,
+        "voices_of_clips": " ".join(str(names.index(test.voice(index))) for index in range(len(test))),
+    }
+
+
 def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path) -> None:
     """Trains and measures one model, and writes its JSON file, last of all."""
     cell = make_cells(scale.sizes_for(task))[name]
@@ -463,7 +482,8 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
             for entry in history
             if "eval_wer" in entry
         ],
-        "test": measure(task, *recognise(scale.architecture, model, processor, splits.test, batch_size)),
+        "test": measure(task, *recognise(scale.architecture, model, processor, splits.test, batch_size))
+        | voices(splits.test),
     }
     if cell.four_bits and scale.architecture.has_four_bits:
         collator = scale.architecture.collator(processor)

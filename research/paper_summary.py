@@ -44,8 +44,8 @@ def summary(results: Path, seeds: Collection[int] | None = None) -> str:
 
 def _table(results: Path, columns: dict[str, tuple[str, str]], seeds: Collection[int] | None) -> str:
     """A row for each grid and task that has any of the ratios. A cell has the ratio of the word errors, and the
-    interval with 95 % of the draws of test clips and seeds; of one seed, it has the interval of clips alone, and says
-    so.
+    interval with 95 % of the draws of the test's voices and of seeds; of one seed, it has the interval of voices
+    alone, and says so.
     """
     head = ["grid", "task", *columns]
     rows = [head, ["---", "---", *["---:"] * len(columns)]]
@@ -65,10 +65,10 @@ def _table(results: Path, columns: dict[str, tuple[str, str]], seeds: Collection
 
 
 def _cell(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
-    ratio, of_clips, of_both = ratio_of_errors(runs, others)
+    ratio, of_voices, of_both = ratio_of_errors(runs, others)
     if ratio == "-":
         return "-"
-    return f"{ratio} ({of_clips}, one seed)" if of_both == "-" else f"{ratio} ({of_both})"
+    return f"{ratio} ({of_voices}, one seed)" if of_both == "-" else f"{ratio} ({of_both})"
 
 
 def main() -> None:

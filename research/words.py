@@ -63,6 +63,8 @@ class WordStrings(Dataset):
         seed: of the strings.
         words: how many of `WORDS` are joined, from the first; the first ten are the digits.
         speeds: of the training voices. The other splits have the voices as they are.
+        voices_seed: shuffles the voices of all splits, of which each split then gets as many as it has in the table. By
+            default each has those of the table.
         folder: as `research/make_words.py` writes it.
 
     Raises:
@@ -78,6 +80,7 @@ class WordStrings(Dataset):
         seed: int = 0,
         words: int = len(WORDS),
         speeds: Sequence[float] = TRAINING_SPEEDS,
+        voices_seed: int | None = None,
         folder: Path = FOLDER,
     ) -> None:
         if split not in SPLITS:
@@ -87,7 +90,7 @@ class WordStrings(Dataset):
         self.speeds = tuple(speeds) if split == "train" else (1.0,)
         self.noises = _noises(SPLITS.index(split))
         self.voices: dict[str, dict[str, list[np.ndarray]]] = defaultdict(dict)
-        for voice, word, audio in _read(folder, language, split):
+        for voice, word, audio in _read(folder, language, _voices(folder, language, voices_seed)[split]):
             self.voices[voice][word] = [_at_speed(audio, speed) for speed in self.speeds]
         if not self.voices:
             raise ValueError(f"`split` must have voices in {folder}, got none for {language!r} and {split!r}")
@@ -95,8 +98,15 @@ class WordStrings(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def voice(self, index: int) -> str:
+        """The voice that speaks an item, which is the first that is drawn for it."""
+        return list(self.voices)[self._draws(index).integers(len(self.voices))]
+
+    def _draws(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        rng = self._draws(index)
         voice = list(self.voices)[rng.integers(len(self.voices))]
         clips = self.voices[voice]
         said = -1
@@ -162,13 +172,26 @@ def all_texts(language: str, words: int = len(WORDS)) -> list[str]:
     return [random_sentence(rng)[1] for _ in range(1000)]
 
 
-def _read(folder: Path, language: str, split: str) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Voice, word and samples of each clip."""
+def _voices(folder: Path, language: str, seed: int | None) -> dict[str, list[str]]:
+    """The voices of each split: those of the table, or others by a seed."""
+    found: dict[str, list[str]] = {split: [] for split in SPLITS}
+    with open(folder / "words.csv", encoding="utf-8", newline="") as table:
+        for row in csv.DictReader(table):
+            if row["language"] == language and row["voice"] not in found[row["split"]]:
+                found[row["split"]].append(row["voice"])
+    if seed is None:
+        return found
+    shuffled = np.random.default_rng(seed).permutation(sum(found.values(), [])).tolist()
+    return {split: [shuffled.pop() for _ in voices] for split, voices in found.items()}
+
+
+def _read(folder: Path, language: str, voices: list[str]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Voice, word and samples of each clip of some voices."""
     files: dict[str, np.ndarray] = {}
     with open(folder / "words.csv", encoding="utf-8", newline="") as table:
         for row in csv.DictReader(table):
-            if (row["language"], row["split"]) == (language, split):
-                voice = row["voice"]
+            voice = row["voice"]
+            if row["language"] == language and voice in voices:
                 if voice not in files:
                     files[voice] = soundfile.read(folder / f"{voice}.ogg", dtype="float32")[0]
                 start, stop = (round(float(row[name]) * SAMPLING_RATE) for name in ("start", "stop"))
