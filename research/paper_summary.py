@@ -1,6 +1,7 @@
-"""Two tables over all grids of `paper.py`: the word errors of encoders of about a third of the size, over those of
-dense and over those of fewer dense layers; and those of the paper's other rows, over those of K=3, R=2. Writes
-`results/paper/summary.md` from the JSON files of the runs.
+"""Three tables over all grids of `paper.py`: the word errors of encoders of about a third of the size, over those of
+dense and over those of fewer dense layers; those of the paper's other rows, over those of K=3, R=2; and what the voice
+of the test that is hardest for dense has of its errors. Writes `results/paper/summary.md` from the JSON files of the
+runs.
 
     python research/paper_summary.py
 
@@ -11,11 +12,12 @@ others.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from paper_table import ratio_of_errors, read_runs
+import numpy as np
+from paper_table import of_units, own_voices, ratio_of_errors, read_runs, word_errors, words_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 COLUMNS = {
@@ -38,8 +40,55 @@ ORDER = {
 
 
 def summary(results: Path, seeds: Collection[int] | None = None) -> str:
-    """Both tables, of all seeds or some."""
-    return "\n".join(_table(results, columns, seeds) for columns in (COLUMNS, ORDER))
+    """The tables, of all seeds or some."""
+    tables = [_table(results, columns, seeds) for columns in (COLUMNS, ORDER)]
+    return "\n".join([*tables, _voices(results, seeds)])
+
+
+def _voices(results: Path, seeds: Collection[int] | None) -> str:
+    """The hardest voice of each test: its share of dense's word errors, and the WER with it and with the others."""
+    rows = [["grid", "task", "hardest voice of six", "its share of dense's errors, %"]]
+    rows[0] += [
+        f"{name}, WER % {who}" for name in ("dense", "K=3, R=2") for who in ("with it", "with the others")
+    ]
+    rows.append(["---"] * 3 + ["---:"] * (len(rows[0]) - 3))
+    for folder, task, runs in _grids(results, seeds):
+        dense, shared = (runs.get((task, cell), []) for cell in ("dense", "k3-r2"))
+        if not dense or "voices" not in dense[0]["test"] or own_voices(dense):
+            continue
+        errors = np.sum([of_units(run, word_errors(run)) for run in dense], 0)
+        worst = int(errors.argmax())
+        row = [
+            f"`{folder.name}`",
+            task,
+            dense[0]["test"]["voices"][worst],
+            f"{100 * errors[worst] / errors.sum():.0f}",
+        ]
+        for found in (dense, shared):
+            row += [f"{100 * rate:.1f}" for rate in _wer_with(found, worst)] if found else ["-", "-"]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _wer_with(runs: list[dict[str, Any]], voice: int) -> tuple[float, float]:
+    """The WER of the strings of one voice, and that of the others."""
+    errors, words = (
+        np.sum([of_units(run, of_clips(run)) for run in runs], 0) for of_clips in (word_errors, words_of)
+    )
+    return errors[voice] / words[voice], np.delete(errors, voice).sum() / np.delete(words, voice).sum()
+
+
+def _grids(
+    results: Path, seeds: Collection[int] | None
+) -> Iterator[tuple[Path, str, dict[tuple[str, str], list[dict[str, Any]]]]]:
+    """The folder of each grid, each of its tasks, and its runs."""
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        runs = {
+            key: [run for run in found if seeds is None or run["seed"] in seeds]
+            for key, found in read_runs(folder).items()
+        }
+        for task in sorted({task for task, _ in runs}):
+            yield folder, task, runs
 
 
 def _table(results: Path, columns: dict[str, tuple[str, str]], seeds: Collection[int] | None) -> str:
@@ -49,18 +98,12 @@ def _table(results: Path, columns: dict[str, tuple[str, str]], seeds: Collection
     """
     head = ["grid", "task", *columns]
     rows = [head, ["---", "---", *["---:"] * len(columns)]]
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        runs = {
-            key: [run for run in found if seeds is None or run["seed"] in seeds]
-            for key, found in read_runs(folder).items()
-        }
-        for task in sorted({task for task, _ in runs}):
-            cells = [
-                _cell(runs.get((task, own), []), runs.get((task, other), []))
-                for own, other in columns.values()
-            ]
-            if set(cells) != {"-"}:
-                rows.append([f"`{folder.name}`", task, *cells])
+    for folder, task, runs in _grids(results, seeds):
+        cells = [
+            _cell(runs.get((task, own), []), runs.get((task, other), [])) for own, other in columns.values()
+        ]
+        if set(cells) != {"-"}:
+            rows.append([f"`{folder.name}`", task, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

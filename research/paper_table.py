@@ -102,7 +102,8 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
 def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
     """The ratio of the word errors to those of other runs of the same seeds, and two intervals with 95 % of the
     bootstrap's draws: of the test's voices alone, and of its voices and of the seeds of either side. The latter is "-"
-    for one seed. Where each seed has its own test voices, seeds are drawn, the same for both sides, and the first is "-".
+    for one seed. Where each seed has its own test voices, the first is "-", and seeds are drawn, the same for both
+    sides.
 
     The strings of a voice are alike: a model that knows it knows most of them. So voices are drawn, with all of their
     strings, and where speakers are not known, clips are. There are few voices and seeds, for which drawing `n` of `n`
@@ -114,7 +115,7 @@ def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) ->
     if not seeds:
         return ["-", "-", "-"]
     sides = [[run for seed in seeds for run in group if run["seed"] == seed] for group in (runs, others)]
-    errors = [np.array([errors_of_voices(run) for run in side]) for side in sides]
+    errors = [np.array([of_units(run, word_errors(run)) for run in side]) for side in sides]
     if not errors[1].sum():
         return ["-", "-", "-"]
     ratio = f"{errors[0].sum() / errors[1].sum():.2f}"
@@ -124,7 +125,7 @@ def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) ->
     of_voices = _interval_of_ratio(errors, [all_of, all_of], voices)
     if len(seeds) == 1:
         return [ratio, of_voices, "-"]
-    if len({tuple(run["test"].get("voices", ())) for run in sides[0]}) > 1:
+    if own_voices(sides[0]):
         together = _times_drawn(rng, len(seeds))
         return [ratio, "-", _interval_of_ratio(errors, [together, together], np.ones_like(voices))]
     return [
@@ -149,14 +150,15 @@ def _times_drawn(rng: np.random.Generator, number: int) -> np.ndarray:
     return np.stack([np.bincount(draw, minlength=number) for draw in draws])
 
 
-def errors_of_voices(run: dict[str, Any]) -> np.ndarray:
-    """Word errors of each voice of the test, or of each clip where speakers are not known."""
-    errors = word_errors(run)
-    return errors if "voices" not in run["test"] else _by_voice(run, errors)
+def own_voices(runs: list[dict[str, Any]]) -> bool:
+    """Whether the seeds have different test voices."""
+    return len({tuple(run["test"].get("voices", ())) for run in runs}) > 1
 
 
-def _by_voice(run: dict[str, Any], of_clips: np.ndarray) -> np.ndarray:
-    """The sums of some numbers of clips over those of each voice, (num_voices, ...)."""
+def of_units(run: dict[str, Any], of_clips: np.ndarray) -> np.ndarray:
+    """Numbers of clips added up over those of each voice, (num_voices, ...); as they are if speakers are not known."""
+    if "voices" not in run["test"]:
+        return of_clips
     sums = np.zeros((len(run["test"]["voices"]), *of_clips.shape[1:]), of_clips.dtype)
     np.add.at(sums, np.array(run["test"]["voices_of_clips"].split(), int), of_clips)
     return sums
@@ -168,12 +170,13 @@ def _interval(values: np.ndarray, digits: int = 2) -> str:
 
 
 def interval_of_bleu(runs: list[dict[str, Any]]) -> str:
-    """95 % of the bootstrap's draws of the test's voices, as in `ratio_of_errors`, for the mean BLEU of the seeds. It is
-    "-" for older runs, which do not have the counts of each clip.
+    """95 % of the bootstrap's draws of the test's voices, as in `ratio_of_errors`, for the mean BLEU of the seeds.
+
+    It is "-" for older runs, which do not have the counts of each clip, and where each seed has its own test voices.
     """
-    if any("bleu_of_clips" not in run["test"] for run in runs):
+    if any("bleu_of_clips" not in run["test"] for run in runs) or own_voices(runs):
         return "-"
-    counts = np.array([_by_voice(run, bleu_counts(run)) for run in runs])
+    counts = np.array([of_units(run, bleu_counts(run)) for run in runs])
     times = _times_drawn(np.random.default_rng(0), counts.shape[1])
     return _interval(np.mean([[bleu(sums) for sums in times @ of_seed] for of_seed in counts], 0), digits=1)
 
@@ -199,6 +202,11 @@ def bleu(sums: np.ndarray) -> float:
 def word_errors(run: dict[str, Any]) -> np.ndarray:
     """Word errors of each test clip."""
     return np.array([int(number) for number in run["test"]["word_errors_of_clips"].split()])
+
+
+def words_of(run: dict[str, Any]) -> np.ndarray:
+    """The number of words of each test clip."""
+    return np.array([int(number) for number in run["test"]["words_of_clips"].split()])
 
 
 def plot(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:

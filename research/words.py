@@ -11,6 +11,7 @@ import csv
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def _voices(folder: Path, language: str, seed: int | None) -> dict[str, list[str
                 found[row["split"]].append(row["voice"])
     if seed is None:
         return found
-    shuffled = np.random.default_rng(seed).permutation(sum(found.values(), [])).tolist()
+    shuffled = np.random.default_rng(seed).permutation([*chain(*found.values())]).tolist()
     return {split: [shuffled.pop() for _ in voices] for split, voices in found.items()}
 
 

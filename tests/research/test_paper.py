@@ -230,6 +230,17 @@ def test_strings_depend_on_index_and_seed_alone_and_voices_are_in_one_split():
     assert not any(a & b for i, a in enumerate(voices) for b in voices[:i])
 
 
+def test_a_seed_of_voices_gives_each_split_others_and_as_many():
+    shuffled = [WordStrings("es", split, 1, 3, voices_seed=1) for split in ("train", "validation", "test")]
+    assert [len(strings.voices) for strings in shuffled] == [18, 2, 6]
+    assert len(set[str]().union(*(strings.voices for strings in shuffled))) == 26
+    assert set(shuffled[2].voices) != set(WordStrings("es", "test", 1, 3).voices)
+    test = WordStrings("es", "test", 30, 3)
+    assert [test[index]["audio"]["path"] for index in range(30)] == [
+        f"{test.voice(index)}-test-{index}" for index in range(30)
+    ]
+
+
 def test_translations_in_the_test_are_of_combinations_that_training_never_has():
     strings = [WordStrings("es", split, 300, 3) for split in ("train", "test")]
     sentences = [{split[index]["text"] for index in range(200)} for split in strings]
@@ -449,19 +460,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(scale, tmp_
 
 
 def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
-    def run(seed, errors):
-        return {"seed": seed, "test": {"word_errors_of_clips": errors}}
+    def run(seed, errors, **test):
+        return {"seed": seed, "test": {"word_errors_of_clips": errors, **test}}
 
     one = [run(0, "1 1 1 1")]
     assert paper_table.ratio_of_errors([run(0, "2 2 2 2"), run(1, "9 9 9 9")], one) == [
         "2.00",
-        "2.00 to 2.00",
+        "1.86 to 1.86",  # 3 of 4 clips, and half an error
         "-",
     ]
     two = [run(0, "2 2 2 2"), run(1, "4 4 4 4")]
     ratio, of_clips, of_both = paper_table.ratio_of_errors(two, two)
-    assert (ratio, of_clips, of_both) == ("1.00", "1.00 to 1.00", "0.50 to 2.00")
+    assert (ratio, of_clips, of_both) == ("1.00", "1.00 to 1.00", "0.52 to 1.92")
     assert paper_table.ratio_of_errors(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
+
+
+def test_the_strings_of_a_voice_are_drawn_together():
+    def run(seed, errors, voices="ab", of_clips="0 0 0 0 0 0 1 1 1 1 1 1"):
+        test = {"word_errors_of_clips": errors, "voices": list(voices), "voices_of_clips": of_clips}
+        return {"seed": seed, "test": test}
+
+    # One voice has twice the errors of the other side, one has half.
+    ours, theirs = run(0, "2 2 2 2 2 2 1 1 1 1 1 1"), run(0, "1 1 1 1 1 1 2 2 2 2 2 2")
+    assert paper_table.ratio_of_errors([ours], [theirs]) == ["1.00", "0.52 to 1.92", "-"]
+    sides = [
+        [
+            run(seed, errors, voices)
+            for seed, (errors, voices) in enumerate(zip(of_seeds, ("ab", "cd"), strict=True))
+        ]
+        for of_seeds in (
+            ("2 2 2 2 2 2 2 2 2 2 2 2", "1 1 1 1 1 1 1 1 1 1 1 1"),
+            ("1 1 1 1 1 1 1 1 1 1 1 1",) * 2,
+        )
+    ]
+    # Where seeds have their own voices, a seed is drawn for both sides: 24.5 / 12.5, or 12.5 / 12.5.
+    assert paper_table.ratio_of_errors(*sides) == ["1.50", "-", "1.00 to 1.96"]
 
 
 def test_the_seconds_of_a_step_are_of_the_runs_that_made_one():
@@ -480,7 +513,8 @@ def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(80)]
     predictions = ["", "a", *(text[:5] + text[7:] for text in texts[2:])]
-    run = {"test": paper.measure("translation", texts, predictions)}
+    speakers = {"voices": [*"abcdefgh"], "voices_of_clips": " ".join(str(index % 8) for index in range(80))}
+    run = {"test": paper.measure("translation", texts, predictions) | speakers}
     counts = paper_table.bleu_counts(run)
     assert counts.shape == (80, 10)
     expected = sacrebleu.corpus_bleu(predictions, [texts]).score
@@ -494,7 +528,7 @@ def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
     low, high = map(float, interval.split(" to "))
     assert 2 < run["test"]["bleu"] - low < 20
     assert 2 < high - run["test"]["bleu"] < 20
-    perfect = {"test": paper.measure("translation", texts, texts)}
+    perfect = {"test": paper.measure("translation", texts, texts) | speakers}
     assert paper_table.interval_of_bleu([perfect]) == "100.0 to 100.0"
     # The mean of two seeds, of which one is perfect in every draw, varies by half as much.
     ends = map(float, paper_table.interval_of_bleu([run, perfect]).split(" to "))
