@@ -12,7 +12,7 @@ import argparse
 
 from .options import add_output_arguments
 
-HELP = "write a model for ONNX Runtime or whisper.cpp"
+HELP = "write a model for ONNX Runtime, sherpa-onnx or whisper.cpp"
 USAGE = "hrt export MODEL --out DIR [options]"
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("onnx", "sherpa-onnx", "ggml"),
         default="onnx",
-        help="for ONNX Runtime, or for whisper.cpp (default: onnx)",
+        help="for ONNX Runtime, for sherpa-onnx, or for whisper.cpp (default: onnx)",
     )
     how.add_argument(
         "--floats",

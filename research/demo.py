@@ -136,12 +136,9 @@ def disagreement_with(dense: EvaluationResult, other: EvaluationResult) -> float
     """The word error rate of transcripts against those of the dense model, which tells models apart where a few hundred
     words of references cannot.
     """
-    pairs = [
-        (first.normalized_prediction, second.normalized_prediction)
-        for first, second in zip(dense.predictions, other.predictions, strict=True)
-        if first.normalized_prediction
-    ]
-    references, hypotheses = (list(texts) for texts in zip(*pairs))
+    references, hypotheses = (
+        [prediction.normalized_prediction for prediction in found.predictions] for found in (dense, other)
+    )
     return float(jiwer.wer(references, hypotheses))
 
 
