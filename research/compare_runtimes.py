@@ -14,6 +14,8 @@ process, read ten times a second, libraries included.
 
 A minute on a CPU: `--data sample --split validation --max_clips 4 --systems torch-dense q4_0-rounded --output
 outputs/runtimes.json`. A system whose result is in the JSON file, with the same weights and settings, is not run again.
+With `--rounds 2`, all systems run in turns until each has two measurements of time and memory, of which the median is
+reported, with the least and the most real-time factor.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,6 +49,7 @@ from hf_residual_transformer.speech.datasets import load_speech_dataset
 Result = dict[str, Any]
 SECONDS_BETWEEN_READINGS = 0.1
 PAUSE_SECONDS = 0.5
+MEASURED = ("seconds", "encoder_seconds", "load_seconds", "peak_uss")  # in every round
 
 
 def read_clips(
@@ -175,12 +180,35 @@ class Results:
 
     def has(self, system: str, weights: str) -> bool:
         """Whether the system has a result with these weights."""
-        return any((r["system"], r["weights"]) == (system, weights) for r in self.results)
+        return self.rounds(system, weights) > 0
+
+    def rounds(self, system: str, weights: str) -> int:
+        """How often the system has been measured with these weights."""
+        return len(self._measured(system, weights))
+
+    def _measured(self, system: str, weights: str) -> list[Result]:
+        """What each round measured."""
+        for result in self.results:
+            if (result["system"], result["weights"]) == (system, weights):
+                found: list[Result] = result.get("rounds", [_measurements(result)])
+                return found
+        return []
 
     def add(self, result: Result) -> None:
-        """Adds a result in place of the system's older one, and saves all."""
+        """Adds a result in place of the system's older one, and saves all.
+
+        With the same weights, it is a further round: times and memory become the medians of all, and the texts stay.
+        """
+        result = {**result, "run": len(self.contents["runs"]) - 1}
         kept = [other for other in self.results if other["system"] != result["system"]]
-        self.contents["results"] = [*kept, {**result, "run": len(self.contents["runs"]) - 1}]
+        if before := self._measured(result["system"], result["weights"]):
+            (old,) = (other for other in self.results if other["system"] == result["system"])
+            rounds = [*before, _measurements(result)]
+            medians = {
+                name: median(found[name] for found in rounds) for name in MEASURED if name in rounds[0]
+            }
+            result = {**old, **medians, "rounds": rounds}
+        self.contents["results"] = [*kept, result]
         self.save()
 
     def save(self) -> None:
@@ -189,6 +217,11 @@ class Results:
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(self.contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+
+def _measurements(result: Result) -> Result:
+    """What one round measured, and in which run."""
+    return {name: result[name] for name in (*MEASURED, "run") if result.get(name) is not None}
 
 
 def interpreters_of(values: Sequence[str]) -> dict[str, str]:
@@ -260,10 +293,15 @@ def main() -> None:
     parser.add_argument(
         "--words_only", action="store_true", help="leaves out speed and memory, as when other jobs run beside"
     )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="measurements of each system, in turns (default: 1)"
+    )
     parser.add_argument("--systems", nargs="+", default=[], help="see research/runtimes.py")
     parser.add_argument("--python", nargs="+", default=[], metavar="KIND=PATH", help="interpreter of a kind")
     args = parser.parse_args()
     check_clip_options(parser, args)
+    if args.rounds < 1 or (args.rounds > 1 and args.words_only):
+        parser.error(f"--rounds must be at least 1, and 1 with --words_only, got {args.rounds}")
 
     model = resolve_pretrained(args.model)
     pythons = interpreters_of(args.python)
@@ -277,9 +315,10 @@ def main() -> None:
         path = Path(folder) / "clips.npz"
         arrays: dict[str, Any] = {f"{index:05d}": array for index, array in enumerate(samples)}
         np.savez(path, **arrays)
-        for system, runtime in systems.items():
-            weights = digest(runtime.files)
-            if results.has(runtime.name, weights):
+        weights_of = {system: digest(runtime.files) for system, runtime in systems.items()}
+        for index, (system, runtime) in product(range(args.rounds), systems.items()):
+            weights = weights_of[system]
+            if results.rounds(runtime.name, weights) > index:
                 print(f"{runtime.name} is in {args.output}", flush=True)
                 continue
             command = [

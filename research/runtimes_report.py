@@ -117,6 +117,8 @@ def figures_of(
                 "disagreement": with_interval(changed.rate(), changed.rates(samples)),
                 "words": int(own.words.sum()),
                 "real_time_factor": timed and timed["seconds"] / audio_seconds,
+                "real_time_factor_of_rounds": timed
+                and [found["seconds"] / audio_seconds for found in timed.get("rounds", [timed])],
                 "real_time_factor_encoder": timed and _factor(timed.get("encoder_seconds"), audio_seconds),
                 "load_seconds": timed and timed["load_seconds"],
                 "peak_uss_mb": timed and timed["peak_uss"] / MB,
@@ -131,6 +133,8 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
     head += ["disagreement, %", "95 % interval"]
     timed = TIMED if any(f["real_time_factor"] is not None for f in figures) else {}
     head += [title for title, _ in timed.values()]
+    has_rounds = any(len(f.get("real_time_factor_of_rounds") or []) > 1 for f in figures)
+    head += ["least to most"] * has_rounds
 
     def interval(figure: Mapping[str, float] | None, scale: float, places: int) -> list[str]:
         if figure is None:
@@ -144,6 +148,9 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
         cells += [*interval(f["wer_ratio"], 1, 2), *interval(f["disagreement"], 100, 1)]
         for name, (_, places) in timed.items():
             cells.append("" if f.get(name) is None else f"{f[name]:.{places}f}")
+        if has_rounds:
+            factors = f.get("real_time_factor_of_rounds") or []
+            cells.append(f"{min(factors):.3f} to {max(factors):.3f}" if len(factors) > 1 else "")
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows)]
     aligned = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

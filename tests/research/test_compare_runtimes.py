@@ -381,6 +381,35 @@ def test_a_run_that_is_continued_adds_the_new_systems_and_keeps_the_old_results(
     assert json.loads(output.read_text(encoding="utf-8")) == second
 
 
+def test_further_rounds_give_medians_and_keep_the_texts(scripts, tmp_path):
+    results = scripts.compare_runtimes.Results(tmp_path / "a.json", {})
+    measured = [
+        {"seconds": 4.0, "peak_uss": 9},
+        {"seconds": 2.0, "peak_uss": 7},
+        {"seconds": 7.0, "peak_uss": 8},
+    ]
+    for index, figures in enumerate(measured):
+        about = {"system": "a", "weights": "w", "texts": [f"said in round {index}"]}
+        assert results.rounds("a", "w") == index
+        results.add({**about, **figures})
+    (found,) = results.results
+    assert (found["seconds"], found["peak_uss"], found["texts"]) == (4.0, 8, ["said in round 0"])
+    assert found["rounds"] == [{**figures, "run": 0} for figures in measured]
+    results.add({"system": "a", "weights": "other", "texts": ["new"], "seconds": 1.0})
+    (found,) = results.results
+    assert (found["seconds"], found["texts"], results.rounds("a", "other")) == (1.0, ["new"], 1)
+
+
+def test_the_table_has_the_least_and_most_of_rounds(scripts):
+    report = scripts.runtimes_report
+    dense, ours = results_of(TEXTS)
+    ours["rounds"] = [{"seconds": 1.0}, {"seconds": 3.0}]
+    found = report.figures_of([dense, ours], report.Clips([""] * 3, REFERENCES), normalize, 8)
+    lines = [[cell.strip() for cell in line.split("|")] for line in report.table(found).splitlines()]
+    cells = {line[1]: line[-2] for line in lines}
+    assert (cells["system"], cells["torch-dense"], cells["ours:a"]) == ("least to most", "", "0.125 to 0.375")
+
+
 def test_tokens_become_the_text_that_the_tokenizer_writes(scripts):
     text = "Ärger, naïve 你好 ½ \n\t don't…"
     found = "".join(piece for piece, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text))
