@@ -322,13 +322,9 @@ class TokenMeanTrainer(GuardedTrainer):
         counts = self._count(labels) if is_alone else num_items_in_batch
         loss, outputs = self._loss(model, inputs, counts.clamp(min=1).to(labels.device))
         if not torch.isfinite(loss):
-            tokenizer = self.processing_class.tokenizer
-            texts = tokenizer.batch_decode(
-                labels.masked_fill(labels == LABEL_PADDING, tokenizer.pad_token_id), skip_special_tokens=True
-            )
             raise ValueError(
                 f"the loss must be finite, got {loss.item()} at step {self.state.global_step} for the batch of the "
-                f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
+                f"texts {self._texts_of(inputs)}; lower `learning_rate`, or raise `warmup_steps`"
             )
         return (loss, outputs) if return_outputs else loss
 
