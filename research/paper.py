@@ -20,8 +20,8 @@ import json
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import jiwer
 import torch
 from accelerate import PartialState
 from paper_bits import with_four_bits
+from paper_checks import LANGUAGES, check_scale
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
@@ -46,8 +47,6 @@ from hf_residual_transformer.training.scratch import EncoderSizes, check_average
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
 BLOCK = ResidualConfig().block_size
-LANGUAGES = {"recognition": "en", "translation": "es"}
-RUN_FIELDS = ("task", "seeds", "cells")
 
 
 @dataclass(frozen=True)
@@ -173,16 +172,16 @@ class Scale:
         """Reads a YAML file.
 
         Raises:
-            ValueError: naming the field, for one that is missing, that a scale may not have, or that cannot be; what is
-                in `recipe` is up to `training_arguments`, since some of it depends on the machine.
+            ValueError: naming the field, for one that is missing, that a scale may not have, or that cannot be; most of
+                `recipe` is up to `training_arguments`, since some of it depends on the machine.
         """
         try:
             scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
-        if scale.model not in ARCHITECTURES:
+        if scale.model not in [*ARCHITECTURES]:
             raise ValueError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {scale.model!r}")
-        _check_scale(scale)
+        check_scale(scale)
         return scale
 
     @property
@@ -226,59 +225,17 @@ class Scale:
         found = {task: make_cells(self.sizes_for(task)) for task in self.data}
         checked = set()
         for run in self.runs:
-            if run["task"] not in found:
+            if run["task"] not in [*found]:
                 raise ValueError(f"`task` must be one of {', '.join(found)}, got {run['task']!r}")
             cells = found[run["task"]]
             for seed in run["seeds"]:
                 for cell in run["cells"]:
-                    if cell not in cells:
+                    if cell not in [*cells]:
                         raise ValueError(f"`cells` must be of {', '.join(cells)}, got {cell!r}")
                     if (run["task"], cell) not in checked:
                         checked.add((run["task"], cell))
                         _check_sizes(cell, cells[cell], self.sizes_for(run["task"]))
                     yield run["task"], cell, seed
-
-
-def _check_scale(scale: Scale) -> None:
-    _check("`data`", scale.data, LANGUAGES)
-    _check("`sizes_of`", scale.sizes_of, scale.data)
-    for part in (scale.sizes, *scale.sizes_of.values()):
-        _check("`sizes`", part, _names(scale.architecture.sizes_class))
-    for task, entry in scale.data.items():
-        place = f"`data` of {task}"
-        _check(place, entry)
-        if "words" in entry:
-            needed = ["vocabulary", "validation", "test"]
-            needed += [] if hasattr(scale.sizes_for(task), "window_seconds") else ["seconds"]
-            _check(place, entry, ["words"])
-            _check(f"`words` of {task}", entry["words"], [*needed, "train", "seconds", "speeds"], needed)
-            _check("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
-        else:
-            splits = [f"{split}_split" for split in SPLITS]
-            _check(
-                f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits
-            )
-    for run in scale.runs:
-        _check("each of `runs`", run, RUN_FIELDS, RUN_FIELDS)
-        for name in ("seeds", "cells"):
-            if not isinstance(run[name], list):
-                raise ValueError(f"`{name}` must be a list, got {run[name]!r}")
-
-
-def _check(place: str, values: Any, allowed: Iterable[str] | None = None, needed: Iterable[str] = ()) -> None:
-    """Checks the names in one part of a scale."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{place} must hold fields by name, got {values!r}")
-    for name in needed:
-        if name not in values:
-            raise ValueError(f"{place} must have the field {name!r}, got {', '.join(values) or 'none'}")
-    for name in values:
-        if allowed is not None and name not in allowed:
-            raise ValueError(f"{place} must have fields of {', '.join(allowed)}, got {name!r}")
-
-
-def _names(kind: Any) -> list[str]:
-    return [option.name for option in fields(kind)]
 
 
 @dataclass
@@ -499,8 +456,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
+    if not path.is_file():
+        names = sorted(found.stem for found in SCALES.glob("*.yaml") if found.stem != "accelerate")
+        parser.error(f"--scale must be one of {', '.join(names)}, or a YAML file, got {args.scale!r}")
     scale = Scale.read(path)
     results = args.results / scale.name
+    if args.table and not any(results.glob("*.json")):
+        parser.error(f"--table needs the JSON files of runs, and {results} has none")
     runs = [] if args.table else list(scale.all_runs())
     if runs:
         scale.architecture.check()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,7 +268,7 @@ def test_texts_that_cannot_be_learnt_are_named(clips, sizes, message, tokenizer)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"encoder_layers": 0}, "`encoder_layers` must be at least 1, got 0"),
+        ({"encoder_layers": 0}, "`encoder_layers` must be a whole number of at least 1, got 0"),
         ({"d_model": 33}, "`d_model` must be an even multiple of `attention_heads`"),
         ({"hop_length": 321}, "`window_seconds` must be a whole number of encoder frames"),
     ],
@@ -316,6 +318,23 @@ RUN = TINY["runs"][0]
         ({"sizes": {"width": 32}}, "`sizes` must have fields of encoder_layers, .*got 'width'"),
         ({"sizes_of": {"recognition": {"width": 32}}}, "`sizes` must have fields of .*got 'width'"),
         ({"recipe": {}}, "`recipe` must have the field 'max_steps', got none"),
+        ({"recipe": None}, "`recipe` must hold fields by name, got None"),
+        ({"model": ["whisper"]}, r"`model` must be one of .*, got \['whisper'\]"),
+        ({"runs": None}, "`runs` must be a list of tasks with their seeds and cells, got None"),
+        ({"runs": []}, r"`runs` must be a list of tasks .*, got \[\]"),
+        (
+            {"runs": [RUN | {"seeds": [0.5]}]},
+            f"each of `seeds` must be a whole number from 0 to {2**32 - 1}, got 0.5",
+        ),
+        ({"runs": [RUN | {"seeds": ["0"]}]}, "each of `seeds` must be a whole number from 0 to .*, got '0'"),
+        ({"runs": [RUN | {"seeds": [-1]}]}, "each of `seeds` must be a whole number from 0 to .*, got -1"),
+        ({"runs": [RUN | {"seeds": [2**32]}]}, f"each of `seeds` must be .*, got {2**32}"),
+        ({"runs": [RUN | {"cells": [["dense"]]}]}, r"`cells` must be of dense, .* got \['dense'\]"),
+        ({"runs": [RUN | {"task": {}}]}, r"`task` must be one of recognition, got \{\}"),
+        ({"vocab_size": "40"}, "`vocab_size` must be a whole number of at least 1, got '40'"),
+        ({"average_checkpoints": 1.5}, "`average_checkpoints` must be a whole number of at least 1, got 1.5"),
+        ({"ctc_weight": 1}, "`ctc_weight` must be a number from 0 to below 1, got 1"),
+        ({"ctc_weight": "0.3"}, "`ctc_weight` must be a number from 0 to below 1, got '0.3'"),
     ],
 )
 def test_faults_of_a_scale_are_named(change, message, tmp_path):
@@ -323,6 +342,93 @@ def test_faults_of_a_scale_are_named(change, message, tmp_path):
     path.write_text(yaml.safe_dump(TINY | change))
     with pytest.raises(ValueError, match=message):
         list(paper.Scale.read(path).all_runs())
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("sizes", {"d_model": "128"}, "`d_model` must be a whole number of at least 1, got '128'"),
+        ("sizes", {"window_seconds": 2.5}, "`window_seconds` must be a whole number of at least 1, got 2.5"),
+        (
+            "sizes",
+            {"encoder_layers": True},
+            "`encoder_layers` must be a whole number of at least 1, got True",
+        ),
+        ("sizes", {"dropout": 1.0}, "`dropout` must be a number from 0 to below 1, got 1.0"),
+        ("sizes", {"mask_time": None}, "`mask_time` must be a number from 0 to below 1, got None"),
+        (
+            "recipe",
+            {"learning_rate": "5e-4"},
+            r"`learning_rate` of `recipe` must be a number, got '5e-4'; .* 5\.0e-4",
+        ),
+        ("recipe", {"weight_decay": None}, "`weight_decay` of `recipe` must be a number, got None$"),
+        ("recipe", {"max_steps": 0}, "`max_steps` of `recipe` must be a whole number of at least 1, got 0"),
+        (
+            "recipe",
+            {"max_steps": 1.5},
+            "`max_steps` of `recipe` must be a whole number of at least 1, got 1.5",
+        ),
+        (
+            "recipe",
+            {"per_device_train_batch_size": 0},
+            "`per_device_train_batch_size` of `recipe` must be a whole number of at least 1, got 0",
+        ),
+        ("words", {"vocabulary": 0}, "`vocabulary` in `words` of recognition must be .* from 1 to 30, got 0"),
+        (
+            "words",
+            {"vocabulary": 31},
+            "`vocabulary` in `words` of recognition must be .* from 1 to 30, got 31",
+        ),
+        ("words", {"test": -5}, "`test` in `words` of recognition must be .* of at least 1, got -5"),
+        (
+            "words",
+            {"validation": 0},
+            "`validation` in `words` of recognition must be .* of at least 1, got 0",
+        ),
+        ("words", {"train": "9"}, "`train` in `words` of recognition must be .* of at least 1, got '9'"),
+        ("words", {"seconds": 0}, "`seconds` in `words` of recognition must be a number above 0, got 0"),
+        (
+            "words",
+            {"seconds": 3},
+            "`seconds` in `words` of recognition must be at most `window_seconds`, 2, got 3",
+        ),
+        (
+            "words",
+            {"speeds": []},
+            r"`speeds` in `words` of recognition must be a list of numbers above 0, got \[\]",
+        ),
+        ("words", {"speeds": [1, 0]}, r"`speeds` in `words` of recognition must be a list .*, got \[1, 0\]"),
+    ],
+)
+def test_values_in_a_scale_that_cannot_be_are_named_when_it_is_read(place, change, message, tmp_path):
+    values = deepcopy(TINY)
+    part = values["data"]["recognition"]["words"] if place == "words" else values[place]
+    part.update(change)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=message):
+        paper.Scale.read(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "nope"], "--scale must be one of acted, cluster, .*, or a YAML file, got 'nope'"),
+        (["--scale", "no.yaml"], "--scale must be one of .*, got 'no.yaml'"),
+        (
+            ["--scale", "cpu", "--table", "--results", "nowhere"],
+            "--table needs the JSON files of runs, and nowhere/cpu",
+        ),
+    ],
+)
+def test_a_scale_that_is_not_there_and_a_table_of_nothing_are_named(
+    options, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paper.py", *options])
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
