@@ -33,13 +33,14 @@ from paper_checks import LANGUAGES, check_scale
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
-from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts
+from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts, longest_texts
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.families import family_of
 from hf_residual_transformer.folders import save_processor
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import batched
+from hf_residual_transformer.speech.datasets import refuse_long_clips
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
 from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
 from hf_residual_transformer.training.scratch import EncoderSizes, check_average
@@ -240,10 +241,12 @@ class Scale:
 
 @dataclass
 class Splits:
-    """The data of a task; `texts` are what the vocabulary is trained on."""
+    """The data of a task. The vocabulary is trained on `texts`; `named_texts` are those that a model must be able to
+    write, each after its name.
+    """
 
     texts: list[str]
-    validation_texts: list[str]
+    named_texts: list[tuple[str, str]]
     train: Any
     validation: Any
     test: Any
@@ -253,7 +256,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
     """The data of a run. Only the strings to train on depend on the seed.
 
     Raises:
-        ValueError: for an empty split.
+        ValueError: for an empty split, or a clip that is longer than the window of the model.
     """
     data, sizes = scale.data[task], scale.sizes_for(task)
     if "words" in data:
@@ -272,15 +275,22 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
             )
             for split in SPLITS
         }
-        for name, split in splits.items():
-            if not len(split):
-                raise ValueError(f"the split {name!r} of {task} must have clips, got none")
-        texts = all_texts(language, words["vocabulary"])
-        return Splits(texts, texts, **splits)
+        longest = longest_texts(language, words["vocabulary"])
+        named_texts = [(f"the string {text!r}", text) for text in longest]
+        return Splits(all_texts(language, words["vocabulary"]), named_texts, **splits)
     names = {split: data[f"{split}_split"] for split in SPLITS}
     options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
     loaded = {split: options.load(name, 16_000) for split, name in names.items()}
-    return Splits(list(loaded["train"]["text"]), list(loaded["validation"]["text"]), **loaded)
+    if hasattr(sizes, "window_seconds"):
+        for rows in loaded.values():
+            refuse_long_clips(rows, sizes.window_seconds)
+    texts = {split: list(loaded[split]["text"]) for split in ("train", "validation")}
+    named_texts = [
+        (f"clip {index} of split {names[split]!r}", text)
+        for split, own in texts.items()
+        for index, text in enumerate(own)
+    ]
+    return Splits(texts["train"], named_texts, **loaded)
 
 
 class StepClock(TrainerCallback):
@@ -311,9 +321,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     splits = load_splits(scale, task, seed)
     architecture = scale.architecture
     processor = architecture.processor(splits.texts, scale.vocab_size, sizes)
-    for name, texts in (("training", splits.texts), ("validation", splits.validation_texts)):
-        clips = ((f"{name} clip {index}", text) for index, text in enumerate(texts))
-        architecture.check_texts(clips, processor, sizes, scale.ctc_weight)
+    architecture.check_texts(splits.named_texts, processor, sizes, scale.ctc_weight)
     set_seed(seed)
     model = architecture.model(sizes, processor, cell.residual)
     clock = StepClock()

@@ -45,6 +45,8 @@ def check_scale(scale: Any) -> None:
             _check_names(
                 f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits
             )
+            if entry.get("streaming", False) is not False:
+                raise ValueError(f"`streaming` in {place} must be false, got {entry['streaming']!r}")
     _check_runs(scale.runs)
 
 

@@ -11,6 +11,7 @@ import csv
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,16 @@ def random_sentence(rng: np.random.Generator) -> tuple[list[str], str]:
     if rng.random() < 0.5:
         words, text = [verb, *words], f"{VERBS[verb]} {text}"
     return words, text
+
+
+def longest_texts(language: str, words: int = len(WORDS)) -> list[str]:
+    """Texts of which one needs the most tokens, and the most frames of CTC, that any string may need. For words that is
+    one of them over and over, as long as a word's tokens do not depend on its neighbours.
+    """
+    if language == "en":
+        return [" ".join([word] * MOST_WORDS) for word in WORDS[:words]]
+    nouns = [noun for noun, _ in NOUNS.values()]
+    return list(map(" ".join, product(VERBS.values(), NUMBERS.values(), ADJECTIVES.values(), nouns)))
 
 
 def all_texts(language: str, words: int = len(WORDS)) -> list[str]:

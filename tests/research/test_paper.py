@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from two_processes import run_together
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.training.clips import ctc_frames
 from hf_residual_transformer.training.scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -454,10 +456,66 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(
         paper.main()
 
 
-def test_an_empty_split_is_named(scale):
-    words = {"vocabulary": 3, "validation": 8, "test": 0}
-    with pytest.raises(ValueError, match="the split 'test' of recognition must have clips, got none"):
-        paper.load_splits(replace(scale, data={"recognition": {"words": words}}), "recognition", 0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_seconds": 0.1}, "no clip is left to read; check the split"),
+        ({}, r"\(row \d+\) must be of at most 2 seconds"),
+        ({"streaming": True}, "`streaming` in `data` of recognition must be false, got True"),
+    ],
+)
+def test_data_sets_that_a_grid_cannot_use_are_named_before_training(change, message, scale):
+    splits = {"train_split": "train", "validation_split": "train", "test_split": "test"}
+    data = {"recognition": {"dataset": "sample", "language": "en", **splits, **change}}
+    with pytest.raises(ValueError, match=message):
+        other = replace(scale, data=data)
+        paper.check_scale(other)
+        paper.load_splits(other, "recognition", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab_size", "message"),
+    [
+        (
+            {"max_tokens": 5},
+            40,
+            "the text of the string '(zero|one|two)( \\1){2}' must have at most `max_tokens` = 5 tokens, got 6",
+        ),
+        (
+            {"max_tokens": 40, "hop_length": 1600},
+            11,
+            "the text of the string 'zero zero zero' must fit the 10 encoder frames of a window, .* needs 15",
+        ),
+    ],
+)
+def test_strings_that_cannot_be_learnt_are_named_before_training(
+    changes, vocab_size, message, scale, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ScratchTrainer, "train", None)
+    scale = replace(scale, sizes=scale.sizes | changes, vocab_size=vocab_size)
+    with pytest.raises(ValueError, match=message):
+        paper.train(scale, "recognition", paper.make_cells(SIZES)["dense"], 0, tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [25, 40, 60])
+def test_no_string_needs_more_than_the_longest_texts(vocab_size):
+    rng = np.random.default_rng(0)
+    joined = [" ".join(found) for n in (1, 2, 3) for found in itertools.product(words.WORDS[:10], repeat=n)]
+    sentences = [words.random_sentence(rng)[1] for _ in range(500)]
+    for language, possible in (("en", joined), ("es", sentences)):
+        tokenizer = train_tokenizer(all_texts(language, 10), vocab_size)
+
+        def most(texts, tokenizer=tokenizer):
+            ids = [tokenizer(text).input_ids[2:-1] for text in texts]
+            return max(map(len, ids)), max(map(ctc_frames, ids))
+
+        longest = words.longest_texts(language, 10)
+        assert most(longest) >= most(possible)
+        assert len(longest) == (10 if language == "en" else 4 * 8 * 5 * 8)
+        if language == "en":
+            assert most(longest) == most(possible), "nothing is refused that can be learnt"
+        else:
+            assert {text for text in sentences if len(text.split()) == 4} <= set(longest)
 
 
 def test_a_cell_whose_sizes_cannot_be_is_named_before_anything_is_trained(scale):
