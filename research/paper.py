@@ -5,10 +5,11 @@ translation, and the equally small dense and low-rank models that decide what sh
     python research/paper.py --scale cpu
 
 Every run has the same recipe, data, steps and seeds, and leaves one JSON file in `results/paper/<scale>/`. A run that
-has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. `--table` only writes the table
-and the curves from what is there. `research/paper/*.yaml` hold the scales: `cpu` on synthetic words, minutes a run on
-one core; `acted` on human speech that `research/make_paper_data.py` writes, on one GPU; `gpu` and `cluster` on
-LibriSpeech and CoVoST 2, which many processes run by
+has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. Either is refused where the
+scale has changed since. `--table` only writes the table and the curves from what is there. `research/paper/*.yaml`
+hold the scales: `cpu` on synthetic words, minutes a run on one core; `acted` on human speech that
+`research/make_paper_data.py` writes, on one GPU; `gpu` and `cluster` on LibriSpeech and CoVoST 2, which many processes
+run by
 
     accelerate launch --config_file research/paper/accelerate.yaml research/paper.py --scale cluster
 """
@@ -42,7 +43,7 @@ from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import batched
 from hf_residual_transformer.speech.datasets import refuse_long_clips
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
-from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
+from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of, flat
 from hf_residual_transformer.training.scratch import EncoderSizes, check_average
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -194,6 +195,18 @@ class Scale:
         """The sizes of the dense model of a task."""
         return self.architecture.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
 
+    def settings(self, task: str) -> dict[str, Any]:
+        """What makes the runs of a task beside cell and seed, as plain values. The sizes are of the dense model."""
+        return {
+            "model": self.model,
+            "data": self.data[task],
+            "sizes": asdict(self.sizes_for(task)),
+            "vocab_size": self.vocab_size,
+            "ctc_weight": self.ctc_weight,
+            "average_checkpoints": self.average_checkpoints,
+            "recipe": self.recipe,
+        }
+
     def training_arguments(
         self, folder: Path, seed: int = 0, max_tokens: int | None = None
     ) -> Seq2SeqTrainingArguments:
@@ -335,6 +348,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
         callbacks=[clock],
+        run_data=scale.settings(task),
     )
     complete = [path for path in checkpoints_in(folder) if fault_of(path) is None]
     trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
@@ -418,6 +432,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         "title": cell.title,
         "seed": seed,
         "steps": trainer.state.global_step,
+        "settings": scale.settings(task),
         "residual_config": cell.residual and cell.residual.to_dict(),
         "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
         "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
@@ -450,6 +465,21 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         unfinished.rename(result)
 
 
+def check_finished(result: Path, settings: dict[str, Any]) -> None:
+    """Refuses the file of a run that other settings made. Older files do not have theirs.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
+    theirs, ours = flat(json.loads(result.read_text(encoding="utf-8")).get("settings", {})), flat(settings)
+    for name in {**theirs, **ours} if theirs else ():
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{result} is of a run whose `{name}` was {theirs.get(name)!r}, and the scale has {ours.get(name)!r}; "
+                "change it back, name another folder with --results, or remove the file to train anew"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -476,8 +506,11 @@ def main() -> None:
         scale.architecture.check()
         # Refuses a wrong recipe before anything is trained, and tells the processes of each other.
         scale.training_arguments(args.work)
-    for task, name, seed in runs:
-        result = results / f"{task}-{name}-{seed}.json"
+    files = [results / f"{task}-{name}-{seed}.json" for task, name, seed in runs]
+    for (task, _, _), result in zip(runs, files):
+        if result.is_file():
+            check_finished(result, scale.settings(task))
+    for (task, name, seed), result in zip(runs, files):
         if result.is_file():
             continue
         print(f"{task}, {name}, seed {seed}", flush=True)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,8 @@ TINY = {
     "runs": [{"task": "recognition", "seeds": [0], "cells": ["dense", "k3-r2"]}],
 }  # fmt: skip
 SIZES = ModelSizes(**TINY["sizes"])
+DATA = TINY["data"]["recognition"]
+RUN = TINY["runs"][0]
 WHISPERS_OWN = ("decoder_ffn_dim", "hop_length", "window_seconds", "max_tokens")
 
 
@@ -91,6 +94,7 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
         losses = [loss for _, loss in values["losses"]]
         assert losses[-1] < 0.6 * losses[0]
         assert values["test"]["clips"] == 8
+        assert values["settings"] == scale.settings("recognition")
         assert 0 < values["cpu_seconds_per_step"] < 60
         assert 0 < values["seconds_per_step"] < 60
     table = (results / "table.md").read_text()
@@ -120,6 +124,59 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
 
     # A run that has a file is skipped, and the table alone is written again.
     monkeypatch.setattr(paper, "run", None)
+    paper.main()
+
+
+def test_a_checkpoint_of_another_recipe_or_other_data_is_refused(scale, tmp_path):
+    few = scale.recipe | {"max_steps": 2, "eval_strategy": "no", "save_steps": 2}
+    scale = replace(scale, recipe=few)
+    cell = paper.make_cells(SIZES)["shallow"]
+    paper.train(scale, "recognition", cell, 0, tmp_path)
+    data = deepcopy(TINY["data"])
+    data["recognition"]["words"]["speeds"] = [1.0]
+    for changed, message in (
+        (replace(scale, data=data), "data.data.words.speeds is None"),
+        (replace(scale, recipe=few | {"adam_beta2": 0.98}), "data.recipe.adam_beta2 is None"),
+        (replace(scale, sizes=scale.sizes | {"dropout": 0.1}), "data.sizes.dropout is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-2 belongs to another run: its {message}"):
+            paper.train(changed, "recognition", cell, 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"recipe": TINY["recipe"] | {"warmup_steps": 0.2}}, "`recipe.warmup_steps` was 0.1, and .* has 0.2"),
+        (
+            {"recipe": TINY["recipe"] | {"weight_decay": 0.1}},
+            "`recipe.weight_decay` was None, and .* has 0.1",
+        ),
+        (
+            {"data": {"recognition": {"words": DATA["words"] | {"test": 9}}}},
+            "`data.words.test` was 8, and .* has 9",
+        ),
+        ({"sizes": TINY["sizes"] | {"dropout": 0.1}}, "`sizes.dropout` was 0.0, and .* has 0.1"),
+        ({"vocab_size": 41}, "`vocab_size` was 40, and .* has 41"),
+        ({"ctc_weight": 0.2}, "`ctc_weight` was 0.3, and .* has 0.2"),
+        ({"average_checkpoints": 2}, "`average_checkpoints` was 1, and .* has 2"),
+    ],
+)
+def test_a_finished_run_of_other_settings_is_refused_and_not_skipped(
+    change, message, scale, tmp_path, monkeypatch
+):
+    result = tmp_path / "tiny" / "recognition-dense-0.json"
+    result.parent.mkdir()
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"runs": [RUN | {"cells": ["dense"]}]} | change))
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--scale", str(path), "--results", str(tmp_path)])
+    monkeypatch.setattr(paper, "run", None)
+    monkeypatch.setattr(paper, "write_table", lambda folder: None)
+    result.write_text(json.dumps({"settings": scale.settings("recognition")}))
+    expected = nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with expected:
+        paper.main()
+    result.write_text("{}")  # an older run
     paper.main()
 
 
@@ -288,10 +345,6 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
     path.write_text(yaml.safe_dump(TINY | {"colour": 1}))
     with pytest.raises(ValueError, match=r"must hold the fields of a scale: .*colour"):
         paper.Scale.read(path)
-
-
-DATA = TINY["data"]["recognition"]
-RUN = TINY["runs"][0]
 
 
 @pytest.mark.parametrize(
