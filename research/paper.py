@@ -181,7 +181,7 @@ class Scale:
             scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
-        if scale.model not in [*ARCHITECTURES]:
+        if scale.model not in [*ARCHITECTURES]:  # YAML may hold what cannot be a key
             raise ValueError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {scale.model!r}")
         check_scale(scale)
         return scale

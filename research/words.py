@@ -24,6 +24,7 @@ SAMPLING_RATE = 16_000
 SPLITS = ("train", "validation", "test")
 TRAINING_SPEEDS = (0.9, 1.0, 1.1)  # by resampling, so that pitch moves too
 MOST_WORDS = 3  # of a string that is to be recognised
+MOST_DRAWS = 1000  # of sentences until one fits
 EARLY = 0.2  # the part of the training strings, from the first on, that are single words: aligning is learnt later
 GAP_SECONDS = (0.0, 0.12)
 NOISE_DECIBELS = (10.0, 40.0)  # of the speech over the noise
@@ -67,7 +68,8 @@ class WordStrings(Dataset):
         folder: as `research/make_words.py` writes it.
 
     Raises:
-        ValueError: for a split that is not one of `SPLITS`, or that has no voices.
+        ValueError: for a split that is not one of `SPLITS`, or that has no voices; by a string, for `seconds` in which
+            no sentence fits.
     """
 
     def __init__(
@@ -100,8 +102,7 @@ class WordStrings(Dataset):
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         voice = list(self.voices)[rng.integers(len(self.voices))]
         clips = self.voices[voice]
-        said = -1
-        while said < 0:
+        for _ in range(MOST_DRAWS):
             words, text = self._words(rng, index)
             speed = rng.integers(len(self.speeds))
             audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
@@ -119,6 +120,13 @@ class WordStrings(Dataset):
                 audio[position : position + len(kept)] = kept
                 position += len(clip)
                 said += 1
+            if said > 0:
+                break
+        else:
+            raise ValueError(
+                f"`seconds` must be long enough for sentences, got {self.seconds}; none of {MOST_DRAWS} by {voice} "
+                "fitted"
+            )
         if self.language == "en":
             text = " ".join(words[:said])
         path = f"{voice}-{self.split}-{index}"

@@ -304,6 +304,11 @@ def test_sentences_that_do_not_fit_are_not_drawn():
         for word in clips:
             clips[word] = [np.ones(13_000, np.float32)] * 3
     assert {len(strings[index]["text"].split()) for index in range(60)} == {3}, "four words take 3.25 seconds"
+    strings.seconds = 2
+    with pytest.raises(
+        ValueError, match="`seconds` must be long enough for sentences, got 2; none of 1000 by"
+    ):
+        strings[0]
 
 
 @pytest.mark.parametrize(
