@@ -5,10 +5,11 @@ translation, and the equally small dense and low-rank models that decide what sh
     python research/paper.py --scale cpu
 
 Every run has the same recipe, data, steps and seeds, and leaves one JSON file in `results/paper/<scale>/`. A run that
-has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. `--table` only writes the table
-and the curves from what is there. `research/paper/*.yaml` hold the scales: `cpu` on synthetic words, minutes a run on
-one core; `acted` on human speech that `research/make_paper_data.py` writes, on one GPU; `gpu` and `cluster` on
-LibriSpeech and CoVoST 2, which many processes run by
+has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. Either is refused where the
+scale has changed since. `--table` only writes the table and the curves from what is there. `research/paper/*.yaml`
+hold the scales: `cpu` on synthetic words, minutes a run on one core; `acted` on human speech that
+`research/make_paper_data.py` writes, on one GPU; `gpu` and `cluster` on LibriSpeech and CoVoST 2, which many processes
+run by
 
     accelerate launch --config_file research/paper/accelerate.yaml research/paper.py --scale cluster
 """
@@ -20,8 +21,8 @@ import json
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,25 @@ import jiwer
 import torch
 from accelerate import PartialState
 from paper_bits import with_four_bits
+from paper_checks import LANGUAGES, check_scale
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
-from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts
+from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts, longest_texts
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.families import family_of
 from hf_residual_transformer.folders import save_processor
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.speech.collators import batched
+from hf_residual_transformer.speech.datasets import refuse_long_clips
 from hf_residual_transformer.training.arguments import TrainingDataArguments, read_options
-from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of
+from hf_residual_transformer.training.checkpoints import checkpoints_in, fault_of, flat
 from hf_residual_transformer.training.scratch import EncoderSizes, check_average
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCALES = REPOSITORY / "research" / "paper"
 BLOCK = ResidualConfig().block_size
-LANGUAGES = {"recognition": "en", "translation": "es"}
-RUN_FIELDS = ("task", "seeds", "cells")
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,16 @@ class Scale:
         """Reads a YAML file.
 
         Raises:
-            ValueError: naming the field, for one that is missing, that a scale may not have, or that cannot be; what is
-                in `recipe` is up to `training_arguments`, since some of it depends on the machine.
+            ValueError: naming the field, for one that is missing, that a scale may not have, or that cannot be; most of
+                `recipe` is up to `training_arguments`, since some of it depends on the machine.
         """
         try:
             scale = cls(name=path.stem, **read_options(path))
         except TypeError as error:
             raise ValueError(f"{path} must hold the fields of a scale: {error}") from error
-        if scale.model not in ARCHITECTURES:
+        if scale.model not in [*ARCHITECTURES]:  # YAML may hold what cannot be a key
             raise ValueError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {scale.model!r}")
-        _check_scale(scale)
+        check_scale(scale)
         return scale
 
     @property
@@ -193,6 +194,18 @@ class Scale:
     def sizes_for(self, task: str) -> Any:
         """The sizes of the dense model of a task."""
         return self.architecture.sizes_class(**self.sizes | self.sizes_of.get(task, {}))
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """What makes the runs of a task beside cell and seed, as plain values. The sizes are of the dense model."""
+        return {
+            "model": self.model,
+            "data": self.data[task],
+            "sizes": asdict(self.sizes_for(task)),
+            "vocab_size": self.vocab_size,
+            "ctc_weight": self.ctc_weight,
+            "average_checkpoints": self.average_checkpoints,
+            "recipe": self.recipe,
+        }
 
     def training_arguments(
         self, folder: Path, seed: int = 0, max_tokens: int | None = None
@@ -226,12 +239,12 @@ class Scale:
         found = {task: make_cells(self.sizes_for(task)) for task in self.data}
         checked = set()
         for run in self.runs:
-            if run["task"] not in found:
+            if run["task"] not in [*found]:
                 raise ValueError(f"`task` must be one of {', '.join(found)}, got {run['task']!r}")
             cells = found[run["task"]]
             for seed in run["seeds"]:
                 for cell in run["cells"]:
-                    if cell not in cells:
+                    if cell not in [*cells]:
                         raise ValueError(f"`cells` must be of {', '.join(cells)}, got {cell!r}")
                     if (run["task"], cell) not in checked:
                         checked.add((run["task"], cell))
@@ -239,59 +252,14 @@ class Scale:
                     yield run["task"], cell, seed
 
 
-def _check_scale(scale: Scale) -> None:
-    _check("`data`", scale.data, LANGUAGES)
-    _check("`sizes_of`", scale.sizes_of, scale.data)
-    for part in (scale.sizes, *scale.sizes_of.values()):
-        _check("`sizes`", part, _names(scale.architecture.sizes_class))
-    for task, entry in scale.data.items():
-        place = f"`data` of {task}"
-        _check(place, entry)
-        if "words" in entry:
-            needed = ["vocabulary", "validation", "test"]
-            needed += [] if hasattr(scale.sizes_for(task), "window_seconds") else ["seconds"]
-            _check(place, entry, ["words"])
-            _check(
-                f"`words` of {task}",
-                entry["words"],
-                [*needed, "train", "seconds", "speeds", "new_voices"],
-                needed,
-            )
-            _check("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
-        else:
-            splits = [f"{split}_split" for split in SPLITS]
-            _check(
-                f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits
-            )
-    for run in scale.runs:
-        _check("each of `runs`", run, RUN_FIELDS, RUN_FIELDS)
-        for name in ("seeds", "cells"):
-            if not isinstance(run[name], list):
-                raise ValueError(f"`{name}` must be a list, got {run[name]!r}")
-
-
-def _check(place: str, values: Any, allowed: Iterable[str] | None = None, needed: Iterable[str] = ()) -> None:
-    """Checks the names in one part of a scale."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{place} must hold fields by name, got {values!r}")
-    for name in needed:
-        if name not in values:
-            raise ValueError(f"{place} must have the field {name!r}, got {', '.join(values) or 'none'}")
-    for name in values:
-        if allowed is not None and name not in allowed:
-            raise ValueError(f"{place} must have fields of {', '.join(allowed)}, got {name!r}")
-
-
-def _names(kind: Any) -> list[str]:
-    return [option.name for option in fields(kind)]
-
-
 @dataclass
 class Splits:
-    """The data of a task; `texts` are what the vocabulary is trained on."""
+    """The data of a task. The vocabulary is trained on `texts`; `named_texts` are those that a model must be able to
+    write, each after its name.
+    """
 
     texts: list[str]
-    validation_texts: list[str]
+    named_texts: list[tuple[str, str]]
     train: Any
     validation: Any
     test: Any
@@ -301,7 +269,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
     """The data of a run. Only the strings to train on depend on the seed.
 
     Raises:
-        ValueError: for an empty split.
+        ValueError: for an empty split, or a clip that is longer than the window of the model.
     """
     data, sizes = scale.data[task], scale.sizes_for(task)
     if "words" in data:
@@ -321,15 +289,22 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
             )
             for split in SPLITS
         }
-        for name, split in splits.items():
-            if not len(split):
-                raise ValueError(f"the split {name!r} of {task} must have clips, got none")
-        texts = all_texts(language, words["vocabulary"])
-        return Splits(texts, texts, **splits)
+        longest = longest_texts(language, words["vocabulary"])
+        named_texts = [(f"the string {text!r}", text) for text in longest]
+        return Splits(all_texts(language, words["vocabulary"]), named_texts, **splits)
     names = {split: data[f"{split}_split"] for split in SPLITS}
     options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
     loaded = {split: options.load(name, 16_000) for split, name in names.items()}
-    return Splits(list(loaded["train"]["text"]), list(loaded["validation"]["text"]), **loaded)
+    if hasattr(sizes, "window_seconds"):
+        for rows in loaded.values():
+            refuse_long_clips(rows, sizes.window_seconds)
+    texts = {split: list(loaded[split]["text"]) for split in ("train", "validation")}
+    named_texts = [
+        (f"clip {index} of split {names[split]!r}", text)
+        for split, own in texts.items()
+        for index, text in enumerate(own)
+    ]
+    return Splits(texts["train"], named_texts, **loaded)
 
 
 class StepClock(TrainerCallback):
@@ -360,9 +335,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     splits = load_splits(scale, task, seed)
     architecture = scale.architecture
     processor = architecture.processor(splits.texts, scale.vocab_size, sizes)
-    for name, texts in (("training", splits.texts), ("validation", splits.validation_texts)):
-        clips = ((f"{name} clip {index}", text) for index, text in enumerate(texts))
-        architecture.check_texts(clips, processor, sizes, scale.ctc_weight)
+    architecture.check_texts(splits.named_texts, processor, sizes, scale.ctc_weight)
     set_seed(seed)
     model = architecture.model(sizes, processor, cell.residual)
     clock = StepClock()
@@ -376,6 +349,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
         processing_class=processor,
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
         callbacks=[clock],
+        run_data=scale.settings(task),
     )
     complete = [path for path in checkpoints_in(folder) if fault_of(path) is None]
     trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
@@ -472,6 +446,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         "title": cell.title,
         "seed": seed,
         "steps": trainer.state.global_step,
+        "settings": scale.settings(task),
         "residual_config": cell.residual and cell.residual.to_dict(),
         "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
         "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
@@ -505,6 +480,21 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         unfinished.rename(result)
 
 
+def check_finished(result: Path, settings: dict[str, Any]) -> None:
+    """Refuses the file of a run that other settings made. Older files do not have theirs.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
+    theirs, ours = flat(json.loads(result.read_text(encoding="utf-8")).get("settings", {})), flat(settings)
+    for name in {**theirs, **ours} if theirs else ():
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{result} is of a run whose `{name}` was {theirs.get(name)!r}, and the scale has {ours.get(name)!r}; "
+                "change it back, name another folder with --results, or remove the file to train anew"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -519,15 +509,23 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
+    if not path.is_file():
+        names = sorted(found.stem for found in SCALES.glob("*.yaml") if found.stem != "accelerate")
+        parser.error(f"--scale must be one of {', '.join(names)}, or a YAML file, got {args.scale!r}")
     scale = Scale.read(path)
     results = args.results / scale.name
+    if args.table and not any(results.glob("*.json")):
+        parser.error(f"--table needs the JSON files of runs, and {results} has none")
     runs = [] if args.table else list(scale.all_runs())
     if runs:
         scale.architecture.check()
         # Refuses a wrong recipe before anything is trained, and tells the processes of each other.
         scale.training_arguments(args.work)
-    for task, name, seed in runs:
-        result = results / f"{task}-{name}-{seed}.json"
+    files = [results / f"{task}-{name}-{seed}.json" for task, name, seed in runs]
+    for (task, _, _), result in zip(runs, files):
+        if result.is_file():
+            check_finished(result, scale.settings(task))
+    for (task, name, seed), result in zip(runs, files):
         if result.is_file():
             continue
         print(f"{task}, {name}, seed {seed}", flush=True)

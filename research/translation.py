@@ -10,11 +10,12 @@ of recognition may not see what a compressed encoder loses.
 The data is telephone prompts in Spanish, French, Italian and Russian, whose English counterparts are the references,
 and Czech and Dutch dialogue of a game with its English script. All of it is human speech. Every clip is encoded once,
 then written down and translated by greedy search; the language is given. BLEU and chrF are sacrebleu's, of texts as
-they are; WER is of normalised texts without diacritics, which many Spanish transcripts lack. Intervals and p-values are
-of paired bootstrap samples of the clips: WER by our own, BLEU and chrF by sacrebleu's.
+they are; WER is of normalised texts without diacritics, which many Spanish transcripts lack. All intervals are of the
+same bootstrap samples of the clips, and hold 95 % of them.
 
-`outputs/translation-base.json` has the figures, a `.md` beside it the table, and a `.jsonl` every text. A model whose
-texts are in the `.jsonl` already is not run again.
+`results/translation-base.json` has the figures, a `.md` beside it the table, and a `.jsonl` every text. A model whose
+texts are in the `.jsonl` already is not run again; `--table` needs neither models nor audio, and only computes the
+figures again from these texts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 import soundfile
 import torch
 from pretrained import resolve_pretrained
-from runtimes_report import INTERVAL, SAMPLES, bootstrap_samples, count_errors
+from runtimes_report import INTERVAL, bootstrap_samples, count_errors
 from tqdm import tqdm
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, GenerationMixin
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
@@ -88,6 +89,11 @@ def choose_clips(folder: Path, languages: Sequence[str], number: int, max_second
             for row in (own[index * len(own) // kept] for index in range(kept))
         ]
     return clips
+
+
+def read_clips(path: Path) -> list[Clip]:
+    """The clips of a `.jsonl` with their texts."""
+    return [Clip(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @torch.inference_mode()
@@ -146,7 +152,6 @@ def decode(
 def measure(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The metrics of each model on these clips; the first of `names` is what the others are compared with."""
     from sacrebleu.metrics import BLEU, CHRF
-    from sacrebleu.significance import PairedTest
 
     normalize = BasicTextNormalizer(remove_diacritics=True)
     references = [normalize(clip.text) for clip in clips]
@@ -154,57 +159,61 @@ def measure(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, 
         name: count_errors(references, [normalize(clip.transcribe[name]) for clip in clips]) for name in names
     }
     draws = bootstrap_samples(len(clips))
-    rates = {name: own.rates(draws) for name, own in counts.items()}
-    found: dict[str, dict[str, Any]] = {}
-    for name, own_rates in rates.items():
-        found[name] = {"wer": counts[name].rate(), "wer_95": _interval(own_rates)}
-        if name != names[0]:
-            found[name]["wer_minus_dense_95"] = _interval(own_rates - rates[names[0]])
-    metrics = {"BLEU": BLEU(), "chrF": CHRF()}
-    systems: list[tuple[str, Any]] = [(name, [clip.translate[name] for clip in clips]) for name in names]
-    _, scores = PairedTest(
-        systems,
-        metrics,
-        [[clip.translation for clip in clips]],
-        test_type="bs",
-        n_samples=SAMPLES,
-    )()
-    for metric in metrics:
-        own: Any = next(values for key, values in scores.items() if key.startswith(metric))  # such as chrF2
-        for name, score in zip(names, own, strict=True):
-            values = {metric: score.score, f"{metric}_half_95": score.ci, f"{metric}_p": score.p_value}
-            found[name] |= {key: None if value is None else float(value) for key, value in values.items()}
+    scores = {"wer": {name: (own.rate(), own.rates(draws)) for name, own in counts.items()}}
+    translations = [clip.translation for clip in clips]
+    for title, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+        scores[title] = {
+            name: _score(metric, [clip.translate[name] for clip in clips], translations, draws)
+            for name in names
+        }
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for title, by_name in scores.items():
+        for name, (score, sampled) in by_name.items():
+            found[name] |= {title: score, f"{title}_95": _interval(sampled)}
+            if name != names[0]:
+                found[name][f"{title}_minus_dense_95"] = _interval(sampled - by_name[names[0]][1])
     return found
+
+
+def _score(
+    metric: Any, texts: Sequence[str], references: Sequence[str], draws: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """A metric of sacrebleu over all clips, and over each of `draws`, which hold indices of clips."""
+    # Its own bootstrap has samples of its own, and its p-values are of differences less their mean.
+    counts = np.array(metric._extract_corpus_statistics(texts, [references]))
+    whole, *sampled = (
+        metric._compute_score_from_stats(counts[draw].sum(0).tolist()).score
+        for draw in (np.arange(len(counts)), *draws)
+    )
+    return whole, np.array(sampled)
 
 
 def _interval(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.quantile(values, INTERVAL)]
 
 
-def write_results(clips: Sequence[Clip], models: dict[str, dict[str, Any]], path: Path, args: Any) -> None:
-    """Writes the JSON file and the table."""
+def write_results(clips: Sequence[Clip], values: dict[str, Any], path: Path) -> None:
+    """Writes the JSON file, which has `values` too, and the table."""
+    models = values["models"]
     languages = list(dict.fromkeys(clip.language for clip in clips))
     groups = {"all": list(clips)} | {
         language: [clip for clip in clips if clip.language == language] for language in languages
     }
     measured = {group: measure(own, list(models)) for group, own in groups.items()}
-    values = {
-        "models": models,
-        "clips": {group: len(own) for group, own in groups.items()},
-        "window_seconds": args.window_seconds,
-        "max_seconds": args.max_seconds,
-        "results": measured,
-    }
-    path.write_text(json.dumps(values | provenance(), indent=1) + "\n", encoding="utf-8")
+    values = values | {"clips": {group: len(own) for group, own in groups.items()}, "results": measured}
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     lines = [
-        "language | clips | model | MB | WER % | BLEU | chrF | p (BLEU)",
-        "---|---:|---|---:|---:|---:|---:|---:",
+        "language | clips | model | MB | WER % | BLEU | BLEU minus dense, 95 % | chrF | chrF minus dense, 95 %",
+        "---|---:|---|---:|---:|---:|---:|---:|---:",
     ]
     for group, by_model in measured.items():
         for name, row in by_model.items():
             cells = [group, str(len(groups[group])), name, f"{models[name]['bytes'] / 1e6:.1f}"]
-            cells += [f"{100 * row['wer']:.1f}", f"{row['BLEU']:.1f}", f"{row['chrF']:.1f}"]
-            cells += ["-" if row["BLEU_p"] is None else f"{row['BLEU_p']:.3f}"]
+            cells.append(f"{100 * row['wer']:.1f}")
+            for title in ("BLEU", "chrF"):
+                interval = row.get(f"{title}_minus_dense_95")
+                difference = "{:+.2f} to {:+.2f}".format(*interval) if interval else "-"
+                cells += [f"{row[title]:.1f}", difference]
             lines.append(" | ".join(cells))
     lines = [f"| {line} |" for line in lines]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -214,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of `make_sample.py --full`")
+    parser.add_argument("--data", type=Path, help="folder of `make_sample.py --full`")
     parser.add_argument(
         "--dense", default="openai/whisper-base", help="the multilingual Whisper to compare with"
     )
@@ -225,13 +234,24 @@ def main() -> None:
     parser.add_argument("--window_seconds", type=float, default=30.0, help="what clips are padded to")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("outputs/translation.json"))
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="only compute the figures of --output again, from the texts beside it",
+    )
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     texts = args.output.with_suffix(".jsonl")
+    if args.table:
+        stored = json.loads(args.output.read_text(encoding="utf-8"))
+        write_results(read_clips(texts), stored, args.output)
+        return
+    if args.data is None:
+        parser.error("--data is needed, or --table")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     clips = choose_clips(args.data, args.languages, args.clips, args.max_seconds)
     if texts.is_file():
-        known = {row["id"]: row for row in map(json.loads, texts.read_text(encoding="utf-8").splitlines())}
-        clips = [Clip(**known[clip.id]) if clip.id in known else clip for clip in clips]
+        known = {clip.id: clip for clip in read_clips(texts)}
+        clips = [known.get(clip.id, clip) for clip in clips]
     models: dict[str, dict[str, Any]] = {}
     for source in (args.dense, *args.models):
         name = portable(source).rpartition("/")[2]
@@ -248,7 +268,8 @@ def main() -> None:
         texts.write_text(
             "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips), encoding="utf-8"
         )
-    write_results(clips, models, args.output, args)
+    settings = {"models": models, "window_seconds": args.window_seconds, "max_seconds": args.max_seconds}
+    write_results(clips, settings | provenance(), args.output)
 
 
 if __name__ == "__main__":

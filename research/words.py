@@ -11,7 +11,7 @@ import csv
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SAMPLING_RATE = 16_000
 SPLITS = ("train", "validation", "test")
 TRAINING_SPEEDS = (0.9, 1.0, 1.1)  # by resampling, so that pitch moves too
 MOST_WORDS = 3  # of a string that is to be recognised
+MOST_DRAWS = 1000  # of sentences until one fits
 EARLY = 0.2  # the part of the training strings, from the first on, that are single words: aligning is learnt later
 GAP_SECONDS = (0.0, 0.12)
 NOISE_DECIBELS = (10.0, 40.0)  # of the speech over the noise
@@ -69,7 +70,8 @@ class WordStrings(Dataset):
         folder: as `research/make_words.py` writes it.
 
     Raises:
-        ValueError: for a split that is not one of `SPLITS`, or that has no voices.
+        ValueError: for a split that is not one of `SPLITS`, or that has no voices; by a string, for `seconds` in which
+            no sentence fits.
     """
 
     def __init__(
@@ -110,8 +112,7 @@ class WordStrings(Dataset):
         rng = self._draws(index)
         voice = list(self.voices)[rng.integers(len(self.voices))]
         clips = self.voices[voice]
-        said = -1
-        while said < 0:
+        for _ in range(MOST_DRAWS):
             words, text = self._words(rng, index)
             speed = rng.integers(len(self.speeds))
             audio = np.zeros(round(self.seconds * SAMPLING_RATE), np.float32)
@@ -129,6 +130,13 @@ class WordStrings(Dataset):
                 audio[position : position + len(kept)] = kept
                 position += len(clip)
                 said += 1
+            if said > 0:
+                break
+        else:
+            raise ValueError(
+                f"`seconds` must be long enough for sentences, got {self.seconds}; none of {MOST_DRAWS} by {voice} "
+                "fitted"
+            )
         if self.language == "en":
             text = " ".join(words[:said])
         path = f"{voice}-{self.split}-{index}"
@@ -163,6 +171,16 @@ def random_sentence(rng: np.random.Generator) -> tuple[list[str], str]:
     if rng.random() < 0.5:
         words, text = [verb, *words], f"{VERBS[verb]} {text}"
     return words, text
+
+
+def longest_texts(language: str, words: int = len(WORDS)) -> list[str]:
+    """Texts of which one needs the most tokens, and the most frames of CTC, that any string may need. For words that is
+    one of them over and over, as long as a word's tokens do not depend on its neighbours.
+    """
+    if language == "en":
+        return [" ".join([word] * MOST_WORDS) for word in WORDS[:words]]
+    nouns = [noun for noun, _ in NOUNS.values()]
+    return list(map(" ".join, product(VERBS.values(), NUMBERS.values(), ADJECTIVES.values(), nouns)))
 
 
 def all_texts(language: str, words: int = len(WORDS)) -> list[str]:

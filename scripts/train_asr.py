@@ -17,6 +17,7 @@ In about a minute on a CPU, with the recordings that come with this repository:
 Without `--residual` the model is dense. The vocabulary is trained on the texts of the training split; for translation,
 `--text_column` names the column with the translations. SpecAugment, label smoothing, warm-up, CTC beside the decoder,
 and the mean of the last checkpoints are options. `research/paper.py` runs the paper's grid with the same code.
+`scripts/finetune_seq2seq.py` starts from a checkpoint of a Whisper, and `scripts/finetune_ctc.py` from one with CTC.
 
 A run that was interrupted goes on by the same command with `--resume_from_checkpoint last`.
 The first argument may instead be a JSON or YAML file with options by name. For many processes,

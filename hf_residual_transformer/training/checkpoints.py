@@ -70,7 +70,7 @@ def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
             f"{checkpoint} does not say which run it belongs to, so that nobody can tell if it is this one"
         )
         return
-    theirs, ours = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(run)
+    theirs, ours = flat(json.loads(path.read_text(encoding="utf-8"))), flat(run)
     for name in {**theirs, **ours}:
         if theirs.get(name) == ours.get(name):
             continue
@@ -102,10 +102,11 @@ def check_steps(checkpoint: Path, max_steps: int) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts, each by the path to it, as in "options.seed"."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
 
 

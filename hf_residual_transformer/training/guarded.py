@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..folders import UNFINISHED, adopt
+from ..speech.collators import LABEL_PADDING
 from ..speech.datasets import clip_samples
 from .checkpoints import RUN_FILE, check_run, check_steps, fault_of, last_checkpoint, run_of
 
@@ -135,8 +136,18 @@ class GuardedTrainer(Trainer):
         """Makes a step as `Trainer` does; a loss that is not finite is an error that names the batch."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite().all():
-            self._stop("loss", loss.item())
+            self._stop("loss", loss.item(), self._texts_of(inputs))
         return loss
+
+    def _texts_of(self, inputs: dict[str, Any]) -> list[str] | None:
+        """The texts of a batch, to name it in an error; None where it has no labels, or where nothing decodes them."""
+        labels, tokenizer = inputs.get("labels"), getattr(self.processing_class, "tokenizer", None)
+        if labels is None or tokenizer is None:
+            return None
+        ids = labels.masked_fill(labels == LABEL_PADDING, tokenizer.pad_token_id)
+        # Tokenizers for CTC would take equal neighbours, such as the two letters in "look", for one.
+        texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True, group_tokens=False)
+        return texts
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -145,10 +156,10 @@ class GuardedTrainer(Trainer):
             self._stop("gradient", float(norm))
         return norm
 
-    def _stop(self, name: str, value: float) -> NoReturn:
-        size = self.args.train_batch_size
+    def _stop(self, name: str, value: float, texts: list[str] | None = None) -> NoReturn:
+        clips = f"{self.args.train_batch_size} clips" if texts is None else f"clips with the texts {texts}"
         raise ValueError(
-            f"the {name} must be finite, got {value} in the batch of step {self.state.global_step + 1} ({size} clips); "
-            "the weights of this step are not saved. Lower the learning rate, look at these clips, and go on from the "
-            "last checkpoint"
+            f"the {name} must be finite, got {value} in the batch of step {self.state.global_step + 1} ({clips}); the "
+            "weights of this step are not saved. Lower the learning rate, look at these clips, and go on from the last "
+            "checkpoint"
         )

@@ -36,6 +36,7 @@ from ..folders import (
     unfinished,
 )
 from ..speech.collators import CTCCollator, Seq2SeqCollator, collator_for
+from ..speech.datasets import refuse_long_clips
 from ..whisper import has_short_windows
 from .arguments import DistillationArguments, TrainingDataArguments, read_json, warn_of_slow_bfloat16
 from .checkpoints import bytes_to_write
@@ -353,6 +354,7 @@ def run_training(
     tokenizer = train_tokenizer(train_dataset["text"], vocab_size)
     for name, split in ((data.train_split, train_dataset), (data.eval_split, eval_dataset)):
         if split is not None:
+            refuse_long_clips(split, sizes.window_seconds)
             clips = ((f"clip {index} of split {name!r}", text) for index, text in enumerate(split["text"]))
             check_transcripts(clips, tokenizer, sizes, with_ctc=ctc_weight > 0)
     model = new_model(sizes, tokenizer, residual_config)

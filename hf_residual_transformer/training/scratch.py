@@ -35,6 +35,7 @@ from ..speech.collators import LABEL_PADDING
 from .checkpoints import checkpoints_in, fault_of
 from .clips import ctc_frames
 from .guarded import GuardedTrainer
+from .losses import is_number
 
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
@@ -67,12 +68,11 @@ class EncoderSizes:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("dropout", "mask_time", "mask_bands") else 1
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}")
-        for name in ("dropout", "mask_time", "mask_bands"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"`{name}` must be below 1, got {getattr(self, name)}")
+            if name in ("dropout", "mask_time", "mask_bands"):
+                if not is_number(value) or value >= 1:
+                    raise ValueError(f"`{name}` must be a number from 0 to below 1, got {value!r}")
+            elif type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
         if self.d_model % self.attention_heads or self.d_model % 2:
             raise ValueError(
                 f"`d_model` must be an even multiple of `attention_heads` ({self.attention_heads}), got {self.d_model}"
@@ -322,13 +322,9 @@ class TokenMeanTrainer(GuardedTrainer):
         counts = self._count(labels) if is_alone else num_items_in_batch
         loss, outputs = self._loss(model, inputs, counts.clamp(min=1).to(labels.device))
         if not torch.isfinite(loss):
-            tokenizer = self.processing_class.tokenizer
-            texts = tokenizer.batch_decode(
-                labels.masked_fill(labels == LABEL_PADDING, tokenizer.pad_token_id), skip_special_tokens=True
-            )
             raise ValueError(
                 f"the loss must be finite, got {loss.item()} at step {self.state.global_step} for the batch of the "
-                f"texts {texts}; lower `learning_rate`, or raise `warmup_steps`"
+                f"texts {self._texts_of(inputs)}; lower `learning_rate`, or raise `warmup_steps`"
             )
         return (loss, outputs) if return_outputs else loss
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import re
 import shutil
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +22,7 @@ from two_processes import run_together
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.training.clips import ctc_frames
 from hf_residual_transformer.training.scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -50,6 +55,8 @@ TINY = {
     "runs": [{"task": "recognition", "seeds": [0], "cells": ["dense", "k3-r2"]}],
 }  # fmt: skip
 SIZES = ModelSizes(**TINY["sizes"])
+DATA = TINY["data"]["recognition"]
+RUN = TINY["runs"][0]
 WHISPERS_OWN = ("decoder_ffn_dim", "hop_length", "window_seconds", "max_tokens")
 
 
@@ -87,6 +94,7 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
         losses = [loss for _, loss in values["losses"]]
         assert losses[-1] < 0.6 * losses[0]
         assert values["test"]["clips"] == 8
+        assert values["settings"] == scale.settings("recognition")
         assert 0 < values["cpu_seconds_per_step"] < 60
         assert 0 < values["seconds_per_step"] < 60
     table = (results / "table.md").read_text()
@@ -116,6 +124,59 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
 
     # A run that has a file is skipped, and the table alone is written again.
     monkeypatch.setattr(paper, "run", None)
+    paper.main()
+
+
+def test_a_checkpoint_of_another_recipe_or_other_data_is_refused(scale, tmp_path):
+    few = scale.recipe | {"max_steps": 2, "eval_strategy": "no", "save_steps": 2}
+    scale = replace(scale, recipe=few)
+    cell = paper.make_cells(SIZES)["shallow"]
+    paper.train(scale, "recognition", cell, 0, tmp_path)
+    data = deepcopy(TINY["data"])
+    data["recognition"]["words"]["speeds"] = [1.0]
+    for changed, message in (
+        (replace(scale, data=data), "data.data.words.speeds is None"),
+        (replace(scale, recipe=few | {"adam_beta2": 0.98}), "data.recipe.adam_beta2 is None"),
+        (replace(scale, sizes=scale.sizes | {"dropout": 0.1}), "data.sizes.dropout is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-2 belongs to another run: its {message}"):
+            paper.train(changed, "recognition", cell, 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"recipe": TINY["recipe"] | {"warmup_steps": 0.2}}, "`recipe.warmup_steps` was 0.1, and .* has 0.2"),
+        (
+            {"recipe": TINY["recipe"] | {"weight_decay": 0.1}},
+            "`recipe.weight_decay` was None, and .* has 0.1",
+        ),
+        (
+            {"data": {"recognition": {"words": DATA["words"] | {"test": 9}}}},
+            "`data.words.test` was 8, and .* has 9",
+        ),
+        ({"sizes": TINY["sizes"] | {"dropout": 0.1}}, "`sizes.dropout` was 0.0, and .* has 0.1"),
+        ({"vocab_size": 41}, "`vocab_size` was 40, and .* has 41"),
+        ({"ctc_weight": 0.2}, "`ctc_weight` was 0.3, and .* has 0.2"),
+        ({"average_checkpoints": 2}, "`average_checkpoints` was 1, and .* has 2"),
+    ],
+)
+def test_a_finished_run_of_other_settings_is_refused_and_not_skipped(
+    change, message, scale, tmp_path, monkeypatch
+):
+    result = tmp_path / "tiny" / "recognition-dense-0.json"
+    result.parent.mkdir()
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"runs": [RUN | {"cells": ["dense"]}]} | change))
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--scale", str(path), "--results", str(tmp_path)])
+    monkeypatch.setattr(paper, "run", None)
+    monkeypatch.setattr(paper, "write_table", lambda folder: None)
+    result.write_text(json.dumps({"settings": scale.settings("recognition")}))
+    expected = nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with expected:
+        paper.main()
+    result.write_text("{}")  # an older run
     paper.main()
 
 
@@ -254,6 +315,11 @@ def test_sentences_that_do_not_fit_are_not_drawn():
         for word in clips:
             clips[word] = [np.ones(13_000, np.float32)] * 3
     assert {len(strings[index]["text"].split()) for index in range(60)} == {3}, "four words take 3.25 seconds"
+    strings.seconds = 2
+    with pytest.raises(
+        ValueError, match="`seconds` must be long enough for sentences, got 2; none of 1000 by"
+    ):
+        strings[0]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +343,7 @@ def test_texts_that_cannot_be_learnt_are_named(clips, sizes, message, tokenizer)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"encoder_layers": 0}, "`encoder_layers` must be at least 1, got 0"),
+        ({"encoder_layers": 0}, "`encoder_layers` must be a whole number of at least 1, got 0"),
         ({"d_model": 33}, "`d_model` must be an even multiple of `attention_heads`"),
         ({"hop_length": 321}, "`window_seconds` must be a whole number of encoder frames"),
     ],
@@ -295,10 +361,6 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
     path.write_text(yaml.safe_dump(TINY | {"colour": 1}))
     with pytest.raises(ValueError, match=r"must hold the fields of a scale: .*colour"):
         paper.Scale.read(path)
-
-
-DATA = TINY["data"]["recognition"]
-RUN = TINY["runs"][0]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +389,23 @@ RUN = TINY["runs"][0]
         ({"sizes": {"width": 32}}, "`sizes` must have fields of encoder_layers, .*got 'width'"),
         ({"sizes_of": {"recognition": {"width": 32}}}, "`sizes` must have fields of .*got 'width'"),
         ({"recipe": {}}, "`recipe` must have the field 'max_steps', got none"),
+        ({"recipe": None}, "`recipe` must hold fields by name, got None"),
+        ({"model": ["whisper"]}, r"`model` must be one of .*, got \['whisper'\]"),
+        ({"runs": None}, "`runs` must be a list of tasks with their seeds and cells, got None"),
+        ({"runs": []}, r"`runs` must be a list of tasks .*, got \[\]"),
+        (
+            {"runs": [RUN | {"seeds": [0.5]}]},
+            f"each of `seeds` must be a whole number from 0 to {2**32 - 1}, got 0.5",
+        ),
+        ({"runs": [RUN | {"seeds": ["0"]}]}, "each of `seeds` must be a whole number from 0 to .*, got '0'"),
+        ({"runs": [RUN | {"seeds": [-1]}]}, "each of `seeds` must be a whole number from 0 to .*, got -1"),
+        ({"runs": [RUN | {"seeds": [2**32]}]}, f"each of `seeds` must be .*, got {2**32}"),
+        ({"runs": [RUN | {"cells": [["dense"]]}]}, r"`cells` must be of dense, .* got \['dense'\]"),
+        ({"runs": [RUN | {"task": {}}]}, r"`task` must be one of recognition, got \{\}"),
+        ({"vocab_size": "40"}, "`vocab_size` must be a whole number of at least 1, got '40'"),
+        ({"average_checkpoints": 1.5}, "`average_checkpoints` must be a whole number of at least 1, got 1.5"),
+        ({"ctc_weight": 1}, "`ctc_weight` must be a number from 0 to below 1, got 1"),
+        ({"ctc_weight": "0.3"}, "`ctc_weight` must be a number from 0 to below 1, got '0.3'"),
     ],
 )
 def test_faults_of_a_scale_are_named(change, message, tmp_path):
@@ -334,6 +413,93 @@ def test_faults_of_a_scale_are_named(change, message, tmp_path):
     path.write_text(yaml.safe_dump(TINY | change))
     with pytest.raises(ValueError, match=message):
         list(paper.Scale.read(path).all_runs())
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("sizes", {"d_model": "128"}, "`d_model` must be a whole number of at least 1, got '128'"),
+        ("sizes", {"window_seconds": 2.5}, "`window_seconds` must be a whole number of at least 1, got 2.5"),
+        (
+            "sizes",
+            {"encoder_layers": True},
+            "`encoder_layers` must be a whole number of at least 1, got True",
+        ),
+        ("sizes", {"dropout": 1.0}, "`dropout` must be a number from 0 to below 1, got 1.0"),
+        ("sizes", {"mask_time": None}, "`mask_time` must be a number from 0 to below 1, got None"),
+        (
+            "recipe",
+            {"learning_rate": "5e-4"},
+            r"`learning_rate` of `recipe` must be a number, got '5e-4'; .* 5\.0e-4",
+        ),
+        ("recipe", {"weight_decay": None}, "`weight_decay` of `recipe` must be a number, got None$"),
+        ("recipe", {"max_steps": 0}, "`max_steps` of `recipe` must be a whole number of at least 1, got 0"),
+        (
+            "recipe",
+            {"max_steps": 1.5},
+            "`max_steps` of `recipe` must be a whole number of at least 1, got 1.5",
+        ),
+        (
+            "recipe",
+            {"per_device_train_batch_size": 0},
+            "`per_device_train_batch_size` of `recipe` must be a whole number of at least 1, got 0",
+        ),
+        ("words", {"vocabulary": 0}, "`vocabulary` in `words` of recognition must be .* from 1 to 30, got 0"),
+        (
+            "words",
+            {"vocabulary": 31},
+            "`vocabulary` in `words` of recognition must be .* from 1 to 30, got 31",
+        ),
+        ("words", {"test": -5}, "`test` in `words` of recognition must be .* of at least 1, got -5"),
+        (
+            "words",
+            {"validation": 0},
+            "`validation` in `words` of recognition must be .* of at least 1, got 0",
+        ),
+        ("words", {"train": "9"}, "`train` in `words` of recognition must be .* of at least 1, got '9'"),
+        ("words", {"seconds": 0}, "`seconds` in `words` of recognition must be a number above 0, got 0"),
+        (
+            "words",
+            {"seconds": 3},
+            "`seconds` in `words` of recognition must be at most `window_seconds`, 2, got 3",
+        ),
+        (
+            "words",
+            {"speeds": []},
+            r"`speeds` in `words` of recognition must be a list of numbers above 0, got \[\]",
+        ),
+        ("words", {"speeds": [1, 0]}, r"`speeds` in `words` of recognition must be a list .*, got \[1, 0\]"),
+    ],
+)
+def test_values_in_a_scale_that_cannot_be_are_named_when_it_is_read(place, change, message, tmp_path):
+    values = deepcopy(TINY)
+    part = values["data"]["recognition"]["words"] if place == "words" else values[place]
+    part.update(change)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=message):
+        paper.Scale.read(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "nope"], "--scale must be one of acted, cluster, .*, or a YAML file, got 'nope'"),
+        (["--scale", "no.yaml"], "--scale must be one of .*, got 'no.yaml'"),
+        (
+            ["--scale", "cpu", "--table", "--results", "nowhere"],
+            "--table needs the JSON files of runs, and nowhere/cpu",
+        ),
+    ],
+)
+def test_a_scale_that_is_not_there_and_a_table_of_nothing_are_named(
+    options, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paper.py", *options])
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -359,10 +525,66 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(
         paper.main()
 
 
-def test_an_empty_split_is_named(scale):
-    words = {"vocabulary": 3, "validation": 8, "test": 0}
-    with pytest.raises(ValueError, match="the split 'test' of recognition must have clips, got none"):
-        paper.load_splits(replace(scale, data={"recognition": {"words": words}}), "recognition", 0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_seconds": 0.1}, "no clip is left to read; check the split"),
+        ({}, r"\(row \d+\) must be of at most 2 seconds"),
+        ({"streaming": True}, "`streaming` in `data` of recognition must be false, got True"),
+    ],
+)
+def test_data_sets_that_a_grid_cannot_use_are_named_before_training(change, message, scale):
+    splits = {"train_split": "train", "validation_split": "train", "test_split": "test"}
+    data = {"recognition": {"dataset": "sample", "language": "en", **splits, **change}}
+    with pytest.raises(ValueError, match=message):
+        other = replace(scale, data=data)
+        paper.check_scale(other)
+        paper.load_splits(other, "recognition", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab_size", "message"),
+    [
+        (
+            {"max_tokens": 5},
+            40,
+            "the text of the string '(zero|one|two)( \\1){2}' must have at most `max_tokens` = 5 tokens, got 6",
+        ),
+        (
+            {"max_tokens": 40, "hop_length": 1600},
+            11,
+            "the text of the string 'zero zero zero' must fit the 10 encoder frames of a window, .* needs 15",
+        ),
+    ],
+)
+def test_strings_that_cannot_be_learnt_are_named_before_training(
+    changes, vocab_size, message, scale, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ScratchTrainer, "train", None)
+    scale = replace(scale, sizes=scale.sizes | changes, vocab_size=vocab_size)
+    with pytest.raises(ValueError, match=message):
+        paper.train(scale, "recognition", paper.make_cells(SIZES)["dense"], 0, tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [25, 40, 60])
+def test_no_string_needs_more_than_the_longest_texts(vocab_size):
+    rng = np.random.default_rng(0)
+    joined = [" ".join(found) for n in (1, 2, 3) for found in itertools.product(words.WORDS[:10], repeat=n)]
+    sentences = [words.random_sentence(rng)[1] for _ in range(500)]
+    for language, possible in (("en", joined), ("es", sentences)):
+        tokenizer = train_tokenizer(all_texts(language, 10), vocab_size)
+
+        def most(texts, tokenizer=tokenizer):
+            ids = [tokenizer(text).input_ids[2:-1] for text in texts]
+            return max(map(len, ids)), max(map(ctc_frames, ids))
+
+        longest = words.longest_texts(language, 10)
+        assert most(longest) >= most(possible)
+        assert len(longest) == (10 if language == "en" else 4 * 8 * 5 * 8)
+        if language == "en":
+            assert most(longest) == most(possible), "nothing is refused that can be learnt"
+        else:
+            assert {text for text in sentences if len(text.split()) == 4} <= set(longest)
 
 
 def test_a_cell_whose_sizes_cannot_be_is_named_before_anything_is_trained(scale):
@@ -537,14 +759,22 @@ def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
     assert paper_table.interval_of_bleu([run, perfect]) == "-"
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu-long", "cpu-narrow", "cpu-rnnt"])
-@pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
-def test_the_page_has_the_tables_that_the_results_give(scale, tmp_path, monkeypatch):
-    results = RESEARCH.parent / "results" / "paper" / scale
-    shutil.copytree(results, tmp_path / scale)
+RESULTS = RESEARCH.parent / "results" / "paper"
+
+
+@pytest.mark.parametrize("scale", sorted(path.parent.name for path in RESULTS.glob("*/table.md")))
+def test_a_table_is_what_the_runs_beside_it_give(scale, tmp_path, monkeypatch):
+    shutil.copytree(RESULTS / scale, tmp_path / scale)
     monkeypatch.setattr(paper_table, "plot", lambda *_: None)  # takes longer than the table
     table = paper_table.write_table(tmp_path / scale)
-    assert table == (results / "table.md").read_text()
+    assert "| dense | " in table
+    assert table == (RESULTS / scale / "table.md").read_text()
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu-long", "cpu-narrow", "cpu-rnnt"])
+@pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
+def test_the_page_has_the_tables_of_the_results(scale):
+    table = (RESULTS / scale / "table.md").read_text()
     page = (RESEARCH.parent / "docs" / "paper.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) > 8
@@ -553,8 +783,8 @@ def test_the_page_has_the_tables_that_the_results_give(scale, tmp_path, monkeypa
 
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
 def test_the_page_has_the_table_over_all_grids():
-    text = paper_summary.summary(paper_summary.RESULTS)
-    assert text == (paper_summary.RESULTS / "summary.md").read_text()
+    text = paper_summary.summary(RESULTS)
+    assert text == (RESULTS / "summary.md").read_text()
     rows = text.splitlines()
     assert len(rows) > 5
     assert [row for row in rows if row not in (RESEARCH.parent / "docs" / "paper.md").read_text()] == []

@@ -224,6 +224,17 @@ def test_a_transcript_that_is_too_long_for_the_frames_is_named(name, own, words,
         run(monkeypatch, name, "--dataset", tmp_path / "data", *ENCODER, *options)
 
 
+def test_a_clip_longer_than_the_window_is_named_before_training(monkeypatch, tmp_path):
+    table(tmp_path / "data", ["one", "two", "one"], ["train", "train", "validation"])
+    monkeypatch.setattr("transformers.Trainer.train", None)
+    data = ["--dataset", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    for path, more in (("1.wav", []), ("2.wav", ["--eval_split", "validation"])):
+        soundfile.write(tmp_path / "data" / path, speech(1.1).numpy(), 16_000)
+        with pytest.raises(ValueError, match=rf"{path} \(row \d\) must be of at most 1 seconds"):
+            run(monkeypatch, "train_asr", *data, *ENCODER, *WHISPER, *TRAINING, *more)
+        soundfile.write(tmp_path / "data" / path, speech(0.5).numpy(), 16_000)
+
+
 def run_in_two_processes(name, options, folder):
     """What `accelerate launch` and `torchrun` do."""
     with socket.socket() as free:

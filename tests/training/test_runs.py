@@ -220,13 +220,17 @@ def test_a_clip_longer_than_the_window_is_refused_by_name_before_training(
     assert "1.wav (row 1) must be of at most 1 seconds" in capsys.readouterr().err
 
 
-def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(dense_wav2vec2, clips, tmp_path, capsys):
+def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step_and_the_texts(
+    dense_wav2vec2, tmp_path, capsys
+):
+    clips = table(tmp_path / "data", ["abba", "feed"])
     assert (
         finetune(dense_wav2vec2, clips, tmp_path / "out", "--learning_rate", "1e30", "--max_grad_norm", "0")
         == 2
     )
     message = capsys.readouterr().err
-    assert "must be finite, got" in message and "in the batch of step 2" in message
+    assert "the loss must be finite, got" in message and "in the batch of step 2" in message
+    assert "'abba'" in message and "'feed'" in message
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
