@@ -468,6 +468,7 @@ def test_faults_of_a_scale_are_named(change, message, tmp_path):
             {"speeds": []},
             r"`speeds` in `words` of recognition must be a list of numbers above 0, got \[\]",
         ),
+        ("words", {"new_voices": 1}, r"`new_voices` in `words` of recognition must be true or false, got 1"),
         ("words", {"speeds": [1, 0]}, r"`speeds` in `words` of recognition must be a list .*, got \[1, 0\]"),
     ],
 )
