@@ -95,8 +95,8 @@ def prepare_export_dir(out: str | Path, overwrite: bool) -> Path:
     weights = sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []
     if weights:
         raise FileExistsError(
-            f"the output folder {folder} holds a checkpoint, {weights[0]}, which could not be loaded any more with the "
-            "config of the export; name another folder"
+            f"the output folder {folder} holds a checkpoint, {weights[0]}, whose config an export may replace, so that "
+            "nothing could load it any more; name another folder"
         )
     return folder
 
