@@ -10,6 +10,7 @@ model.
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -147,13 +148,17 @@ class QuantizedWeight(nn.Module):
         shape = shape if levels is None else (out_features, 1)
         self.weight_scale = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._unpacked: Tensor | None = None  # see `unpacked_weights`
+        self._num_users = 0  # of the unpacked matrix
         self._kernel: tuple[KernelWeight | None, list[Any]] = (None, [])  # see `kernel`
 
     @property
     def weight(self) -> Tensor:
         """The matrix, (out_features, in_features), computed at each access unless it is unpacked."""
-        if self._unpacked is not None:
-            return self._unpacked
+        unpacked = self._unpacked  # read once, since another thread may change it
+        return self.dequantized() if unpacked is None else unpacked
+
+    def dequantized(self) -> Tensor:
+        """The matrix, (out_features, in_features), computed from the integers and scales."""
         return rotate(dequantize(self.weight_packed, self.scale(), self.bits), self.rotation)
 
     @property
@@ -179,7 +184,8 @@ class QuantizedWeight(nn.Module):
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """`packed` and `scale`, or the matrix and None while it is unpacked."""
-        return (self.weight_packed, self.scale()) if self._unpacked is None else (self._unpacked, None)
+        unpacked = self._unpacked
+        return (self.weight_packed, self.scale()) if unpacked is None else (unpacked, None)
 
     def kernel(self) -> KernelWeight | None:
         """The matrix, still rotated, in the form of a kernel, which takes memory of its own; None where it has none.
@@ -247,8 +253,9 @@ class QuantizedSharedLinear(QuantizedWeight):
     _factored = SharedLinear._factored
 
     def _product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        if self._unpacked is not None:
-            return F.linear(rows, self._unpacked, bias)
+        unpacked = self._unpacked
+        if unpacked is not None:
+            return F.linear(rows, unpacked, bias)
         rows = rotate(rows, self.rotation)  # sooner than the matrix
         kernel = self.kernel() if is_fast(rows) else None
         if kernel is None:
@@ -303,11 +310,9 @@ class QuantizedEmbedding(QuantizedWeight):
         self.embedding_dim, self.padding_idx = dense.embedding_dim, dense.padding_idx
         self.weight_mean = nn.Parameter(self.weight_scale.new_zeros(dense.embedding_dim))
 
-    @property
-    def weight(self) -> Tensor:
-        """The matrix, (num_tokens, hidden_size), computed at each access unless it is unpacked."""
-        weight = super().weight
-        return weight if self._unpacked is not None else weight + self.weight_mean
+    def dequantized(self) -> Tensor:
+        """The matrix, (num_tokens, hidden_size), with the mean."""
+        return super().dequantized() + self.weight_mean
 
     def reset_parameters(self) -> None:
         """As in `QuantizedWeight`, with a mean of zeros."""
@@ -418,24 +423,35 @@ class TiedOutput(nn.Module):
         return logits
 
 
+_unpacking = threading.Lock()
+
+
 @contextmanager
 def unpacked_weights(model: nn.Module) -> Iterator[None]:
     """Inside this context, all matrices of few bits that `model` uses are also there in full, for many calls.
 
-    They take the memory of a dense model meanwhile. Gradients do not reach the scales.
+    They take the memory of a dense model meanwhile. Gradients do not reach the scales. Several threads may be inside:
+    the first unpacks a matrix, and the last to leave takes it away.
     """
     used = [
         getattr(module, "shared", None) for module in model.modules() if isinstance(module, ResidualLinear)
     ]
     packed = [module for module in (*model.modules(), *used) if isinstance(module, QuantizedWeight)]
+    held = []
     try:
-        with torch.no_grad():
+        with _unpacking, torch.no_grad():
             for module in packed:
-                module._unpacked = module.weight
+                if not module._num_users:
+                    module._unpacked = module.dequantized()
+                module._num_users += 1
+                held.append(module)
         yield
     finally:
-        for module in packed:
-            module._unpacked = None
+        with _unpacking:
+            for module in held:
+                module._num_users -= 1
+                if not module._num_users:
+                    module._unpacked = None
 
 
 SHARED = (SharedLinear, QuantizedSharedLinear)

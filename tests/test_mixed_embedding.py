@@ -1,6 +1,8 @@
 """A token embedding in which ranges of tokens have numbers of bits of their own."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_whole_model import labelled
 from transformers import AutoModelForSpeechSeq2Seq
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer import layers
 from hf_residual_transformer.compression import allocation
 from hf_residual_transformer.compression.allocation import embedding_curves, token_ranges
 from hf_residual_transformer.compression.statistics import EmbeddingStatistics
@@ -166,3 +169,49 @@ def test_few_bits_are_measured_and_more_bits_follow_from_them():
         two, three, five = (curve.errors[0] for curve in curves if curve.group.layers == (end,))
         assert two > 8 * three  # the square of about four
         assert 4 < three / five < 40  # of second order again
+
+
+def test_threads_that_unpack_a_table_at_the_same_time_all_see_it_whole(monkeypatch):
+    table = mixed().get_input_embeddings()
+    expected, found, real = table.weight, [], layers.dequantize
+    first_is_done, both = threading.Event(), threading.Barrier(2)
+
+    def slow(*args):
+        result = real(*args)
+        time.sleep(0.02)  # so that the threads are inside at the same time
+        return result
+
+    def use(leaves_first):
+        both.wait()
+        with unpacked_weights(table):
+            found.append(table.weight)
+            if not leaves_first:
+                first_is_done.wait()
+                found.append(table.weight)
+        first_is_done.set()
+
+    monkeypatch.setattr(layers, "dequantize", slow)
+    threads = [threading.Thread(target=use, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and all(torch.equal(weight, expected) for weight in found)
+    assert all(part._unpacked is None for _, part in table.ranges)
+    with pytest.raises(RuntimeError, match="no memory"), monkeypatch.context() as patch:
+        patch.setattr(QuantizedEmbedding, "dequantized", fails_at_last(table))
+        with unpacked_weights(table):
+            pass
+    assert all(part._unpacked is None for _, part in table.ranges)
+
+
+def fails_at_last(table):
+    """A `dequantized` that fails for the last range."""
+    last, real = table.ranges[-1][1], QuantizedEmbedding.dequantized
+
+    def dequantized(part):
+        if part is last:
+            raise RuntimeError("no memory")
+        return real(part)
+
+    return dequantized
