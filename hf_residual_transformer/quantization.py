@@ -140,19 +140,19 @@ def quantize(
             it is the largest power of two that does.
     """
     rotation = rotation_of(weight.shape[1], rotation)
+    root, dtype = None, torch.float64
     if covariance is not None:
         covariance = rotate(rotate(covariance, rotation).T, rotation)
-    onward, dtype = None, torch.float64  # row j: how later columns compensate for the error of column j
-    if covariance is not None:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        # Upper triangular, with `root root.T` as the covariance.
+        root = torch.linalg.cholesky(covariance.flip(0, 1)).flip(0, 1)
         # Errors in float32 are small beside those of rounding, and it takes half the time.
         dtype = torch.float32
-        onward, covariance = torch.linalg.cholesky(inverse, upper=True).to(dtype), covariance.to(dtype)
+        covariance = covariance.to(dtype)
     packed, found, of_rows = [], [], []
     for rows in weight.split(ROWS):  # which are independent of one another
         rows = rotate(rows.to(dtype), rotation)
         row_scale = _row_scale(rows, bits) if scale_bits == 8 else None
-        codes, scales = _round_onward(rows, covariance, onward, bits, block_size, row_scale)
+        codes, scales = _round_onward(rows, root, bits, block_size, row_scale)
         if covariance is not None:
             for _ in range(sweeps):
                 scales = _best_scales(rows, codes, scales, covariance, row_scale)
@@ -196,32 +196,41 @@ def _storable(scales: Tensor, row_scale: Tensor | None) -> Tensor:
 
 
 def _round_onward(
-    weight: Tensor,
-    covariance: Tensor | None,
-    onward: Tensor | None,
-    bits: int,
-    block_size: int,
-    row_scale: Tensor | None,
+    weight: Tensor, root: Tensor | None, bits: int, block_size: int, row_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Integers, (out_features, in_features), and scales, by rounding one column after another, as in GPTQ."""
-    weight = weight.clone()
-    matter = torch.ones_like(weight[0]) if covariance is None else covariance.diagonal()
+    """Integers, (out_features, in_features), and scales, by rounding one column after another, as in GPTQ.
+
+    Later columns compensate for the errors of those before. `root`, (in_features, in_features), says how: it is upper
+    triangular, and `root root.T` is the covariance of the inputs.
+    """
     codes, scales = torch.empty_like(weight), []
-    for start in range(0, weight.shape[1], block_size):
-        end = start + block_size
-        scale = _scale(weight[:, start:end], matter[start:end], bits, row_scale)
+    if root is None:
+        matter = torch.ones_like(weight[0])
+        for start in range(0, weight.shape[1], block_size):
+            columns = slice(start, start + block_size)
+            scales.append(_scale(weight[:, columns], matter[columns], bits, row_scale))
+            codes[:, columns] = _round(weight[:, columns], scales[-1].unsqueeze(1), bits)
+        return codes, torch.stack(scales, dim=1)
+    matter, lowest_code = root.square().sum(1).to(weight), lowest(bits)
+    inverses = torch.linalg.inv(
+        torch.stack([root[i : i + block_size, i : i + block_size] for i in range(0, len(root), block_size)])
+    ).to(weight)
+    root = root.to(weight)
+    pull = torch.zeros_like(weight)  # the errors of all columns before, times `root`
+    for start, onward in zip(range(0, weight.shape[1], block_size), inverses):
+        columns = slice(start, start + block_size)
+        wanted = weight[:, columns] + pull[:, columns] @ onward
+        scale = _scale(wanted, matter[columns], bits, row_scale)
         scales.append(scale)
-        if onward is None:
-            codes[:, start:end] = _round(weight[:, start:end], scale.unsqueeze(1), bits)
-            continue
-        lacking = torch.zeros_like(weight[:, start:end])
-        for column in range(start, end):
-            wanted = weight[:, column]
-            codes[:, column] = _round(wanted, scale, bits)
-            missing = (wanted - codes[:, column] * scale) / onward[column, column]
-            lacking[:, column - start] = missing
-            weight[:, column + 1 : end] -= torch.outer(missing, onward[column, column + 1 : end])
-        weight[:, end:] -= lacking @ onward[start:end, end:]
+        # Transposed, so that a column of the matrix is contiguous in memory.
+        wanted, found = wanted.T.contiguous(), codes.new_empty(block_size, len(codes))
+        for place, code in enumerate(found):
+            torch.div(wanted[place], scale, out=code).round_().clamp_(lowest_code, -lowest_code - 1)
+            missing = torch.addcmul(wanted[place], code, scale, value=-1).div_(onward[place, place])
+            wanted[place + 1 :].addr_(onward[place, place + 1 :], missing, alpha=-1)
+        codes[:, columns] = found.T
+        error = weight[:, columns] - codes[:, columns] * scale.unsqueeze(1)
+        pull[:, columns.stop :].addmm_(error, root[columns, columns.stop :])
     return codes, torch.stack(scales, dim=1)
 
 
@@ -319,6 +328,10 @@ def _scale(block: Tensor, matter: Tensor, bits: int, row_scale: Tensor | None) -
     scales = largest / lowest(bits) * block.new_tensor(CANDIDATES)  # (out_features, candidates)
     scales = _storable(scales, row_scale)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    rounded = _round(block.unsqueeze(1), scales.unsqueeze(2), bits) * scales.unsqueeze(2)
-    errors = ((rounded - block.unsqueeze(1)).square() * matter).sum(2)
+    errors = torch.empty_like(scales)
+    for index, scale in enumerate(
+        scales.T.unsqueeze(2)
+    ):  # few numbers at a time, which stay in the processor's cache
+        rounded = torch.div(block, scale).round_().clamp_(lowest(bits), -lowest(bits) - 1).mul_(scale)
+        errors[:, index] = rounded.sub_(block).square_() @ matter
     return scales.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)

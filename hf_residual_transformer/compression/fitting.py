@@ -120,13 +120,13 @@ def fit_group(
     size = min(out_features, in_features)
     identity = torch.eye(in_features, dtype=weights[0].dtype, device=weights[0].device)
     C = covariances or [identity] * len(weights)
-    roots = [torch.linalg.cholesky(c) for c in C] if covariances else C
+    roots = [torch.linalg.cholesky(c) if covariances and rank else c for c, rank in zip(C, ranks)]
     alone = len(weights) == 1
     total = C[0] if alone else torch.stack(C).sum(0)
-    total_root = roots[0] if alone else torch.linalg.cholesky(total)
+    total_root = total if alone else torch.linalg.cholesky(total)
     G = torch.eye(out_features, dtype=weights[0].dtype, device=weights[0].device)
     G = G if importance is None else importance
-    R = torch.linalg.cholesky(G).T
+    R = torch.linalg.cholesky(G).T if any(ranks) else G
     shape = (out_features - size, in_features - size)
 
     def embed(values: Tensor | None) -> Tensor | float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Block, LayerStack, Stage
-from ..layers import QuantizedWeight, ResidualLinear, rows_last, unpacked_weights
+from ..layers import QuantizedWeight, ResidualLinear, at_least_float32, rows_last, unpacked_weights
 from ..modeling import forward_as
 from ..reporting import ModuleError
 from .fitting import fit_group
@@ -27,7 +27,8 @@ from .processes import ALONE, Processes
 from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, Weights, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
-Calls = dict[str, tuple[Tensor, Tensor]]  # inputs and outputs of each module of a layer, by path
+# Inputs and outputs of each module of a layer, by path. A module at which the layer ends has no output.
+Calls = dict[str, tuple[Tensor, Any]]
 # By path of a branch's module: its output, and the call of its writer. Such a branch need not run again.
 Finished = dict[str, tuple[Any, Calls]]
 
@@ -45,7 +46,7 @@ class CrossMoments(WeightedMoments):
         """Adds (number, in_features) with (number, out_features), each with its weight, (number,)."""
         of_batch = Weights(weights)
         inputs, mean = self._add(inputs, of_batch)
-        self.squares += (of_batch.weights @ wanted.double().square()).sum()
+        self.squares += of_batch.weights @ at_least_float32(wanted).square().sum(1).double()
         wanted, total, _ = of_batch.about_mean(wanted)
         self.wanted_sum += total
         self.cross += (wanted.T @ inputs.to(wanted)).double() * of_batch.scale
@@ -218,7 +219,8 @@ class Streams:
         cross, products = found.about(offset)
         weight = self.source.weight(layer_idx, path)
         missing = cross - weight @ products
-        weight = weight + torch.linalg.solve(found.damped(products, RIDGE), missing.T).T
+        root = torch.linalg.cholesky(found.damped(products, RIDGE))
+        weight = weight + torch.cholesky_solve(missing.T, root).T
         shared, members = linear.shared, [layer_idx]
         others = [self.target.linear(index, path).shared for index in range(len(self.target))]
         begins = shared is not None and others.index(shared) == layer_idx
@@ -271,8 +273,8 @@ def _calls(
         hidden_states: what it gets.
         context: its other arguments.
         paths: the modules that are watched. In a branch that is finished, only the writer is.
-        whole: whether the layer runs to its end, and not only up to the last of these modules. If not, the output is
-            `hidden_states`.
+        whole: whether the layer runs to its end, and not only up to the last of these modules, which then does not run.
+            If not, the output is `hidden_states`.
         finished: branches that do not run, since their outputs are known.
         finishes: branches that become finished by this run.
     """
@@ -282,10 +284,12 @@ def _calls(
     def watch(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             calls[path] = rows_last(module, args[0]), rows_last(module, output)
-            if not whole and path == paths[-1]:
-                raise Reached
 
         return hook
+
+    def end(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls[paths[-1]] = rows_last(module, args[0]), None
+        raise Reached
 
     def given(output: Any) -> Callable[..., Any]:
         return lambda *_args, **_kwargs: output
@@ -298,7 +302,10 @@ def _calls(
 
     args, kwargs = context
     known = dict(finished)
-    handles = [layer.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
+    watched = paths if whole else paths[:-1]
+    handles = [layer.get_submodule(path).register_forward_hook(watch(path)) for path in watched]
+    if not whole:
+        handles.append(layer.get_submodule(paths[-1]).register_forward_pre_hook(end))
     for block in finishes:
         if block.module not in known:
             handles.append(layer.get_submodule(block.module).register_forward_hook(finish(block)))
