@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ for revision in revisions:
 print(json.dumps(found))
 """
 )
+COMMANDS = """
+import json, sys
+import hrt_cli
+print(json.dumps([hrt_cli.main(words) for words in json.loads(sys.argv[1])]))
+"""
 LOAD_WITH_PACKAGE = """
 import sys
 import hf_residual_transformer
@@ -154,11 +160,22 @@ def test_the_command_pushes_a_folder_with_a_card_that_it_makes(hub, folder, tmp_
     rates = {"wer": 0.0531, "cer": 0.0211, "clips": 48, "stopped_by": None}
     data = {"dataset": "google/fleurs", "split": "test", "language": "en"}
     evaluation.write_text(json.dumps({**report, **rates, "data": data}))
-    words = ["-m", "hrt_cli", "push", folder, "tiny", "--license", "mit", "--language", "en"]
-    printed = succeed(hub, tmp_path, [*words, "--evaluation", evaluation])
+    own = shutil.copytree(folder, tmp_path / "own")  # with a card of its own
+    (own / "README.md").write_text("---\nlicense: mit\n---\nMine\n")
+    commands = [
+        [folder, "tiny", "--license", "mit", "--language", "en", "--evaluation", evaluation],
+        [folder, "tiny", "--create-pr"],
+        [own, "tiny", "--with-code"],
+        [own, "tiny", "--license", "mit"],
+    ]
+    done = start(
+        hub, tmp_path, ["-c", COMMANDS, json.dumps([["push", *map(str, words)] for words in commands])]
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, 0, 2], done.stderr
+    assert "--license must not be given where" in done.stderr
     repo_id = f"{USER}/tiny"
-    assert f"{hub.endpoint}/{repo_id}" in printed
-    files = hub.files(repo_id)
+    assert f"{hub.endpoint}/{repo_id}" in done.stdout
+    _, files, _, last = hub.commits.values()
     assert not set(files) & {"predictions.jsonl", *CODE_FILES}
     assert json.loads(files["compression.json"]) == report
     card = ModelCard(files["README.md"].decode())
@@ -169,14 +186,11 @@ def test_the_command_pushes_a_folder_with_a_card_that_it_makes(hub, folder, tmp_
     for said in ("recordings of my-recordings, split train", "48 clips of google/fleurs", "`hrt compress"):
         assert said in card.text
     # Without options, the repository's card stays; a README.md in the folder is one.
-    succeed(hub, tmp_path, ["-m", "hrt_cli", "push", folder, "tiny", "--create-pr"])
     assert hub.files(repo_id, "refs/pr/1")["README.md"] == files["README.md"]
-    (folder / "README.md").write_text("---\nlicense: mit\n---\nMine\n")
-    succeed(hub, tmp_path, ["-m", "hrt_cli", "push", folder, "tiny", "--with-code"])
-    assert b"Mine" in hub.files(repo_id)["README.md"] and set(hub.files(repo_id)) >= CODE_FILES
-    assert "auto_map" not in json.loads((folder / "config.json").read_text())  # the folder stays as it was
-    done = start(hub, tmp_path, ["-m", "hrt_cli", "push", folder, "tiny", "--license", "mit"])
-    assert done.returncode == 2 and "--license must not be given where" in done.stderr
+    assert hub.files(repo_id) == last
+    assert b"Mine" in last["README.md"] and set(last) >= CODE_FILES
+    for path in (folder, own):  # the folders stay as they were
+        assert "auto_map" not in json.loads((path / "config.json").read_text())
 
 
 @of_any_endpoint

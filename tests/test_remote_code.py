@@ -195,34 +195,37 @@ LOCAL = """
 import sys
 {imports}
 from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
-folder, trusted = sys.argv[1], {{"trust_remote_code": {trusts}}}
-config = AutoConfig.from_pretrained(folder, **trusted)
-AutoProcessor.from_pretrained(folder, **trusted)
-for auto in (AutoModel, AutoModelForSpeechSeq2Seq):
-    assert type(auto.from_pretrained(folder, **trusted)).__module__ == "hf_residual_transformer.classes"
-model = pipeline("automatic-speech-recognition", model=folder, **trusted).model
-assert type(model).__module__ == "hf_residual_transformer.classes", type(model)
-model.save_pretrained(sys.argv[2])
+folder, again = sys.argv[1:]
+for trusts in {trusts}:
+    trusted = {{"trust_remote_code": trusts}}
+    AutoConfig.from_pretrained(folder, **trusted)
+    AutoProcessor.from_pretrained(folder, **trusted)
+    for auto in (AutoModel, AutoModelForSpeechSeq2Seq):
+        assert type(auto.from_pretrained(folder, **trusted)).__module__ == "hf_residual_transformer.classes", trusts
+    model = pipeline("automatic-speech-recognition", model=folder, **trusted).model
+    assert type(model).__module__ == "hf_residual_transformer.classes", (trusts, type(model))
+    model.save_pretrained(f"{{again}}-{{trusts}}")
 print(*[name for name in sys.modules if name.startswith("transformers_modules") and name.count(".") > 1])
 """
 
 
-@pytest.mark.parametrize("trusts", [True, None, False])
-def test_nothing_remote_runs_where_the_package_is_imported(with_code, trusts, tmp_path):
+def test_nothing_remote_runs_where_the_package_is_imported(with_code, tmp_path):
     # A file that fails where it runs, so that an import could not hide.
     for path in with_code.glob("*.py"):
         path.write_text("raise SystemExit('the code of the checkpoint ran')")
+    trusts = (True, None, False)
     code = LOCAL.format(imports="import hf_residual_transformer", trusts=trusts)
     assert run_python(code, tmp_path, with_code, tmp_path / "again").strip() == ""
     # The folder gets the package's code, since it came from one that carries code.
-    assert (tmp_path / "again" / CODE.name).read_text() == CODE.read_text()
+    for trust in trusts:
+        assert (tmp_path / f"again-{trust}" / CODE.name).read_text() == CODE.read_text()
 
 
 def test_where_the_package_is_installed_but_not_imported_the_code_hands_over_to_it(with_code, tmp_path):
     for path in with_code.glob("*.py"):
         if path.name != CODE.name:
             path.write_text("raise SystemExit('the code of the checkpoint ran')")
-    printed = run_python(LOCAL.format(imports="", trusts=True), tmp_path, with_code, tmp_path / "again")
+    printed = run_python(LOCAL.format(imports="", trusts=(True,)), tmp_path, with_code, tmp_path / "again")
     assert all(name.endswith(".remote") for name in printed.split()) and printed.split()
 
 
@@ -230,27 +233,27 @@ UNTRUSTED = (
     ABSENT
     + """
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, pipeline
-folder, option = sys.argv[1], {} if sys.argv[2] == "None" else {"trust_remote_code": False}
-for load in (
-    AutoConfig.from_pretrained,
-    AutoModelForSpeechSeq2Seq.from_pretrained,
-    lambda folder, **option: pipeline("automatic-speech-recognition", model=folder, **option),
-):
-    try:
-        load(folder, **option)
-    except ValueError as error:
-        assert "trust_remote_code=True" in str(error), error
-    else:
-        raise SystemExit("it loaded")
+(folder,) = sys.argv[1:]
+for option in ({}, {"trust_remote_code": False}):
+    for load in (
+        AutoConfig.from_pretrained,
+        AutoModelForSpeechSeq2Seq.from_pretrained,
+        lambda folder, **option: pipeline("automatic-speech-recognition", model=folder, **option),
+    ):
+        try:
+            load(folder, **option)
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            raise SystemExit(f"it loaded with {option}")
 """
 )
 
 
-@pytest.mark.parametrize("trusts", [None, False])
-def test_code_runs_only_where_the_user_asks(with_code, trusts, tmp_path):
+def test_code_runs_only_where_the_user_asks(with_code, tmp_path):
     for path in with_code.glob("*.py"):
         path.write_text("raise SystemExit('the code of the checkpoint ran')")
-    run_python(UNTRUSTED, tmp_path, with_code, trusts)
+    run_python(UNTRUSTED, tmp_path, with_code)
 
 
 def test_without_being_asked_no_code_is_saved_and_false_takes_it_away(with_code, tmp_path):
