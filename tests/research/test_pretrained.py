@@ -38,7 +38,7 @@ def test_a_compressed_whisper_still_transcribes_after_saving_loading_and_merging
     torch.manual_seed(0)
     processor = AutoProcessor.from_pretrained(tiny_en)
     speech = load_speech_dataset(ROOT / "sample", "train", language="en", text_column=None)
-    inputs = calibration_batches(speech, processor, num_windows=6, batch_size=2, pack=True)
+    inputs = calibration_batches(speech, processor, num_windows=3, batch_size=1, pack=True)
     residual = hrt.ResidualConfig(
         group_size=dict.fromkeys(("q_proj", "k_proj", "fc1")) | {"out_proj": 2, "fc2": 2}
     )
@@ -58,7 +58,7 @@ def test_a_compressed_whisper_still_transcribes_after_saving_loading_and_merging
 def test_the_svd_start_is_worse_than_the_calibrated_one_on_real_weights(tiny_en):
     processor = AutoProcessor.from_pretrained(tiny_en)
     speech = load_speech_dataset(ROOT / "sample", "train", language="en", text_column=None)
-    inputs = calibration_batches(speech, processor, num_windows=4, batch_size=2, pack=True)
+    inputs = calibration_batches(speech, processor, num_windows=2, batch_size=1, pack=True)
     reports = {
         start: hrt.ResidualWhisperForConditionalGeneration.from_dense(
             tiny_en,
