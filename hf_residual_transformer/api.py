@@ -345,7 +345,7 @@ def export(
 
     Args:
         model: a Whisper for transcription, or the id or folder of one.
-        out: folder for the exported model; it must be empty or new. It is written whole or not at all.
+        out: folder for the exported model; it must be empty or new. If it cannot be written whole, it stays as it was.
         format: "onnx"; "sherpa-onnx", the same matrices in the two graphs that sherpa-onnx reads; or "ggml" for
             whisper.cpp. The last takes compact models whose matrices are blocks of at most four bits and nothing else,
             no low rank and no diagonal, and stores them as q4_0 without rounding again.

@@ -478,7 +478,7 @@ def train_and_save(
         finish()
     new = unfinished(output_dir)
     if trainer.is_world_process_zero() and new.is_dir():
-        shutil.rmtree(new)  # of a run that was killed
+        shutil.rmtree(new)  # of an earlier run, as `prepare_output_dir` said
     trainer.accelerator.wait_for_everyone()
     own = trainer.model.dtype
     rounds = dtype not in (None, own) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)

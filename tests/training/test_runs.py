@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from conftest import logged, moved
 from transformers import Seq2SeqTrainingArguments
 
 import hrt_cli
+from hf_residual_transformer.folders import adopt, complete_folder, prepare_output_dir, unfinished
 from hf_residual_transformer.training.arguments import TrainingDataArguments, warn_of_slow_bfloat16
 from hf_residual_transformer.training.checkpoints import fault_of, last_checkpoint
 from hf_residual_transformer.training.running import run_training
@@ -242,3 +246,117 @@ def test_slow_bfloat16_is_said_before_training(capability, warns, tmp_path, monk
         caplog.clear()
         warn_of_slow_bfloat16(args)
         assert ("several times slower" in caplog.text) == (warns and bf16)
+
+
+NEW, OLD = (
+    {"config.json": "new", "model.safetensors": "new", "onnx/graph.onnx": "new"},
+    {"config.json": "old", "model.safetensors": "old", "notes.txt": "old"},
+)
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def files_in(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def mount(monkeypatch, volume):
+    """Lets `os.replace` refuse what the kernel refuses where `volume` is mounted."""
+    replace = os.replace
+
+    def refusing(source, target):
+        source, target = Path(source).resolve(), Path(target).resolve()
+        if volume in (source, target):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        if (volume in source.parents) != (volume in target.parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", refusing)
+
+
+@pytest.mark.parametrize("old", [{}, OLD], ids=["empty", "overwritten"])
+@pytest.mark.parametrize("kind", ["mounted", "linked", "working"])
+def test_a_folder_that_is_there_gets_the_result_whatever_it_is(kind, old, tmp_path, monkeypatch):
+    folder = out = tmp_path / "volume"
+    out.mkdir()
+    write_files(folder, old)
+    if kind == "mounted":
+        mount(monkeypatch, folder)
+    elif kind == "linked":
+        out = tmp_path / "link"
+        out.symlink_to(folder, target_is_directory=True)
+    else:
+        monkeypatch.chdir(folder)
+        out = Path(".")
+    with complete_folder(prepare_output_dir(out, overwrite=bool(old))) as new:
+        write_files(new, NEW)
+        assert files_in(folder) != NEW
+    assert files_in(folder) == {**old, **NEW}
+    assert set(tmp_path.iterdir()) == {folder, out.absolute()}
+
+
+def test_a_link_to_no_folder_yet_leads_to_the_new_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "volume" / "model", target_is_directory=True)
+    with complete_folder(prepare_output_dir(tmp_path / "link", overwrite=False)) as new:
+        write_files(new, NEW)
+    assert (tmp_path / "link").is_symlink() and files_in(tmp_path / "volume" / "model") == NEW
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_file_is_lost_where_the_result_cannot_be_moved(killed, tmp_path, monkeypatch):
+    replace = os.replace
+    for failing in range(1, 6):  # two old files go, three new ones come
+        folder, calls = tmp_path / str(failing), []
+        write_files(folder, OLD)
+        new = unfinished(folder)
+        write_files(new, NEW)
+
+        def refusing(source, target, failing=failing, calls=calls):
+            calls.append(target)
+            if len(calls) == failing or (killed and len(calls) > failing):
+                raise PermissionError("the file is open elsewhere")
+            replace(source, target)
+
+        monkeypatch.setattr("os.replace", refusing)
+        with pytest.raises(OSError, match="open elsewhere") as error_info:
+            adopt(new, folder)
+        found = files_in(folder)
+        if not killed:
+            assert found == {**OLD, **{f"{new.name}/{name}": content for name, content in NEW.items()}}
+            assert f"the whole result is in {new}: move it from there" in str(error_info.value)
+        else:
+            assert {
+                name.removeprefix(f"{new.name}/replaced.unfinished/")
+                for name, text in found.items()
+                if text == "old"
+            } == set(OLD)
+            assert {
+                name.removeprefix(f"{new.name}/") for name, text in found.items() if text == "new"
+            } == set(NEW)
+            if "config.json" in found:
+                assert failing == 1 and found["config.json"] == "old" and found["model.safetensors"] == "old"
+
+
+def test_what_a_killed_run_left_is_no_file_of_the_user_and_is_named_before_it_is_deleted(tmp_path, caplog):
+    for out in (tmp_path / "new", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        left = unfinished(out)
+        write_files(left, {"old.txt": "of a killed run"})
+        caplog.clear()
+        with complete_folder(prepare_output_dir(out, overwrite=False)) as new:
+            write_files(new, NEW)
+        assert f"{left} holds what an earlier run wrote before it was stopped" in caplog.text
+        assert files_in(out) == NEW and not left.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(dense_wav2vec2, clips, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert finetune(dense_wav2vec2, clips, tmp_path / "file" / "out") == 2
+    assert f"{tmp_path / 'file'} takes no new files" in capsys.readouterr().err
