@@ -199,12 +199,12 @@ def shards_of(index: Path) -> list[str]:
 
 
 def set_checkpoints_aside(folder: Path) -> None:
-    """Renames the checkpoints of an earlier run, so that "last" cannot mean one of them."""
+    """Renames the checkpoints of an earlier run, so that "last" cannot mean one of them, and no upload has them."""
     old = [path for path in sorted(folder.glob(CHECKPOINTS)) if path.is_dir()]
     if not old:
         return
     aside = folder / next(
-        f"earlier-run-{n}" for n in range(1, 10**6) if not (folder / f"earlier-run-{n}").exists()
+        f"_earlier-run-{n}" for n in range(1, 10**6) if not (folder / f"_earlier-run-{n}").exists()
     )
     aside.mkdir()
     for path in old:

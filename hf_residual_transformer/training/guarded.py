@@ -89,14 +89,16 @@ class GuardedTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete."""
+        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete. Then it is pushed,
+        if the run pushes its checkpoints.
+        """
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if self.state.best_global_step and (best == name or (folder / best).is_dir()):
             self.state.best_model_checkpoint = str(folder / best)
         known_best = self.state.best_model_checkpoint
-        self._staging = folder / f"saving{UNFINISHED}"
+        self._staging = folder / f"_saving{UNFINISHED}"  # uploads leave out names with a leading "_"
         if self.args.should_save and self._staging.is_dir():
             shutil.rmtree(self._staging)
         self.accelerator.wait_for_everyone()
@@ -120,7 +122,14 @@ class GuardedTrainer(Trainer):
         finally:
             self._staging = None
             self.state.best_model_checkpoint = known_best
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes as `Trainer` does, which asks for it before the checkpoint is complete, and then in vain."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The sampler that `Trainer` makes, which gets the number of samples where it asks for a clip's length."""

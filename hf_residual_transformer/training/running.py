@@ -464,7 +464,8 @@ def train_and_save(
     trainer: Any, finish: Callable[[], None] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the
-    model, its processor, the trainer's log and the results in the output folder.
+    model, its processor, the trainer's log and the results in the output folder. With `push_to_hub`, the folder is
+    uploaded when the model is complete in it.
 
     Args:
         trainer: of any kind.
@@ -485,13 +486,16 @@ def train_and_save(
     exact = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()} if rounds else {}
     if rounds:
         trainer.model.to(dtype)
-    trainer.save_model(str(new))
-    if rounds:
-        trainer.model.to(own).load_state_dict(exact, strict=False)
+    trainer.save_model(str(new), _internal_call=True)  # without a push, which follows
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         save_processor(trainer.processing_class, new)
         adopt(new, output_dir)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub("Model save")
+    if rounds:
+        trainer.model.to(own).load_state_dict(exact, strict=False)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

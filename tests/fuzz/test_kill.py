@@ -80,7 +80,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name not in OTHERS and not name.startswith(("checkpoint-", "saving.")):
+        if path.is_file() and path.name not in OTHERS and not name.startswith(("checkpoint-", "_saving.")):
             found[name] = path.read_bytes()
     return found
 

@@ -6,13 +6,16 @@ import csv
 import errno
 import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import logged, moved
+from huggingface_hub.utils import filter_repo_objects
 from transformers import Seq2SeqTrainingArguments
 
 import hrt_cli
@@ -172,7 +175,10 @@ def test_overwriting_sets_old_checkpoints_aside_so_that_last_cannot_mean_them(
     shutil.copytree(whole, out)
     bad = table(tmp_path / "bad", ["a" * 3000])
     assert finetune(dense_wav2vec2, bad, out, "--overwrite") == 2
-    assert sorted(path.name for path in (out / "earlier-run-1").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in (out / "_earlier-run-1").iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
     capsys.readouterr()
     assert finetune(dense_wav2vec2, clips, out, "--resume_from_checkpoint", "last") == 2
     assert "no checkpoint in" in capsys.readouterr().err
@@ -360,3 +366,42 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(dense_wav2ve
     (tmp_path / "file").write_text("")
     assert finetune(dense_wav2vec2, clips, tmp_path / "file" / "out") == 2
     assert f"{tmp_path / 'file'} takes no new files" in capsys.readouterr().err
+
+
+def test_only_complete_folders_are_pushed(whole, dense_wav2vec2, clips, tmp_path, monkeypatch):
+    out, pushed = tmp_path / "out", []
+
+    def start(trainer, **kwargs):
+        trainer.hub_model_id, trainer.push_in_progress = "me/model", None
+
+    def upload(*, folder_path, commit_message, ignore_patterns=None, **kwargs):
+        names = [
+            path.relative_to(folder_path).as_posix()
+            for path in Path(folder_path).rglob("*")
+            if path.is_file()
+        ]
+        names = set(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+        pushed.append((commit_message, Path(folder_path).name, names, (out / "checkpoint-2").is_dir()))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    shutil.copytree(whole, out)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", start)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload))
+    monkeypatch.setattr("transformers.Trainer.create_model_card", lambda *args, **kwargs: None)
+    assert (
+        finetune(dense_wav2vec2, clips, out, "--overwrite", "--push_to_hub", "--hub_strategy", "checkpoint")
+        == 0
+    )
+    assert [(message, folder) for message, folder, *_ in pushed] == [
+        ("Training in progress, step 1", "out"),
+        ("Training in progress, step 1, checkpoint", "checkpoint-1"),
+        ("Training in progress, step 2", "out"),
+        ("Training in progress, step 2, checkpoint", "checkpoint-2"),
+        ("Model save", "out"),
+    ]
+    assert [complete for *_, complete in pushed] == [False, False, True, True, True]
+    for _, folder, names, _ in pushed:
+        assert "model.safetensors" in names and not [name for name in names if "/" in name]
+        assert folder == "out" or {"optimizer.pt", "run.json"} <= names
