@@ -89,8 +89,8 @@ class GuardedTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete. Then it is pushed,
-        if the run pushes its checkpoints.
+        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete. Only then is it
+        pushed.
         """
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -145,8 +145,9 @@ def run_distillation(
         processing_class=processor,
         run_data=asdict(data),
     )
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
-    train_and_save(trainer, lambda: restore_windows(student, trainer.outcome, had_windows), stored)
+    train_and_save(
+        trainer, lambda: restore_windows(student, trainer.outcome, had_windows), _stored_dtype(config)
+    )
 
 
 def run_seq2seq_finetuning(
@@ -173,13 +174,15 @@ def run_seq2seq_finetuning(
         overwrite: writes into a folder that already holds files.
     """
     _prepare(args, overwrite)
+    stored = _stored_dtype(AutoConfig.from_pretrained(model_id))
     model = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(model_id)
     if freeze != "none":
         frozen = model.get_encoder() if freeze == "encoder" else model.get_decoder()
         frozen.requires_grad_(False)
     collator = collator_for(model, processor, language=data.language, task=task)
-    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
+    trainer_class = Seq2SeqDistillationTrainer
+    _finetune(trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored)
 
 
 def run_ctc_finetuning(
@@ -213,12 +216,14 @@ def run_ctc_finetuning(
     """
     overrides = read_json("config_overrides", config_overrides or "{}")
     _prepare(args, overwrite)
+    stored = _stored_dtype(AutoConfig.from_pretrained(model_id))
     model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
     processor = AutoProcessor.from_pretrained(model_id)
     if freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
         model.freeze_feature_encoder()
     collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
-    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
+    trainer_class = CTCDistillationTrainer
+    _finetune(trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored)
 
 
 def run_ctc_training(
@@ -396,6 +401,11 @@ def respell(text: str, case: str, remove: str) -> str:
     return " ".join(re.sub(remove, "", CASES[case](text)).split())
 
 
+def _stored_dtype(config: Any) -> torch.dtype | None:
+    """The dtype of a checkpoint, from its config, before it is loaded in another; None where it does not say."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
 def _prepare(args: Any, overwrite: bool) -> None:
     warn_of_slow_bfloat16(args)
     resume = args.resume_from_checkpoint is not None
@@ -414,8 +424,9 @@ def _finetune(
     args: Any,
     learning_rates: str | None,
     lora_rank: int | None,
+    stored: torch.dtype | None,
 ) -> None:
-    """Trains on labels alone, without a teacher, and saves."""
+    """Trains on labels alone, without a teacher, and saves in the dtype in which the model was `stored`."""
     if lora_rank is not None:
         model = add_lora(model, lora_rank)
     splits = data.load_splits(processor, args.seed)
@@ -426,7 +437,7 @@ def _finetune(
     def merge() -> None:
         trainer.model = trainer.model.merge_and_unload()
 
-    train_and_save(trainer, None if lora_rank is None else merge)
+    train_and_save(trainer, None if lora_rank is None else merge, stored)
 
 
 def _labels_trainer(
@@ -483,7 +494,9 @@ def train_and_save(
     trainer.accelerator.wait_for_everyone()
     own = trainer.model.dtype
     rounds = dtype not in (None, own) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    exact = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()} if rounds else {}
+    exact = (
+        {n: value.detach().cpu().clone() for n, value in trainer.model.state_dict().items()} if rounds else {}
+    )
     if rounds:
         trainer.model.to(dtype)
     trainer.save_model(str(new), _internal_call=True)  # without a push, which follows
