@@ -167,7 +167,7 @@ def run_seq2seq_finetuning(
         data: clips with transcripts, or with translations.
         args: `Seq2SeqTrainingArguments`.
         task: "transcribe", or "translate" for texts in English.
-        freeze: "none", or what does not learn: "encoder" or "decoder".
+        freeze: "none", or what does not learn and gets no adapters: "encoder" or "decoder".
         learning_rates: as in `DistillationArguments`.
         lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
             none.
@@ -182,7 +182,10 @@ def run_seq2seq_finetuning(
         frozen.requires_grad_(False)
     collator = collator_for(model, processor, language=data.language, task=task)
     trainer_class = Seq2SeqDistillationTrainer
-    _finetune(trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored)
+    without_lora = None if freeze == "none" else rf".*\.{freeze}\..*"
+    _finetune(
+        trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored, without_lora
+    )
 
 
 def run_ctc_finetuning(
@@ -425,10 +428,13 @@ def _finetune(
     learning_rates: str | None,
     lora_rank: int | None,
     stored: torch.dtype | None,
+    without_lora: str | None = None,
 ) -> None:
-    """Trains on labels alone, without a teacher, and saves in the dtype in which the model was `stored`."""
+    """Trains on labels alone, without a teacher, and saves in the dtype in which the model was `stored`. Modules whose
+    path matches `without_lora` get no adapters.
+    """
     if lora_rank is not None:
-        model = add_lora(model, lora_rank)
+        model = add_lora(model, lora_rank, exclude_modules=without_lora)
     splits = data.load_splits(processor, args.seed)
     trainer = _labels_trainer(
         trainer_class, model, processor, collator, splits, asdict(data), args, learning_rates
