@@ -16,6 +16,7 @@ import soundfile
 import torch
 from conftest import logged, moved
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 from transformers import Seq2SeqTrainingArguments
 
 import hrt_cli
@@ -23,7 +24,7 @@ from hf_residual_transformer.folders import adopt, complete_folder, prepare_outp
 from hf_residual_transformer.training.arguments import TrainingDataArguments, warn_of_slow_bfloat16
 from hf_residual_transformer.training.checkpoints import fault_of, last_checkpoint
 from hf_residual_transformer.training.running import run_training
-from hf_residual_transformer.training.scratch import ModelSizes
+from hf_residual_transformer.training.scratch import ModelSizes, average_checkpoints
 
 TRAINING = [
     "--use_cpu",
@@ -144,19 +145,40 @@ def test_a_run_may_become_longer_and_says_so_but_not_shorter_than_it_is(
     assert last_checkpoint(out) == out / "checkpoint-3"
 
 
-def test_a_half_checkpoint_of_training_from_scratch_is_skipped_too(clips, tmp_path, caplog):
+@pytest.fixture
+def train(clips):
+    """Trains a Whisper from scratch for two steps, with a checkpoint for each."""
     sizes = ModelSizes(
         encoder_layers=1, d_model=16, encoder_ffn_dim=16, attention_heads=2, decoder_layers=1, decoder_ffn_dim=16,
         num_mel_bins=16, window_seconds=1, max_tokens=12,
     )  # fmt: skip
 
-    def train(out, **options):
+    def train(out, average=2, **options):
         args = Seq2SeqTrainingArguments(
             str(out), max_steps=2, save_steps=1, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True,
             report_to="none", disable_tqdm=True, logging_steps=1, **options,
         )  # fmt: skip
-        run_training(sizes, TrainingDataArguments(str(clips)), args, vocab_size=40, average_checkpoints=2)
+        run_training(
+            sizes, TrainingDataArguments(str(clips)), args, vocab_size=40, average_checkpoints=average
+        )
 
+    return train
+
+
+@pytest.mark.parametrize("average", [2, 3])
+def test_the_mean_is_of_all_weights_that_are_there_and_says_where_they_are_fewer(
+    average, train, tmp_path, caplog
+):
+    train(tmp_path / "out", average, save_only_model=True)
+    expected = average_checkpoints([tmp_path / "out/checkpoint-1", tmp_path / "out/checkpoint-2"])
+    for name, value in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+    assert ("has 2 checkpoints with complete weights: the model is their mean" in caplog.text) == (
+        average == 3
+    )
+
+
+def test_a_half_checkpoint_of_training_from_scratch_is_skipped_too(train, tmp_path, caplog):
     train(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
     (tmp_path / "out/checkpoint-2/optimizer.pt").write_bytes(b"")
