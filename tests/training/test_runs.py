@@ -216,6 +216,12 @@ def test_a_transcript_that_is_too_long_for_its_frames_is_refused_by_name_before_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_batch_of_clips_without_words_is_learnt_from(dense_wav2vec2, tmp_path):
+    audio = table(tmp_path / "data", ["", ""])
+    assert finetune(dense_wav2vec2, audio, tmp_path / "out") == 0
+    assert len(logged(tmp_path / "out", "loss")) == 2 and moved(dense_wav2vec2, tmp_path / "out")
+
+
 @pytest.mark.parametrize("text", ["", "a"])
 def test_a_clip_that_makes_no_frame_is_refused_by_name_before_training(
     text, dense_wav2vec2, tmp_path, capsys
