@@ -174,7 +174,7 @@ def _flush(folder: Path) -> None:
     """Waits until the files are on the disk, so that no name outlives its contents."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # Windows flushes no file that is open for reading alone
                 os.fsync(file.fileno())
 
 

@@ -343,6 +343,14 @@ def test_a_link_to_no_folder_yet_leads_to_the_new_one(tmp_path):
     assert (tmp_path / "link").is_symlink() and files_in(tmp_path / "volume" / "model") == NEW
 
 
+def test_files_are_flushed_by_handles_that_may_write_as_windows_wants_it(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda handle: flushed.append(os.write(handle, b"")))
+    with complete_folder(tmp_path / "out") as new:
+        write_files(new, NEW)
+    assert len(flushed) == len(NEW)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_no_file_is_lost_where_the_result_cannot_be_moved(killed, tmp_path, monkeypatch):
     replace = os.replace
