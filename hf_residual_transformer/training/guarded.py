@@ -31,6 +31,9 @@ class GuardedTrainer(Trainer):
         run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
             does not resume from these.
         kwargs: the arguments of `Trainer`.
+
+    Raises:
+        ValueError: for several GPUs in one process, over which the losses here are no means.
     """
 
     args: Any
@@ -38,6 +41,11 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *args: Any, run_data: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"each process must use one GPU, got {self.args.n_gpu}; start one process for each GPU with "
+                "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
+            )
         self.run_data = run_data
         self._remembered: dict[str, Any] = {}
         self._staging: Path | None = None

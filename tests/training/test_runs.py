@@ -178,6 +178,12 @@ def test_the_mean_is_of_all_weights_that_are_there_and_says_where_they_are_fewer
     )
 
 
+def test_several_gpus_in_one_process_are_refused_from_scratch_too(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    with pytest.raises(ValueError, match="each process must use one GPU, got 2; start one process for each"):
+        train(tmp_path / "out")
+
+
 def test_a_half_checkpoint_of_training_from_scratch_is_skipped_too(train, tmp_path, caplog):
     train(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
