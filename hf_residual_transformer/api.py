@@ -218,7 +218,7 @@ def distill(
 
     Raises:
         ImportError: when the packages of the extra "train" are missing.
-        ValueError: when the teacher is missing or does not fit the student.
+        ValueError: when the teacher is missing or does not fit the student, and when one of them is not in float32.
     """
     require_extra("train")
     from .speech.collators import is_multilingual
@@ -238,6 +238,13 @@ def distill(
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
     loaded: Any = teacher
+    for name, given in (("student", model), ("teacher", loaded)):
+        dtype = str(given.dtype).removeprefix("torch.")
+        if dtype != "float32":
+            raise ValueError(
+                f"`{name}` must be in float32 to be distilled, got {dtype}; pass {name}.float(), and save the result "
+                "with half()"
+            )
     if loaded.can_generate() and is_multilingual(loaded):
         complete_token_ids(loaded, getattr(processor, "tokenizer", None))
     had_windows = has_short_windows(model.config)
@@ -345,7 +352,7 @@ def export(
 
     Args:
         model: a Whisper for transcription, or the id or folder of one.
-        out: folder for the exported model; it must be empty or new. It is written whole or not at all.
+        out: folder for the exported model; it must be empty or new. If it cannot be written whole, it stays as it was.
         format: "onnx"; "sherpa-onnx", the same matrices in the two graphs that sherpa-onnx reads; or "ggml" for
             whisper.cpp. The last takes compact models whose matrices are blocks of at most four bits and nothing else,
             no low rank and no diagonal, and stores them as q4_0 without rounding again.

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 UNFINISHED = ".unfinished"  # the end of the name of a folder that is being filled
+REPLACED = "replaced.unfinished"  # in such a folder, the old files while the new ones take their places
 CHECKPOINTS = "checkpoint-*"
 CODE = Path(__file__).with_name("remote.py")  # what opens a checkpoint that carries its code
 
@@ -47,46 +49,78 @@ def write_text(path: Path, text: str) -> None:
 
 
 def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) -> Path:
-    """Refuses a folder that holds files unless `overwrite` or `resume` is true. The folder need not exist.
+    """Refuses a folder that holds files unless `overwrite` or `resume` is true, and one that cannot be written into.
+    The folder need not exist.
 
     It makes and deletes nothing, so that a run which fails leaves no empty folder. Files that are saved later replace
-    files of the same name, and all others stay.
+    files of the same name, and all others stay. A warning names what an earlier run left that did not come to its end.
 
     Raises:
         FileExistsError: if the folder holds files and neither flag is set, or if `path` is a file.
         FileNotFoundError: if `resume` is set and the folder does not exist.
+        OSError: if no file can be made in the folder, or in the nearest parent that exists.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the output folder {folder} is a file; name another")
     if resume and not folder.is_dir():
         raise FileNotFoundError(f"there is nothing to resume from: the output folder {folder} does not exist")
-    if folder.is_dir() and next(folder.iterdir(), None) is not None and not (overwrite or resume):
+    left = unfinished(folder)
+    holds_files = folder.is_dir() and any(path.name != left.name for path in folder.iterdir())
+    if holds_files and not (overwrite or resume):
         raise FileExistsError(
             f"the output folder {folder} already holds files; name another, or pass --overwrite"
+        )
+    _require_writable(folder)
+    if left.is_dir():
+        logger.warning(
+            f"{left} holds what an earlier run wrote before it was stopped, and may hold files that were to be "
+            f"replaced; the next model that is written to {folder} deletes it, so move out what you want to keep"
         )
     return folder
 
 
-def unfinished(folder: Path) -> Path:
-    """The folder beside `folder` that is filled first.
+def _require_writable(folder: Path) -> None:
+    place = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the output folder {folder} cannot be written, since {place} takes no new files ({error}); name "
+            "another, or change the permissions"
+        ) from error
 
-    Its name is one that nobody chooses, since a killed run leaves it, and the next run deletes it.
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest of its parents that exists."""
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def unfinished(folder: Path) -> Path:
+    """The folder that is filled first: beside `folder`, which then appears by one renaming, or in `folder` where that
+    exists, since it may be mounted, and nothing may be written beside it.
+
+    Its name is one that nobody chooses, since a killed run leaves it, and the next run deletes it. Uploads to the Hub
+    leave out names with a leading "_".
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
+    if folder.is_dir():
+        return folder / f"_result{UNFINISHED}"
     return folder.with_name(f".{folder.name}{UNFINISHED}")
 
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder`, and gives its files to `folder` when all are written.
+    """Yields a new folder, and gives its files to `folder` when all are written.
 
-    A folder that is not there yet, or is empty, is the new one under its final name: whenever the process is killed, it
-    is either whole or not there. Where `folder` holds files, those of the new one replace files of the same name.
+    A folder that is not there yet is the new one under its final name: whenever the process is killed, it is either
+    whole or not there. Where `folder` exists, files of the new one replace files of the same name, as in `adopt`.
     """
     new = unfinished(folder)
     if new.is_dir():
-        shutil.rmtree(new)  # of a run that was killed
+        shutil.rmtree(new)  # of an earlier run, as `prepare_output_dir` said
     made = [parent for parent in new.parents if not parent.exists()]
     new.mkdir(parents=True)
     try:
@@ -101,20 +135,38 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def adopt(new: Path, folder: Path) -> None:
-    """Gives the files of the finished folder `new` to `folder`, and removes `new`."""
+    """Gives the files of the finished folder `new` to `folder`, and removes `new`.
+
+    Files that are replaced stay in `new` until all others are in place, and go back if one of them cannot be moved.
+
+    Raises:
+        OSError: naming the file that cannot be moved. `new` keeps the whole result, and `folder` its old files.
+    """
     _flush(new)
-    if not folder.is_dir() or next(folder.iterdir(), None) is None:
-        os.replace(new, folder)
+    if not folder.exists():
+        os.replace(new, folder.resolve())
         return
-    # Without its config, nothing loads a folder that is half old and half new.
-    if (new / "config.json").is_file():
-        (folder / "config.json").unlink(missing_ok=True)
-    for path in sorted(new.rglob("*"), key=lambda path: (path.name == "config.json", path)):
-        target = folder / path.relative_to(new)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            os.replace(path, target)
+    names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    # Without its config, nothing loads a folder that is half old and half new: it goes first and comes last.
+    names.sort(key=lambda name: (name.name == "config.json", name))
+    old = [name for name in reversed(names) if (folder / name).is_file()]
+    moves = [(folder / name, new / REPLACED / name) for name in old]
+    moves += [(new / name, folder / name) for name in names]
+    done = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException as error:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        if isinstance(error, OSError):
+            raise OSError(
+                f"{source} cannot be moved to {target} ({error}); {folder} is as it was, and the whole result is in "
+                f"{new}: move it from there before the next run, which deletes it"
+            ) from error
+        raise
     shutil.rmtree(new)
 
 
@@ -122,7 +174,7 @@ def _flush(folder: Path) -> None:
     """Waits until the files are on the disk, so that no name outlives its contents."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # Windows flushes no file that is open for reading alone
                 os.fsync(file.fileno())
 
 
@@ -147,12 +199,12 @@ def shards_of(index: Path) -> list[str]:
 
 
 def set_checkpoints_aside(folder: Path) -> None:
-    """Renames the checkpoints of an earlier run, so that "last" cannot mean one of them."""
+    """Renames the checkpoints of an earlier run, so that "last" cannot mean one of them, and no upload has them."""
     old = [path for path in sorted(folder.glob(CHECKPOINTS)) if path.is_dir()]
     if not old:
         return
     aside = folder / next(
-        f"earlier-run-{n}" for n in range(1, 10**6) if not (folder / f"earlier-run-{n}").exists()
+        f"_earlier-run-{n}" for n in range(1, 10**6) if not (folder / f"_earlier-run-{n}").exists()
     )
     aside.mkdir()
     for path in old:
@@ -166,8 +218,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
     Raises:
         OSError: if the disk of `folder`, which need not exist, has fewer than `num_bytes` free.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < max(num_bytes, 1):
         raise OSError(
             f"there are {free // 10**6:,} MB free for the output folder {folder}, and up to "

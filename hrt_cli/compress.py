@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .options import add_data_arguments, add_output_arguments, data_options, described_data
@@ -143,14 +144,14 @@ def run(args: argparse.Namespace) -> None:
             "--audio and --num-windows above 0 are needed, since matrices are fitted to recordings; `--start svd` "
             "needs none and is far worse"
         )
-    output_dir = prepare_output_dir(args.output_dir, args.overwrite)
+    output_dir = Path(args.output_dir)
     sizes = args.size or [None]
     folders = [output_dir / f"{size:g}" for size in sizes] if len(sizes) > 1 else [output_dir]
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"--size must have each size once, got {' '.join(folder.name for folder in folders)}"
         )
-    for folder in folders:
+    for folder in sorted({output_dir, *folders}):
         prepare_output_dir(folder, args.overwrite)
     with _all_processes() as (distributed, writes):
         dense, processor = load_dense(args.model, device=args.device, low_memory=args.low_memory)

@@ -341,6 +341,23 @@ class TestDistill:
         with pytest.raises(ValueError, match="`teacher` must be the dense model"):
             hrt.distill(compact, rows())
 
+    @pytest.mark.parametrize("name", ["student", "teacher"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_models_in_16_bits_are_refused_by_name(self, name, dtype, compressed, dense_whisper):
+        models = {"student": str(compressed["whisper"]), "teacher": str(dense_whisper)}
+        models[name] = AutoModelForSpeechSeq2Seq.from_pretrained(models[name], dtype=dtype)
+        wrong = str(dtype).removeprefix("torch.")
+        problem = rf"`{name}` must be in float32 to be distilled, got {wrong}; pass {name}\.float\(\)"
+        with pytest.raises(ValueError, match=problem):
+            hrt.distill(
+                models["student"], rows(), models["teacher"], processor=whisper_processor(), use_cpu=True
+            )
+
+    def test_checkpoints_are_saved_on_request(self, compressed, dense_wav2vec2, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path), "use_cpu": True}
+        hrt.distill(str(compressed["wav2vec2"]), rows(), str(dense_wav2vec2), steps=1, **options)
+        assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
 
 class TestEvaluate:
     def test_a_compact_model_has_its_processor(self, compact):

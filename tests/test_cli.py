@@ -377,6 +377,20 @@ def test_a_distilled_model_is_saved_in_the_dtype_that_it_had(tmp_path, compresse
     assert "eval_loss" in json.loads((output / "eval_results.json").read_text())
 
 
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_a_finetuned_model_is_saved_in_the_dtype_that_it_had(family, tmp_path, dense_whisper, dense_wav2vec2):
+    folder, auto_class, options = {
+        "whisper": (dense_whisper, AutoModelForSpeechSeq2Seq, []),
+        "wav2vec2": (dense_wav2vec2, AutoModelForCTC, ["--text-case", "lower", "--remove", "[^a-z ]"]),
+    }[family]
+    half, output = tmp_path / "half", tmp_path / "out"
+    shutil.copytree(folder, half)
+    auto_class.from_pretrained(half).half().save_pretrained(half)
+    assert run("finetune", half, *DATA, *TRAINING, *options, "--out", output) == 0
+    assert auto_class.from_pretrained(output).dtype == torch.float16
+    assert moved(half, output)
+
+
 def test_distill_gives_short_windows_but_not_with_transcripts(tmp_path, compressed, dense_whisper, capsys):
     words = [
         "distill",

@@ -10,6 +10,7 @@ from test_conversion import dense_whisper, whisper_inputs
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer import ResidualConfig
+from hf_residual_transformer.exporting.ggml import encode_float
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +54,12 @@ def test_a_step_in_bfloat16_lowers_the_loss(residual):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2)])
+def test_weights_on_the_gpu_are_written_for_whisper_cpp(shape):
+    values = torch.rand(shape)
+    assert encode_float("weight", values.cuda()) == encode_float("weight", values)
 
 
 def test_the_encoder_compiles_with_the_default_backend():

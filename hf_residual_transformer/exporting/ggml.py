@@ -70,8 +70,8 @@ def ordinary_tokens(tokenizer: Any) -> list[bytes]:
 def encode_float(name: str, values: Tensor) -> tuple[int, bytes]:
     """Vectors and positions in float32, all else in float16."""
     if values.dim() < 2 or name.endswith(("bias", "positional_embedding")):
-        return FLOAT32, values.float().numpy().astype("<f4").tobytes()
-    return FLOAT16, values.float().numpy().astype("<f2").tobytes()
+        return FLOAT32, values.float().cpu().numpy().astype("<f4").tobytes()
+    return FLOAT16, values.float().cpu().numpy().astype("<f2").tobytes()
 
 
 def write_ggml(

@@ -47,7 +47,7 @@ class SpeechCollator:
         check_lengths(rows, extractor)
         batch = extract(arrays_of(rows, extractor), extractor)
         if "text" in rows[0]:
-            labels = [torch.tensor(ids, dtype=torch.long) for ids in self.encode(rows)]
+            labels = [torch.tensor(ids or [LABEL_PADDING]) for ids in self.encode(rows)]
             if labels:
                 batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=LABEL_PADDING)
         return batch

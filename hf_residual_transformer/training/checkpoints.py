@@ -135,10 +135,12 @@ def last_checkpoint(folder: Path) -> Path:
     )
 
 
-def fault_of(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to go on from; None if it is complete."""
+def fault_of(checkpoint: Path, weights_alone: bool = False) -> str | None:
+    """What a checkpoint lacks to go on from, or with `weights_alone` to be loaded; None if it is complete."""
     try:
-        _check_complete(checkpoint)
+        _check_weights(checkpoint)
+        if not weights_alone:
+            _check_state(checkpoint)
     except FileNotFoundError as error:
         return f"a file is missing ({error})"
     except Exception as error:  # damage can break anything in the readers
@@ -146,13 +148,16 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
-def _check_complete(checkpoint: Path) -> None:
+def _check_weights(checkpoint: Path) -> None:
     names = [path.name for path in checkpoint.glob("*.safetensors")]
     for index in checkpoint.glob("*.safetensors.index.json"):
         names += shards_of(index)
     for name in sorted(set(names)) or ["model.safetensors"]:
         with safe_open(checkpoint / name, framework="pt") as tensors:
             tensors.keys()
+
+
+def _check_state(checkpoint: Path) -> None:
     step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     named = checkpoint.name.rpartition("-")[2]
     if named.isdigit() and step != int(named):

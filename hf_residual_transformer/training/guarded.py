@@ -31,6 +31,9 @@ class GuardedTrainer(Trainer):
         run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
             does not resume from these.
         kwargs: the arguments of `Trainer`.
+
+    Raises:
+        ValueError: for several GPUs in one process, over which the losses here are no means.
     """
 
     args: Any
@@ -38,6 +41,11 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *args: Any, run_data: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"each process must use one GPU, got {self.args.n_gpu}; start one process for each GPU with "
+                "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
+            )
         self.run_data = run_data
         self._remembered: dict[str, Any] = {}
         self._staging: Path | None = None
@@ -89,14 +97,16 @@ class GuardedTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete."""
+        """Saves as `Trainer` does, into a folder that gets the checkpoint's name when it is complete. Only then is it
+        pushed.
+        """
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if self.state.best_global_step and (best == name or (folder / best).is_dir()):
             self.state.best_model_checkpoint = str(folder / best)
         known_best = self.state.best_model_checkpoint
-        self._staging = folder / f"saving{UNFINISHED}"
+        self._staging = folder / f"_saving{UNFINISHED}"  # uploads leave out names with a leading "_"
         if self.args.should_save and self._staging.is_dir():
             shutil.rmtree(self._staging)
         self.accelerator.wait_for_everyone()
@@ -120,7 +130,14 @@ class GuardedTrainer(Trainer):
         finally:
             self._staging = None
             self.state.best_model_checkpoint = known_best
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes as `Trainer` does, which asks for it before the checkpoint is complete, and then in vain."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The sampler that `Trainer` makes, which gets the number of samples where it asks for a clip's length."""

@@ -202,9 +202,9 @@ def short_distillation(
         folder: the folder for the Trainer's files.
         collator: makes batches of the clips.
         validation: clips that are not trained on, to decide whether the result is kept; None keeps it in any case.
-        options: of `RecipeArguments`.
+        options: of `RecipeArguments`. No checkpoints are saved unless `save_strategy` is among them.
     """
-    args = RecipeArguments(output_dir=str(folder), save_strategy="no", **options)
+    args = RecipeArguments(output_dir=str(folder), **{"save_strategy": "no", **options})
     rates = None if args.learning_rate is None else rates_for_short_windows(student, args.learning_rate)
     trainer = trainer_class_for(student)(
         model=student,

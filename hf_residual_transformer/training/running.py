@@ -145,8 +145,9 @@ def run_distillation(
         processing_class=processor,
         run_data=asdict(data),
     )
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
-    train_and_save(trainer, lambda: restore_windows(student, trainer.outcome, had_windows), stored)
+    train_and_save(
+        trainer, lambda: restore_windows(student, trainer.outcome, had_windows), _stored_dtype(config)
+    )
 
 
 def run_seq2seq_finetuning(
@@ -166,20 +167,25 @@ def run_seq2seq_finetuning(
         data: clips with transcripts, or with translations.
         args: `Seq2SeqTrainingArguments`.
         task: "transcribe", or "translate" for texts in English.
-        freeze: "none", or what does not learn: "encoder" or "decoder".
+        freeze: "none", or what does not learn and gets no adapters: "encoder" or "decoder".
         learning_rates: as in `DistillationArguments`.
         lora_rank: of LoRA adapters of PEFT, which then learn alone and are merged into the model at the end; None for
             none.
         overwrite: writes into a folder that already holds files.
     """
     _prepare(args, overwrite)
+    stored = _stored_dtype(AutoConfig.from_pretrained(model_id))
     model = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(model_id)
     if freeze != "none":
         frozen = model.get_encoder() if freeze == "encoder" else model.get_decoder()
         frozen.requires_grad_(False)
     collator = collator_for(model, processor, language=data.language, task=task)
-    _finetune(Seq2SeqDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
+    trainer_class = Seq2SeqDistillationTrainer
+    without_lora = None if freeze == "none" else rf".*\.{freeze}\..*"
+    _finetune(
+        trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored, without_lora
+    )
 
 
 def run_ctc_finetuning(
@@ -213,12 +219,14 @@ def run_ctc_finetuning(
     """
     overrides = read_json("config_overrides", config_overrides or "{}")
     _prepare(args, overwrite)
+    stored = _stored_dtype(AutoConfig.from_pretrained(model_id))
     model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
     processor = AutoProcessor.from_pretrained(model_id)
     if freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
         model.freeze_feature_encoder()
     collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
-    _finetune(CTCDistillationTrainer, model, processor, collator, data, args, learning_rates, lora_rank)
+    trainer_class = CTCDistillationTrainer
+    _finetune(trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored)
 
 
 def run_ctc_training(
@@ -396,6 +404,11 @@ def respell(text: str, case: str, remove: str) -> str:
     return " ".join(re.sub(remove, "", CASES[case](text)).split())
 
 
+def _stored_dtype(config: Any) -> torch.dtype | None:
+    """The dtype of a checkpoint, from its config, before it is loaded in another; None where it does not say."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
 def _prepare(args: Any, overwrite: bool) -> None:
     warn_of_slow_bfloat16(args)
     resume = args.resume_from_checkpoint is not None
@@ -414,10 +427,14 @@ def _finetune(
     args: Any,
     learning_rates: str | None,
     lora_rank: int | None,
+    stored: torch.dtype | None,
+    without_lora: str | None = None,
 ) -> None:
-    """Trains on labels alone, without a teacher, and saves."""
+    """Trains on labels alone, without a teacher, and saves in the dtype in which the model was `stored`. Modules whose
+    path matches `without_lora` get no adapters.
+    """
     if lora_rank is not None:
-        model = add_lora(model, lora_rank)
+        model = add_lora(model, lora_rank, exclude_modules=without_lora)
     splits = data.load_splits(processor, args.seed)
     trainer = _labels_trainer(
         trainer_class, model, processor, collator, splits, asdict(data), args, learning_rates
@@ -426,7 +443,7 @@ def _finetune(
     def merge() -> None:
         trainer.model = trainer.model.merge_and_unload()
 
-    train_and_save(trainer, None if lora_rank is None else merge)
+    train_and_save(trainer, None if lora_rank is None else merge, stored)
 
 
 def _labels_trainer(
@@ -464,7 +481,8 @@ def train_and_save(
     trainer: Any, finish: Callable[[], None] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the
-    model, its processor, the trainer's log and the results in the output folder.
+    model, its processor, the trainer's log and the results in the output folder. With `push_to_hub`, the folder is
+    uploaded when the model is complete in it.
 
     Args:
         trainer: of any kind.
@@ -478,20 +496,25 @@ def train_and_save(
         finish()
     new = unfinished(output_dir)
     if trainer.is_world_process_zero() and new.is_dir():
-        shutil.rmtree(new)  # of a run that was killed
+        shutil.rmtree(new)  # of an earlier run, as `prepare_output_dir` said
     trainer.accelerator.wait_for_everyone()
     own = trainer.model.dtype
     rounds = dtype not in (None, own) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    exact = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()} if rounds else {}
+    exact = (
+        {n: value.detach().cpu().clone() for n, value in trainer.model.state_dict().items()} if rounds else {}
+    )
     if rounds:
         trainer.model.to(dtype)
-    trainer.save_model(str(new))
-    if rounds:
-        trainer.model.to(own).load_state_dict(exact, strict=False)
+    trainer.save_model(str(new), _internal_call=True)  # without a push, which follows
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         save_processor(trainer.processing_class, new)
         adopt(new, output_dir)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub("Model save")
+    if rounds:
+        trainer.model.to(own).load_state_dict(exact, strict=False)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -27,6 +27,7 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizer,
 )
+from transformers.utils import logging
 
 from ..classes import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
 from ..configuration import ResidualConfig
@@ -37,6 +38,7 @@ from .clips import ctc_frames
 from .guarded import GuardedTrainer
 from .losses import is_number
 
+logger = logging.get_logger(__name__)
 END, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 SPECIAL_TOKENS = (END, START, NO_TIMESTAMPS)
 SPECTROGRAM_GAIN = 3.5  # Whisper's spectrograms have a standard deviation of about 0.29
@@ -430,9 +432,18 @@ def check_average(last: int, args: Any) -> None:
 
 
 def load_average(model: Any, folder: Path, last: int) -> None:
-    """Gives a model the mean of the last complete checkpoints in a run's folder; one is the model itself."""
-    folders = [path for path in checkpoints_in(folder) if fault_of(path) is None]
-    if last > 1 and folders:
+    """Gives a model the mean of the last checkpoints in a run's folder whose weights are complete; one is the model
+    itself. A warning says where there are fewer.
+    """
+    if last == 1:
+        return
+    folders = [path for path in checkpoints_in(folder) if fault_of(path, weights_alone=True) is None]
+    if len(folders) < last:
+        logger.warning(
+            f"`average_checkpoints` is {last}, and {folder} has {len(folders)} checkpoints with complete weights: the "
+            f"model is {'their mean' if folders else 'that of the last step'}; save more often for a mean of more"
+        )
+    if folders:
         model.load_state_dict(average_checkpoints(folders[-last:]), strict=False)
         model.tie_weights()
 

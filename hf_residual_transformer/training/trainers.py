@@ -111,11 +111,6 @@ class DistillationTrainer(GuardedTrainer):
                 "`label_smoothing_factor` must be 0 and `compute_loss_func` None, got "
                 f"{self.args.label_smoothing_factor} and {self.compute_loss_func}; the losses are in `distillation`"
             )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"each process must use one GPU, got {self.args.n_gpu}; start one process for each GPU with "
-                "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
-            )
         if self.teacher is None:
             if self.weights.keys() != {"labels"}:
                 raise ValueError(

@@ -80,7 +80,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name not in OTHERS and not name.startswith(("checkpoint-", "saving.")):
+        if path.is_file() and path.name not in OTHERS and not name.startswith(("checkpoint-", "_saving.")):
             found[name] = path.read_bytes()
     return found
 
@@ -136,7 +136,7 @@ def kill_and_run_again(name: str, command: Command, random_: random.Random, out:
     assert made.keys() == expected.keys(), f"{name}: other files after {hit}"
     for file, content in expected.items():
         assert made[file] == content, f"{name}: another {file} after {hit}"
-    assert not list(out.parent.glob(f".{out.name}*.unfinished")) and not (out / "saving.unfinished").exists()
+    assert not [*out.parent.glob(f".{out.name}*.unfinished"), *out.glob("*.unfinished")]
     return hit
 
 

@@ -31,3 +31,15 @@ def test_a_lora_learns_alone_and_the_saved_model_has_a_higher_rank(family, compr
     assert {name.split(".")[-2] for name in changed} == ({"q_proj", "v_proj"} if changed else set())
     assert all(".decoder." in name for name in changed) and bool(changed) == (family == "whisper")
     assert any(linear.rank == 6 for _, linear in residual_linears(model))
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+def test_a_frozen_stack_gets_no_adapter(frozen, compressed, tmp_path):
+    before = compressed["whisper"]
+    words = ["finetune", before, "--audio", SAMPLE, *CLIPS, *TRAINING, "--lora_rank", 2, "--freeze", frozen]
+    assert hrt_cli.main([str(word) for word in [*words, "--out", tmp_path / "out"]]) == 0
+    old, new = load_file(before / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {
+        name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])
+    }
+    assert changed and not any(f".{frozen}." in name for name in changed)
