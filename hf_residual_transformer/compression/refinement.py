@@ -46,7 +46,7 @@ class CrossMoments(WeightedMoments):
         """Adds (number, in_features) with (number, out_features), each with its weight, (number,)."""
         of_batch = Weights(weights)
         inputs, mean = self._add(inputs, of_batch)
-        self.squares += of_batch.weights @ at_least_float32(wanted).square().sum(1).double()
+        self.squares += of_batch.weights @ at_least_float32(wanted).square().sum(1, dtype=torch.float64)
         wanted, total, _ = of_batch.about_mean(wanted)
         self.wanted_sum += total
         self.cross += (wanted.T @ inputs.to(wanted)).double() * of_batch.scale
