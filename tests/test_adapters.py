@@ -223,6 +223,22 @@ def test_adapters_that_cannot_become_a_low_rank_are_refused_by_name(tmp_path):
         from_lora(torch.nn.Linear(2, 2), tmp_path / "plain")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (r"lora_B\.bias", {"lora_bias": True}),
+        ("embed_tokens", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("trainable_tokens", {"trainable_token_indices": {"embed_tokens": [1, 2]}}),
+    ],
+)
+def test_parts_of_an_adapter_that_are_no_low_rank_are_refused_by_name(name, options, tmp_path):
+    base = build("whisper").merge()
+    options = {"target_modules": PROJECTIONS, **options}
+    get_peft_model(copy.deepcopy(base), LoraConfig(r=2, **options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"low ranks of linear matrices alone .*got '.*{name}"):
+        from_lora(base, tmp_path)
+
+
 def test_scaling_of_an_imported_adapter_counts(tmp_path):
     base = build("wav2vec2").merge()
     plain = get_peft_model(
