@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..families import WHISPER
+
 T = TypeVar("T")
 LABEL_PADDING = -100  # the losses of transformers ignore it
 
@@ -154,8 +156,11 @@ def collator_for(
 
 
 def is_multilingual(model: Any) -> bool:
-    """Whether a Whisper model takes a language and a task, from its generation config or the size of its vocabulary."""
-    return getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865)
+    """Whether a model is a Whisper that takes a language and a task, from its generation config or the size of its
+    vocabulary."""
+    if model.config.model_type != WHISPER.name:
+        return False
+    return bool(getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865))
 
 
 def check_english(language: str | None, task: str, clip: str | None = None) -> None:
