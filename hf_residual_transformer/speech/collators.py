@@ -163,6 +163,11 @@ def is_multilingual(model: Any) -> bool:
     return bool(getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865))
 
 
+def is_english(language: str) -> bool:
+    """Whether a name or code of a language is one of English, such as "en", "eng", "en_us" or "English (US)"."""
+    return re.fullmatch(r"en(g|glish)?([-_ (].*)?", language.strip().lower()) is not None
+
+
 def check_english(language: str | None, task: str, clip: str | None = None) -> None:
     """Checks what is asked of a model that only transcribes English.
 
@@ -172,7 +177,7 @@ def check_english(language: str | None, task: str, clip: str | None = None) -> N
     where = f" of {clip}" if clip else ""
     if task != "transcribe":
         raise ValueError(f"`task` must be 'transcribe' for a model that only transcribes, got {task!r}")
-    if language is not None and not re.fullmatch(r"en(g|glish)?([-_ (].*)?", language.strip().lower()):
+    if language is not None and not is_english(language):
         raise ValueError(
             f"the language{where} must be English for an English-only Whisper, got {language!r}; choose a multilingual "
             "model, or other data"

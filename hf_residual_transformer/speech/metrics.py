@@ -32,6 +32,7 @@ from .collators import (
     check_english,
     check_has_frames,
     check_lengths,
+    is_english,
     is_multilingual,
 )
 from .transcription import complete_token_ids
@@ -178,7 +179,7 @@ def evaluate_asr(
         dataset: rows as from `load_speech_dataset`, with text.
         batch_size: the number of clips in a batch.
         language: the language of all rows, for Whisper and for the choice of the normaliser; by default each row's
-            `language`. If neither is given, a multilingual Whisper detects the language and the basic normaliser is
+            `language`. Where neither is given, a multilingual Whisper detects the language and the basic normaliser is
             used, and the language of an English-only Whisper is English. Other models are not told the language.
         task: the task of a multilingual Whisper: "transcribe", or "translate" for references in English.
         max_new_tokens: the maximum length of a transcript in tokens; by default that of the generation config.
@@ -321,6 +322,16 @@ def _transcribe(
     max_new_tokens: int | None,
 ) -> list[str]:
     """The recognised texts of a batch of rows."""
+    is_told = [language is not None for language in languages]
+    if len(set(is_told)) > 1 and model.can_generate() and is_multilingual(model):
+        # `generate` takes the languages of all rows or of none.
+        texts: dict[int, str] = {}
+        for told in (True, False):
+            numbers = [number for number, known in enumerate(is_told) if known is told]
+            part = [rows[number] for number in numbers], [languages[number] for number in numbers]
+            found = _transcribe(model, processor, *part, task=task, max_new_tokens=max_new_tokens)
+            texts.update(zip(numbers, found, strict=True))
+        return [texts[number] for number in range(len(rows))]
     inputs = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in SpeechCollator(processor)(rows).items()
@@ -337,7 +348,7 @@ def _transcribe(
         return processor.batch_decode(tokens)
     options: dict[str, Any] = {}
     if is_multilingual(model):
-        options = {"task": task, "language": list(languages) if None not in languages else None}
+        options = {"task": task, "language": list(languages) if all(is_told) else None}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
     tokens = model.generate(**inputs, **options)
@@ -410,7 +421,7 @@ def _normalizers(processor: Any, keep_marks: bool) -> dict[bool, Any]:
 
 
 def _is_english(language: str | None, task: str) -> bool:
-    return task == "translate" or (language or "").lower() in ("en", "english")
+    return task == "translate" or (language is not None and is_english(language))
 
 
 def _compare(name: str, language: str | None, reference: str, prediction: str, normalize: Any) -> Prediction:

@@ -120,6 +120,13 @@ class TestCTC:
         assert result.predictions[1].normalized_reference == "uh bed"
         assert (result.by_language["en"].wer, result.by_language["de"].wer, result.wer) == (0, 1 / 2, 1 / 5)
 
+    @pytest.mark.parametrize("language", ["en", "English", "eng", "en_us", "en-GB", "English (US)"])
+    def test_english_is_normalised_as_such_however_it_is_spelt(self, language, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        rows = [row("Uh, a bad cab", language=language)]
+        result = evaluate_asr(Scripted(processor, ["a bad cab"]), processor, rows, progress=False)
+        assert (result.wer, result.normalizers) == (0, {language: "EnglishTextNormalizer"})
+
     def test_the_result_does_not_depend_on_the_batch_size(self, tmp_path):
         torch.manual_seed(0)
         processor = wav2vec2_processor(tmp_path)
@@ -296,6 +303,13 @@ class TestWhisper:
         result = evaluate_asr(model, whisper_processor(), [row("a")], progress=False)
         assert model.asked[0]["language"] is None
         assert result.normalizers == {"None": "BasicTextNormalizer"}
+
+    def test_a_clip_without_a_language_does_not_take_that_of_others_away(self, model):
+        rows = [row("a", language="de"), row("b"), row("c", language="en", seconds=0.5)]
+        options = {"max_new_tokens": 4, "progress": False}
+        one, three = (evaluate_asr(model, whisper_processor(), rows, batch_size=n, **options) for n in (1, 3))
+        assert [asked["language"] for asked in model.asked] == [["de"], None, ["en"], ["de", "en"], None]
+        assert one.predictions == three.predictions
 
     def test_translations_are_compared_as_english(self, model):
         rows = [row("a", language="de")]
