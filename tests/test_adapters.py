@@ -131,6 +131,36 @@ def test_an_adapters_folder_over_a_residual_model_opens_through_auto_classes_and
     close(logits_of(onto, "whisper"), logits_of(adapted, "whisper"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_lora_has_the_dtype_of_the_layer_where_there_was_no_low_rank(dtype):
+    model = build("wav2vec2", ResidualConfig(group_size=2, rank=0)).to(dtype)
+    adapted = add_lora(model, 2, target_modules=PROJECTIONS, init_lora_weights=False)
+    merged = adapted.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    inputs = {name: value for name, value in inputs_of("wav2vec2").items() if name != "labels"}
+    with torch.no_grad():
+        assert merged(**inputs | {"input_values": inputs["input_values"].to(dtype)}).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_an_adapter_loads_by_its_id_on_the_hub(family, tmp_path, monkeypatch):
+    adapted = add_lora(build(family), 2, target_modules=PROJECTIONS, init_lora_weights=False)
+    repository = tmp_path / "models--someone--adapter"
+    for number, branch in enumerate(("main", "other")):
+        adapted.save_pretrained(repository / "snapshots" / (str(number) * 40))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(str(number) * 40)
+        expected = logits_of(adapted, family)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                parameter.mul_(1.0 + parameter.requires_grad)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    onto = build(family)
+    onto.load_adapter("someone/adapter", adapter_kwargs={"revision": "other"})
+    close(logits_of(onto, family), expected)
+
+
 def test_dora_and_saved_modules_train_on_top_and_only_a_low_rank_merges():
     model = build("wav2vec2")
     adapted = add_lora(model, 2, target_modules=PROJECTIONS, use_dora=True, modules_to_save=["lm_head"])
