@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .options import add_data_arguments, add_output_arguments, data_options, described_data
@@ -188,6 +189,7 @@ def run(args: argparse.Namespace) -> None:
             print(model.conversion_report, parameters, sep="\n\n")
             report = {
                 "model": portable(args.model),
+                "model_is_path": Path(args.model).exists(),
                 **settings_of(model.config),
                 "parameters": parameters.to_dict(),
                 "conversion": model.conversion_report.to_dict(),

@@ -294,7 +294,7 @@ def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed,
     processor = AutoProcessor.from_pretrained(compressed["whisper"])
     assert processor.tokenizer.english_spelling_normalizer == {"colour": "color"}
     report = json.loads((compressed["whisper"] / "compression.json").read_text())
-    assert report["model"] == dense_whisper.name
+    assert (report["model"], report["model_is_path"]) == (dense_whisper.name, True)
     assert 0 < report["parameters"]["encoder"]["ratio"] < 1
     assert 0 <= report["conversion"]["mean_error"] < 1
     assert report["seconds"] > 0
@@ -546,6 +546,7 @@ def test_evaluate_writes_its_results_and_overwrites_nothing(tmp_path, monkeypatc
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
     assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
+    assert saved["data"]["dataset_is_path"]
     assert saved["command"].startswith("hrt evaluate model --audio data.csv")
     assert saved["command"].startswith("hrt evaluate model --audio data.csv")
     assert "already holds files" in refused(capsys, *words)
