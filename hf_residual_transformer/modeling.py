@@ -345,7 +345,15 @@ class ResidualMixin(DenseModel):
         """The plain dense model with the same outputs, for use where this package is not installed.
 
         Every matrix becomes `U + B A + D`, so it has the dense model's size again. The weights are copies.
+
+        Raises:
+            ValueError: for a model with an adapter.
         """
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError(
+                f"`merge` must be of a {type(self).__name__} without an adapter, got one with layers of PEFT; call "
+                "merge_and_unload() of PEFT's model first, or load the model without the adapter"
+            )
         own = {
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -367,6 +375,12 @@ class ResidualMixin(DenseModel):
             dense = self.dense_class()(self.config.to_dense_config())
         dense.load_state_dict(weights, assign=True)
         dense.tie_weights()
+        # Buffers that are not saved, such as sinusoids, were made anew, in float32 on the CPU.
+        buffers = dict(self.named_buffers())
+        for path, _ in list(dense.named_buffers()):
+            if path not in weights:
+                owner, _, name = path.rpartition(".")
+                setattr(dense.get_submodule(owner), name, buffers[path].clone())
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)

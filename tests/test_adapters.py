@@ -197,6 +197,16 @@ def test_saved_modules_are_in_the_adapters_folder_and_in_the_merged_model(tmp_pa
     assert all(torch.equal(merged.state_dict()[key], before[key]) for key in before if ".shared." in key)
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_model_with_an_adapter_is_not_merged_to_a_dense_one(is_deleted):
+    model = build("whisper")
+    add_adapter_or_skip(model, LoraConfig(r=2, target_modules=PROJECTIONS))
+    if is_deleted:
+        model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"`merge` must be of a Residual.* without an adapter"):
+        model.merge()
+
+
 def reach_of(folder):
     return reach(LoraConfig.from_pretrained(str(folder)))
 
