@@ -38,7 +38,13 @@ from transformers import (
 )
 
 import hrt_cli
-from hf_residual_transformer import ResidualWav2Vec2ForCTC, ResidualWhisperForConditionalGeneration
+from hf_residual_transformer import (
+    ResidualConfig,
+    ResidualWav2Vec2ForCTC,
+    ResidualWhisperForAudioClassification,
+    ResidualWhisperForConditionalGeneration,
+    size_report,
+)
 
 COMMANDS = list(hrt_cli.COMMANDS)
 DATA = ["--audio", SAMPLE, *CLIPS]
@@ -282,7 +288,17 @@ class TestErrors:
         )
 
     def test_a_dense_model_has_no_report(self, dense_whisper, capsys):
-        assert "must have residual layers" in refused(capsys, "report", dense_whisper)
+        assert "`model` must be a compact model as from `hrt compress`" in refused(
+            capsys, "report", dense_whisper
+        )
+
+
+def test_a_classifier_has_a_report(tmp_path, capsys):
+    config = tiny_whisper_config(residual_config=ResidualConfig(rank=2))
+    model = ResidualWhisperForAudioClassification(config)
+    model.save_pretrained(tmp_path)
+    assert run("report", tmp_path) == 0
+    assert capsys.readouterr().out.strip() == str(size_report(model))
 
 
 def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed, dense_whisper):
