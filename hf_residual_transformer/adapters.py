@@ -184,9 +184,20 @@ def _check_plain(config: Any) -> None:
 
 
 def _factors(tensors: Mapping[str, Tensor], config: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """`A` and the scaled `B` of each matrix, by its path."""
+    """`A` and the scaled `B` of each matrix, by its path.
+
+    Raises:
+        ValueError: for a tensor that is neither, such as a bias, or a part of an adapter of an embedding.
+    """
     from peft.utils.other import get_pattern_key
 
+    other = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
+    if other:
+        raise ValueError(
+            "`adapter` must have the low ranks of linear matrices alone (`lora_A.weight` and `lora_B.weight`), got "
+            f"{other[0]!r} ({len(other)} such weights); train it without biases, and without adapters of embeddings or "
+            "tokens"
+        )
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for key, first in tensors.items():
         if not key.endswith(".lora_A.weight"):

@@ -30,6 +30,7 @@ Q4_0 = ResidualConfig(
     group_size=1, rank=0, diagonal="none", shared_bits=4
 )  # the numbers of whisper.cpp's format
 SHUFFLE_BUFFER = 200  # clips of a stream
+LOADING = ("config_name", "revision", "streaming")  # options that say how recordings are loaded
 EXTRAS = {
     "speech": ("datasets", "fsspec", "jiwer", "scipy", "soundfile", "tqdm"),
     "export": ("onnx", "onnxruntime"),
@@ -78,12 +79,14 @@ def compress(
             saved with it.
         split: of the data to calibrate on.
         language: as the data writes it; keeps only its clips where the data says which language they are in.
-        data_options: further options of `load_speech_dataset`, such as `{"streaming": True}`.
+        data_options: further options of `load_speech_dataset`, such as `{"max_seconds": 20}`. Data sets and rows have
+            them too, but those that say how to load, such as `{"streaming": True}`.
         num_windows: windows of 30 seconds to calibrate on, as many inputs of the model. By default 64, of which the
             encoder uses 16, or 16 where the encoder alone becomes compact.
         batch_size: windows at a time, which changes memory and speed, but not the result.
         pack: part of the windows in which short clips are joined.
-        seed: of the choice of recordings.
+        seed: of the choice of recordings. Of those that come one by one, as from a stream or a generator, only the
+            next 200 are shuffled at a time.
         parts: those of "encoder", "decoder" and "embed_tokens" that become compact; by default all that there are.
         bits: the most bits that a full matrix may have; all numbers of bits that it may have, such as (2, 4, 8), which
             ONNX Runtime has; or None for matrices in floating point. "auto" is 8.
@@ -304,7 +307,7 @@ def evaluate(
         language: as the data writes it; see `evaluate_asr`.
         task: of a multilingual Whisper, "transcribe", or "translate" for references in English.
         text_column: the column with the transcripts.
-        data_options: further options of `load_speech_dataset`.
+        data_options: as in `compress`.
         batch_size: clips at a time.
         max_new_tokens: limit of a transcript's length in tokens; by default the model's own.
         keep_marks: keeps the vowel signs of scripts such as Devanagari and Thai; see `evaluate_asr`.
@@ -509,57 +512,80 @@ def rows_of(
     text_column: str | None = "text",
     options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Rows of decoded recordings at the model's rate, from whatever form of `audio` the verbs take."""
-    from datasets import Audio, Dataset, DatasetDict, IterableDataset, Value
+    """Rows of decoded recordings at the model's rate, from whatever form of `audio` the verbs take.
 
-    from .speech.datasets import load_speech_dataset, prepare_speech_dataset
+    Raises:
+        ValueError: for an option that this form of `audio` cannot have, and as in `load_speech_dataset`.
+    """
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+    from .speech.datasets import decoder_of, load_speech_dataset, prepare_rows, prepare_speech_dataset
 
     rate = processor.feature_extractor.sampling_rate
-    options = {"sampling_rate": rate, "text_column": text_column, "language": language, **(options or {})}
+    chosen = dict(options or {})
+    settings = {"sampling_rate": rate, "text_column": text_column, "language": language, **chosen}
     if isinstance(audio, str | Path):
-        return load_speech_dataset(audio, split, **options)
+        return load_speech_dataset(audio, split, **settings)
     if isinstance(audio, DatasetDict):
         if split not in audio:
             raise ValueError(f"`split` must be one of {', '.join(audio)}, got {split!r}")
         audio = audio[split]
-    if isinstance(audio, Dataset | IterableDataset):
-        column = options.get("audio_column", "audio")
-        # A transform, such as that of `load_speech_dataset`, gives rows as they are to be.
-        ready = isinstance(audio, Dataset) and audio.format["type"] == "custom"
-        feature = (audio.features or {}).get(column)
-        if isinstance(feature, Audio) or (isinstance(feature, Value) and not ready):
-            return prepare_speech_dataset(audio, **options)
-        return audio
     if isinstance(audio, Mapping) or not isinstance(audio, Iterable):
         raise ValueError(
             "`audio` must be a folder, a data set id, a table file, a data set, or rows with an 'audio' each, got "
             f"{type(audio).__name__}"
         )
-    rows = (_at_rate(row, rate) for row in audio)
+    if isinstance(audio, Dataset) and audio.format["type"] == "custom" and decoder_of(audio) is None:
+        if text_column not in (None, "text"):
+            chosen["text_column"] = text_column
+        for name, value in chosen.items():
+            raise ValueError(
+                f"`{name}` must not be set for a data set with a transform of its own, got {value!r}; let the "
+                "transform give rows as they are to be, or take it away"
+            )
+        return audio if language is None else _of_language(audio, language)
+    for name in LOADING:
+        if settings.pop(name, None):
+            raise ValueError(
+                f"`{name}` must not be set for recordings that are loaded already, got {chosen[name]!r}"
+            )
+    if isinstance(audio, Dataset | IterableDataset):
+        return prepare_speech_dataset(audio, **settings)
+    rows = prepare_rows(audio, **settings)
     return list(rows) if isinstance(audio, Sequence) else rows
 
 
-def _at_rate(row: Any, rate: int) -> Any:
-    from .speech.audio import decode_audio
-
-    if not isinstance(row, Mapping) or not isinstance(row.get("audio"), Mapping):
-        raise ValueError(
-            'each row must be a dict such as {"audio": {"array": samples, "sampling_rate": 16000}}, got '
-            f"{str(row)[:80]}"
-        )
-    audio = row["audio"]
-    return {
-        **row,
-        "audio": {"array": decode_audio(audio, rate), "sampling_rate": rate, "path": audio.get("path")},
-    }
+def _of_language(dataset: Any, language: str) -> Any:
+    """The rows of a data set that are in a language, or do not say in which."""
+    kept = [number for number, row in enumerate(dataset) if (row.get("language") or language) == language]
+    if not kept:
+        raise ValueError(f"`language` must be one of those in the data, got {language!r}")
+    return dataset.select(kept)
 
 
 def _shuffled(rows: Any, seed: int) -> Any:
+    """Rows in random order; of those that come one by one, only some are in memory."""
+    import numpy as np
     from datasets import Dataset, IterableDataset
 
     if isinstance(rows, IterableDataset):
         return rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows
+    if isinstance(rows, Dataset):
+        return rows.shuffle(seed=seed)
+    generator = np.random.default_rng(seed)
+    if isinstance(rows, Sequence):
+        return [rows[number] for number in generator.permutation(len(rows))]
+    return _shuffled_stream(rows, generator)
+
+
+def _shuffled_stream(rows: Iterable[Any], generator: Any) -> Iterator[Any]:
+    held: list[Any] = []
+    for row in rows:
+        held.append(row)
+        if len(held) > SHUFFLE_BUFFER:
+            yield held.pop(generator.integers(len(held)))
+    generator.shuffle(held)
+    yield from held
 
 
 def _load_recognizer(

@@ -139,7 +139,7 @@ class Figures:
             evaluations={"this model": rates["wer"]},
             chosen="this model",
             details=details,
-            dataset_id=_hub_id(dataset),
+            dataset_id=None if values["data"].get("dataset_is_path") else _hub_id(dataset),
             split=split,
         )
 

@@ -624,7 +624,8 @@ class ResidualLinear(nn.Module):
         if self.residual_A is not None and self.residual_B is not None:
             first = torch.cat([self.residual_A, first.to(self.residual_A)])
             second = torch.cat([self.residual_B, second.to(self.residual_B)], 1)
-        self._set_factors(first, second)
+        weight = self.weight
+        self._set_factors(first.to(weight), second.to(weight))
 
     @torch.no_grad()
     def cut(self, number: int) -> None:

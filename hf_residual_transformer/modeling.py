@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations import PeftAdapterMixin
+from transformers.utils import find_adapter_config_file
 
 from .configuration import MEAN_FORMAT, ResidualConfig, key_of
 from .families import Family, Stack, groups_of
@@ -325,12 +326,16 @@ class ResidualMixin(DenseModel):
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, where adapters reach the matrices of residual layers too."""
         of_peft = {"peft_config", "load_config"} & set(kwargs)
-        if not of_peft and not Path(str(peft_model_id), "adapter_config.json").is_file():
-            return super().load_adapter(peft_model_id, *args, **kwargs)  # a language's, of wav2vec2
+        options = kwargs.get("adapter_kwargs") or {}
+        # The languages of wav2vec2, which have adapters of their own, are neither folders nor ids.
+        is_name = Path(str(peft_model_id)).is_dir() or "/" in str(peft_model_id)
+        if not of_peft and not (is_name and find_adapter_config_file(str(peft_model_id), **options)):
+            return super().load_adapter(peft_model_id, *args, **kwargs)
         config = kwargs.pop("peft_config", None)
         if config is None:
-            options = kwargs.get("adapter_kwargs") or {}
             config = importlib.import_module("peft").PeftConfig.from_pretrained(peft_model_id, **options)
+            if "load_config" not in kwargs:  # beside a config, `adapter_kwargs` do nothing
+                kwargs.setdefault("download_kwargs", dict(options))
         config = _of_package("adapters").reaching(config)
         load: Any = PeftAdapterMixin.load_adapter
         return load(self, peft_model_id, *args, peft_config=config, **kwargs)
@@ -340,7 +345,15 @@ class ResidualMixin(DenseModel):
         """The plain dense model with the same outputs, for use where this package is not installed.
 
         Every matrix becomes `U + B A + D`, so it has the dense model's size again. The weights are copies.
+
+        Raises:
+            ValueError: for a model with an adapter.
         """
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError(
+                f"`merge` must be of a {type(self).__name__} without an adapter, got one with layers of PEFT; call "
+                "merge_and_unload() of PEFT's model first, or load the model without the adapter"
+            )
         own = {
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -362,6 +375,12 @@ class ResidualMixin(DenseModel):
             dense = self.dense_class()(self.config.to_dense_config())
         dense.load_state_dict(weights, assign=True)
         dense.tie_weights()
+        # Buffers that are not saved, such as sinusoids, were made anew, in float32 on the CPU.
+        buffers = dict(self.named_buffers())
+        for path, _ in list(dense.named_buffers()):
+            if path not in weights:
+                owner, _, name = path.rpartition(".")
+                setattr(dense.get_submodule(owner), name, buffers[path].clone())
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)

@@ -189,6 +189,7 @@ def run(args: argparse.Namespace) -> None:
             print(model.conversion_report, parameters, sep="\n\n")
             report = {
                 "model": portable(args.model),
+                "model_is_path": Path(args.model).exists(),
                 **settings_of(model.config),
                 "parameters": parameters.to_dict(),
                 "conversion": model.conversion_report.to_dict(),

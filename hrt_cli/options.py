@@ -79,6 +79,7 @@ def described_data(args: argparse.Namespace, portable: Any) -> dict[str, Any]:
     """The data as it is written beside a figure."""
     return {
         "dataset": portable(args.audio),
+        "dataset_is_path": Path(args.audio).exists(),
         "split": args.split,
         "language": args.language,
         **data_options(args),

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--license", metavar="NAME", help="of the base model's weights, such as mit")
     card.add_argument("--language", nargs="+", metavar="CODE", help="languages that it was measured on")
     card.add_argument("--evaluation", metavar="FILE", help="evaluation.json of `hrt evaluate` on this model")
-    card.add_argument("--base-model", metavar="ID", help="(default: what compression.json names)")
+    card.add_argument(
+        "--base-model", metavar="ID", help="(default: what compression.json names, unless a folder)"
+    )
     card.add_argument("--datasets", nargs="+", metavar="ID", help="data sets on the Hub that it learnt from")
 
 
@@ -82,8 +84,9 @@ def _about(args: argparse.Namespace, report: Path) -> dict[str, Any]:
 
     known = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     data = known.get("data")
+    of_report = None if known.get("model_is_path") else known.get("model")
     return {
-        "base_model": args.base_model or known.get("model"),
+        "base_model": args.base_model or of_report,
         "data": data and f"recordings of {data['dataset']}, split {data['split']}",
         "figures": args.evaluation and Figures.from_evaluation(args.evaluation),
         "details": known if "command" in known else None,

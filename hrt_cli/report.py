@@ -20,6 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hf_residual_transformer import size_report
-    from hf_residual_transformer.api import load_model
+    from hf_residual_transformer.api import load_compact
 
-    print(size_report(load_model(args.model)))
+    print(size_report(load_compact(args.model)))

@@ -131,6 +131,36 @@ def test_an_adapters_folder_over_a_residual_model_opens_through_auto_classes_and
     close(logits_of(onto, "whisper"), logits_of(adapted, "whisper"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_lora_has_the_dtype_of_the_layer_where_there_was_no_low_rank(dtype):
+    model = build("wav2vec2", ResidualConfig(group_size=2, rank=0)).to(dtype)
+    adapted = add_lora(model, 2, target_modules=PROJECTIONS, init_lora_weights=False)
+    merged = adapted.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    inputs = {name: value for name, value in inputs_of("wav2vec2").items() if name != "labels"}
+    with torch.no_grad():
+        assert merged(**inputs | {"input_values": inputs["input_values"].to(dtype)}).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_an_adapter_loads_by_its_id_on_the_hub(family, tmp_path, monkeypatch):
+    adapted = add_lora(build(family), 2, target_modules=PROJECTIONS, init_lora_weights=False)
+    repository = tmp_path / "models--someone--adapter"
+    for number, branch in enumerate(("main", "other")):
+        adapted.save_pretrained(repository / "snapshots" / (str(number) * 40))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(str(number) * 40)
+        expected = logits_of(adapted, family)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                parameter.mul_(1.0 + parameter.requires_grad)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    onto = build(family)
+    onto.load_adapter("someone/adapter", adapter_kwargs={"revision": "other"})
+    close(logits_of(onto, family), expected)
+
+
 def test_dora_and_saved_modules_train_on_top_and_only_a_low_rank_merges():
     model = build("wav2vec2")
     adapted = add_lora(model, 2, target_modules=PROJECTIONS, use_dora=True, modules_to_save=["lm_head"])
@@ -165,6 +195,16 @@ def test_saved_modules_are_in_the_adapters_folder_and_in_the_merged_model(tmp_pa
     torch.testing.assert_close(logits_of(merged, "wav2vec2"), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(merged.lm_head.weight, before["lm_head.weight"] + 1.0)
     assert all(torch.equal(merged.state_dict()[key], before[key]) for key in before if ".shared." in key)
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_model_with_an_adapter_is_not_merged_to_a_dense_one(is_deleted):
+    model = build("whisper")
+    add_adapter_or_skip(model, LoraConfig(r=2, target_modules=PROJECTIONS))
+    if is_deleted:
+        model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"`merge` must be of a Residual.* without an adapter"):
+        model.merge()
 
 
 def reach_of(folder):
@@ -221,6 +261,22 @@ def test_adapters_that_cannot_become_a_low_rank_are_refused_by_name(tmp_path):
     save_adapter(build("wav2vec2"), tmp_path / "plain", "base")
     with pytest.raises(ValueError, match="`base` must be a dense model with a residual form"):
         from_lora(torch.nn.Linear(2, 2), tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (r"lora_B\.bias", {"lora_bias": True}),
+        ("embed_tokens", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("trainable_tokens", {"trainable_token_indices": {"embed_tokens": [1, 2]}}),
+    ],
+)
+def test_parts_of_an_adapter_that_are_no_low_rank_are_refused_by_name(name, options, tmp_path):
+    base = build("whisper").merge()
+    options = {"target_modules": PROJECTIONS, **options}
+    get_peft_model(copy.deepcopy(base), LoraConfig(r=2, **options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"low ranks of linear matrices alone .*got '.*{name}"):
+        from_lora(base, tmp_path)
 
 
 def test_scaling_of_an_imported_adapter_counts(tmp_path):

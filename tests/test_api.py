@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tomllib
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -32,8 +34,8 @@ from transformers import (
 )
 
 import hf_residual_transformer as hrt
-from hf_residual_transformer.api import EXTRAS, load_dense, require_extra
-from hf_residual_transformer.speech.datasets import load_speech_dataset
+from hf_residual_transformer.api import EXTRAS, SHUFFLE_BUFFER, _shuffled, load_dense, require_extra, rows_of
+from hf_residual_transformer.speech.datasets import load_speech_dataset, prepare_speech_dataset
 
 OPTIONAL = ["datasets", "jiwer", "soundfile", "accelerate", "matplotlib", "scipy", "psutil", "peft"]
 SHORT = {"num_windows": 4, "progress": False}
@@ -120,7 +122,8 @@ class TestCompress:
     def test_it_is_what_from_dense_makes_of_the_same_windows(self, compact):
         from hf_residual_transformer.speech.windows import calibration_batches
 
-        batches = calibration_batches(rows(), whisper_processor(), num_windows=4, batch_size=1)
+        chosen = _shuffled(rows(), seed=0)
+        batches = calibration_batches(chosen, whisper_processor(), num_windows=4, batch_size=1)
         expected = hrt.ResidualWhisperForConditionalGeneration.from_dense(
             whisper(), calibration=batches, budget=0.5, progress=False
         ).state_dict()
@@ -312,6 +315,110 @@ class TestCompress:
         compact.save_pretrained(tmp_path)
         assert AutoProcessor.from_pretrained(tmp_path).feature_extractor.chunk_length == 1
         assert isinstance(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path), type(compact))
+
+
+FORMS = {
+    "list": list,
+    "iterator": iter,
+    "data set": datasets.Dataset.from_list,
+    "stream": lambda clips: datasets.Dataset.from_list(clips).to_iterable_dataset(),
+    "loaded": lambda clips: prepare_speech_dataset(
+        datasets.Dataset.from_list(clips), text_column="sentence", language_column="locale"
+    ),
+    "loaded stream": lambda clips: prepare_speech_dataset(
+        datasets.Dataset.from_list(clips).to_iterable_dataset(),
+        text_column="sentence",
+        language_column="locale",
+    ),
+}
+
+
+class TestRows:
+    """What the verbs make of recordings that are no path."""
+
+    clips = tuple(
+        {
+            "audio": {"array": speech(seconds, number).numpy(), "sampling_rate": 16_000},
+            "sentence": str(number),
+            "locale": locale,
+        }
+        for number, (seconds, locale) in enumerate(((0.1, "de"), (0.4, "en"), (0.2, "en"), (0.1, "en")))
+    )
+
+    def read(self, audio, **settings):
+        return rows_of(audio, whisper_processor(), "train", **settings)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_form_has_the_options_of_a_path(self, form):
+        loaded = "loaded" in form
+        columns = {} if loaded else {"language_column": "locale"}
+        found = self.read(
+            FORMS[form](self.clips),
+            language="en",
+            text_column="text" if loaded else "sentence",
+            options={"max_seconds": 0.3, "max_samples": 1, **columns},
+        )
+        (row,) = found
+        assert (row["text"], row["language"]) == ("2", "en")
+        np.testing.assert_array_equal(row["audio"]["array"], self.clips[2]["audio"]["array"])
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("options", [{"streaming": True}, {"revision": "main"}, {"config_name": "de"}])
+    def test_how_to_load_is_no_option_of_what_is_loaded(self, form, options):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must not be set for recordings that"):
+            self.read(FORMS[form](self.clips), text_column=None, options=options)
+
+    def test_a_loaded_data_set_finds_its_files_again(self):
+        loaded = load_speech_dataset(SAMPLE, "test", text_column=None)
+        row = self.read(loaded, language="en", text_column=None, options={"max_samples": 1})[0]
+        assert row["language"] == "en" and len(row["audio"]["array"])
+        plain = datasets.Dataset.from_list([{"audio": self.clips[0]["audio"]}])
+        named = prepare_speech_dataset(plain, text_column=None, language="de")
+        assert self.read(named, text_column=None)[0]["language"] == "de"
+        with pytest.raises(ValueError, match=r"`language` must be 'de', with which .* loaded, got 'en'"):
+            self.read(named, text_column=None, language="en")
+
+    def test_a_row_without_a_language_gets_that_which_is_asked_for(self):
+        for audio in (rows(count=2), iter(rows(count=2))):
+            assert [row["language"] for row in self.read(audio, language="de")] == ["de", "de"]
+
+    @pytest.mark.parametrize("form", ["list", "iterator"])
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ({"language": "fr"}, r"`language` must be one of those in the data \(de, en\), got 'fr'"),
+            ({"text_column": "words"}, "`text_column` must be one of audio, sentence, locale, got 'words'"),
+            ({"options": {"max_seconds": 0.01}}, "no clip is left"),
+            ({"options": {"max_samples": 0}}, "`max_samples` must be at least 1"),
+        ],
+    )
+    def test_an_option_that_fits_no_row_is_named(self, form, settings, problem):
+        options = {"language_column": "locale", **settings.get("options", {})}
+        with pytest.raises(ValueError, match=problem):
+            list(self.read(FORMS[form](self.clips), **{"text_column": None, **settings, "options": options}))
+
+    def test_a_transform_of_ones_own_gives_rows_as_they_are_to_be(self):
+        clips = [{**clip, "language": clip["locale"]} for clip in self.clips]
+        own = datasets.Dataset.from_list(clips).with_transform(lambda batch: batch)
+        assert self.read(own) is own
+        assert [row["sentence"] for row in self.read(own, language="de")] == ["0"]
+        with pytest.raises(ValueError, match="`language` must be one of those in the data, got 'fr'"):
+            self.read(own, language="fr")
+        for settings in ({"text_column": "sentence"}, {"options": {"max_seconds": 1.0}}):
+            with pytest.raises(
+                ValueError, match="must not be set for a data set with a transform of its own"
+            ):
+                self.read(own, **settings)
+
+    def test_lists_are_shuffled_as_data_sets_are(self):
+        numbers = list(range(9))
+        expected = datasets.Dataset.from_dict({"n": numbers}).shuffle(seed=3)["n"]
+        assert _shuffled(numbers, 3) == list(expected) != numbers
+
+    def test_what_comes_one_by_one_is_shuffled_in_parts(self):
+        first = list(itertools.islice(_shuffled(iter(itertools.count()), 3), 5))
+        assert first != sorted(first) and max(first) <= SHUFFLE_BUFFER + 4
+        assert sorted(_shuffled(iter(range(500)), 3)) == list(range(500))
 
 
 class TestDistill:

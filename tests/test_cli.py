@@ -38,7 +38,13 @@ from transformers import (
 )
 
 import hrt_cli
-from hf_residual_transformer import ResidualWav2Vec2ForCTC, ResidualWhisperForConditionalGeneration
+from hf_residual_transformer import (
+    ResidualConfig,
+    ResidualWav2Vec2ForCTC,
+    ResidualWhisperForAudioClassification,
+    ResidualWhisperForConditionalGeneration,
+    size_report,
+)
 
 COMMANDS = list(hrt_cli.COMMANDS)
 DATA = ["--audio", SAMPLE, *CLIPS]
@@ -282,7 +288,17 @@ class TestErrors:
         )
 
     def test_a_dense_model_has_no_report(self, dense_whisper, capsys):
-        assert "must have residual layers" in refused(capsys, "report", dense_whisper)
+        assert "`model` must be a compact model as from `hrt compress`" in refused(
+            capsys, "report", dense_whisper
+        )
+
+
+def test_a_classifier_has_a_report(tmp_path, capsys):
+    config = tiny_whisper_config(residual_config=ResidualConfig(rank=2))
+    model = ResidualWhisperForAudioClassification(config)
+    model.save_pretrained(tmp_path)
+    assert run("report", tmp_path) == 0
+    assert capsys.readouterr().out.strip() == str(size_report(model))
 
 
 def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed, dense_whisper):
@@ -294,7 +310,7 @@ def test_compress_leaves_a_residual_model_its_processor_and_a_report(compressed,
     processor = AutoProcessor.from_pretrained(compressed["whisper"])
     assert processor.tokenizer.english_spelling_normalizer == {"colour": "color"}
     report = json.loads((compressed["whisper"] / "compression.json").read_text())
-    assert report["model"] == dense_whisper.name
+    assert (report["model"], report["model_is_path"]) == (dense_whisper.name, True)
     assert 0 < report["parameters"]["encoder"]["ratio"] < 1
     assert 0 <= report["conversion"]["mean_error"] < 1
     assert report["seconds"] > 0
@@ -560,6 +576,7 @@ def test_evaluate_writes_its_results_and_overwrites_nothing(tmp_path, monkeypatc
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (saved["clips"], saved["words"], saved["model"]) == (2, 4, "model")
     assert (saved["data"]["dataset"], saved["data"]["split"]) == ("data.csv", "all")
+    assert saved["data"]["dataset_is_path"]
     assert saved["command"].startswith("hrt evaluate model --audio data.csv")
     assert saved["command"].startswith("hrt evaluate model --audio data.csv")
     assert "already holds files" in refused(capsys, *words)

@@ -158,6 +158,23 @@ def test_the_merged_model_has_equal_outputs(name):
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_merged_model_keeps_the_dtype_and_device_of_buffers_that_are_not_saved(name):
+    for place in ("cpu", "meta"):
+        model = copy.deepcopy(residual(name)).to(place, torch.bfloat16)
+        expected = dict(model.named_buffers())
+        for path, buffer in model.merge().named_buffers():
+            assert (buffer.dtype, buffer.device) == (expected[path].dtype, expected[path].device), path
+            assert place == "meta" or torch.equal(buffer, expected[path]), path
+
+
+def test_a_merged_speech2text_of_16_bits_runs():
+    model = copy.deepcopy(residual("speech_to_text")).bfloat16()
+    inputs = {**case("speech_to_text").inputs, **decoder_inputs("speech_to_text")}
+    inputs["input_features"] = inputs["input_features"].bfloat16()
+    torch.testing.assert_close(model.merge()(**inputs)[0], model(**inputs)[0], rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_compression_is_exact_at_full_rank_and_its_error_falls_with_the_rank(name):
     of = case(name)

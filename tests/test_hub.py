@@ -1,6 +1,7 @@
 """The card says what the model is, with the figures it was given, in metadata that the Hub reads."""
 
 import json
+from argparse import Namespace
 
 import pytest
 from conftest import tiny_wav2vec2_config, tiny_whisper_config
@@ -11,6 +12,7 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer.hub import Figures, model_card, write_model_card
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.reporting import format_bytes
+from hrt_cli.push import _about
 
 
 def write_card(folder, chosen="distilled", **settings):
@@ -164,6 +166,21 @@ def test_a_folder_is_no_base_model_on_the_hub(tmp_path, monkeypatch):
     for name in ("models/whisper", str(tmp_path / "models" / "whisper")):
         card = model_card(tiny(), base_model=name)
         assert card.data.base_model is None and not metadata_errors(str(card))
+
+
+def test_a_folder_of_another_machine_is_no_id_on_the_hub_either(tmp_path):
+    report = {"model": "bert-base-uncased", "data": {"dataset": "someone/talks", "split": "test"}}
+    rates = {"wer": 0.5, "cer": 0.25, "clips": 2, "stopped_by": None, **provenance()}
+    args = Namespace(base_model=None, evaluation=None, license=None, language=None, datasets=None)
+    path = tmp_path / "report.json"
+    for is_path, base_model, dataset in (
+        (True, None, None),
+        (False, "bert-base-uncased", "someone/talks"),
+    ):
+        data = {**report["data"], "dataset_is_path": is_path}
+        path.write_text(json.dumps({**rates, **report, "model_is_path": is_path, "data": data}))
+        assert model_card(tiny(), **_about(args, path)).data.base_model == base_model
+        assert Figures.from_evaluation(path).dataset_id == dataset
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..families import WHISPER
+
 T = TypeVar("T")
 LABEL_PADDING = -100  # the losses of transformers ignore it
 
@@ -154,8 +156,16 @@ def collator_for(
 
 
 def is_multilingual(model: Any) -> bool:
-    """Whether a Whisper model takes a language and a task, from its generation config or the size of its vocabulary."""
-    return getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865)
+    """Whether a model is a Whisper that takes a language and a task, from its generation config or the size of its
+    vocabulary."""
+    if model.config.model_type != WHISPER.name:
+        return False
+    return bool(getattr(model.generation_config, "is_multilingual", model.config.vocab_size >= 51_865))
+
+
+def is_english(language: str) -> bool:
+    """Whether a name or code of a language is one of English, such as "en", "eng", "en_us" or "English (US)"."""
+    return re.fullmatch(r"en(g|glish)?([-_ (].*)?", language.strip().lower()) is not None
 
 
 def check_english(language: str | None, task: str, clip: str | None = None) -> None:
@@ -167,7 +177,7 @@ def check_english(language: str | None, task: str, clip: str | None = None) -> N
     where = f" of {clip}" if clip else ""
     if task != "transcribe":
         raise ValueError(f"`task` must be 'transcribe' for a model that only transcribes, got {task!r}")
-    if language is not None and not re.fullmatch(r"en(g|glish)?([-_ (].*)?", language.strip().lower()):
+    if language is not None and not is_english(language):
         raise ValueError(
             f"the language{where} must be English for an English-only Whisper, got {language!r}; choose a multilingual "
             "model, or other data"

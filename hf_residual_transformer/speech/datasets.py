@@ -11,7 +11,7 @@ import csv
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +122,8 @@ def prepare_speech_dataset(
     """Gives a data set the columns `audio`, `text` and `language` that this package reads, and drops all others.
 
     Args:
-        dataset: a data set with at least a column of audio.
+        dataset: a data set with at least a column of audio. One that this function has made is prepared again, and its
+            sources are found as before.
         audio_column: the column with sources for `decode_audio`. If there is no "audio", "file_name" is used.
         text_column: the column with transcripts; None for recordings without transcripts.
         language_column: the column with languages; by default "language" if it exists.
@@ -139,11 +140,18 @@ def prepare_speech_dataset(
     Raises:
         ValueError: if a column or language does not exist, files are missing, or no row is left.
     """
-    check_rate(sampling_rate, "`sampling_rate`")
-    if max_seconds is not None and not (max_seconds > 0 and math.isfinite(max_seconds)):
-        raise ValueError(f"`max_seconds` must be above 0 and finite, got {max_seconds}")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1, got {max_samples}")
+    _check_limits(sampling_rate, max_seconds, max_samples)
+    before = decoder_of(dataset)
+    if before is not None:
+        if before.language is not None and language not in (None, before.language):
+            raise ValueError(
+                f"`language` must be {before.language!r}, with which the data set was loaded, got {language!r}"
+            )
+        language = before.language if language is None else language
+        base_dir = before.base_dir if base_dir is None else base_dir
+        outside_files = before.outside_files if outside_files is None else outside_files
+        source_sampling_rate = source_sampling_rate or before.source_sampling_rate
+        dataset = dataset.with_format(None)
     dataset = _rename_columns(dataset, audio_column, text_column, language_column)
     has_language = "language" in _columns(dataset)
     if language is not None and has_language:
@@ -168,14 +176,72 @@ def prepare_speech_dataset(
     return dataset.with_transform(decoder)
 
 
+def prepare_rows(
+    rows: Iterable[Any],
+    *,
+    audio_column: str = "audio",
+    text_column: str | None = "text",
+    language_column: str | None = None,
+    language: str | None = None,
+    sampling_rate: int = 16_000,
+    source_sampling_rate: int | None = None,
+    max_seconds: float | None = None,
+    max_samples: int | None = None,
+    base_dir: str | Path | None = None,
+    outside_files: bool | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields what `prepare_speech_dataset` gives of a data set, from rows that are in memory or come one by one.
+
+    The options are the same, but `language` leaves out rows of another language, and a row that does not say its
+    language gets this one. The audio of each row must be a dict for `decode_audio`.
+
+    Raises:
+        ValueError: if a column does not exist, a row has no such audio, or the options leave no row.
+    """
+    _check_limits(sampling_rate, max_seconds, max_samples)
+    outside_files = base_dir is None if outside_files is None else outside_files
+    decoder = _Decoder(sampling_rate, source_sampling_rate, base_dir, outside_files, None)
+    number, too_long = 0, 0
+    others: set[str] = set()
+    for row in rows:
+        is_row = isinstance(row, Mapping)
+        names = _meanings(list(row), audio_column, text_column, language_column) if is_row else {}
+        found = {meaning: row[column] for column, meaning in names.items()}
+        if not isinstance(found.get("audio"), Mapping):
+            raise ValueError(
+                'each row must be a dict such as {"audio": {"array": samples, "sampling_rate": 16000}}, got '
+                f"{str(row)[:80]}"
+            )
+        if language is not None:
+            spoken = found.get("language") or language
+            if spoken != language:
+                others.add(str(spoken))
+                continue
+            found["language"] = language
+        found["audio"] = decoder.decode(found["audio"])
+        if max_seconds is not None and len(found["audio"]["array"]) > max_seconds * sampling_rate:
+            too_long += 1
+            continue
+        yield found
+        number += 1
+        if number == max_samples:
+            return
+    if not number and too_long:
+        raise ValueError(NO_CLIP)
+    if not number and others:
+        raise ValueError(
+            f"`language` must be one of those in the data ({', '.join(sorted(others)[:20])}), got {language!r}"
+        )
+
+
 def refuse_long_clips(dataset: Dataset, max_seconds: float) -> None:
     """Checks a data set of `load_speech_dataset` by the headers of its files, so that nothing is decoded.
 
     Raises:
         ValueError: naming the first clip that is longer than `max_seconds`.
     """
-    decoder = dataset.format["format_kwargs"].get("transform")
-    if not isinstance(decoder, _Decoder):
+    decoder = decoder_of(dataset)
+    if decoder is None:
         return
     for number, source in enumerate(dataset.with_format(None)["audio"]):
         if not decoder.fits(max_seconds, source):
@@ -192,11 +258,25 @@ def clip_samples(rows: Any) -> list[int]:
     Args:
         rows: a data set of `load_speech_dataset`, of which only the headers of files are read, or other rows.
     """
-    decoder = rows.format["format_kwargs"].get("transform") if isinstance(rows, Dataset) else None
-    if isinstance(decoder, _Decoder):
+    decoder = decoder_of(rows)
+    if decoder is not None:
         rate = decoder.sampling_rate
         return [round(decoder.seconds(source) * rate) for source in rows.with_format(None)["audio"]]
     return [len(row["audio"]["array"]) for row in rows]
+
+
+def decoder_of(rows: Any) -> _Decoder | None:
+    """What decodes the rows of a data set that `prepare_speech_dataset` has made; None for other rows."""
+    decoder = rows.format["format_kwargs"].get("transform") if isinstance(rows, Dataset) else None
+    return decoder if isinstance(decoder, _Decoder) else None
+
+
+def _check_limits(sampling_rate: int, max_seconds: float | None, max_samples: int | None) -> None:
+    check_rate(sampling_rate, "`sampling_rate`")
+    if max_seconds is not None and not (max_seconds > 0 and math.isfinite(max_seconds)):
+        raise ValueError(f"`max_seconds` must be above 0 and finite, got {max_seconds}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1, got {max_samples}")
 
 
 def _rename_columns(

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from ..families import WHISPER, num_frames_of
 from ..folders import write_text
 from ..provenance import portable, provenance
 from .collators import (
@@ -31,6 +32,7 @@ from .collators import (
     check_english,
     check_has_frames,
     check_lengths,
+    is_english,
     is_multilingual,
 )
 from .transcription import complete_token_ids
@@ -170,14 +172,15 @@ def evaluate_asr(
     Rows that can be read again are checked before the first is transcribed, so that no work is lost to a bad one.
 
     Args:
-        model: a sequence-to-sequence model, which decodes as its generation config says, or a CTC model, which decodes
-            to the most probable token of each frame. It runs on its device and in its dtype, without dropout.
+        model: a sequence-to-sequence model or a transducer, which decodes as its generation config says, or a CTC
+            model, which decodes to the most probable token of each frame. It runs on its device and in its dtype,
+            without dropout.
         processor: the model's processor.
         dataset: rows as from `load_speech_dataset`, with text.
         batch_size: the number of clips in a batch.
         language: the language of all rows, for Whisper and for the choice of the normaliser; by default each row's
-            `language`. If neither is given, a multilingual Whisper detects the language and the basic normaliser is
-            used, and the language of an English-only Whisper is English.
+            `language`. Where neither is given, a multilingual Whisper detects the language and the basic normaliser is
+            used, and the language of an English-only Whisper is English. Other models are not told the language.
         task: the task of a multilingual Whisper: "transcribe", or "translate" for references in English.
         max_new_tokens: the maximum length of a transcript in tokens; by default that of the generation config.
         keep_marks: whether the basic normaliser keeps combining marks, as scripts with vowel signs need it. Figures of
@@ -186,16 +189,18 @@ def evaluate_asr(
 
     Raises:
         ValueError: if there are no rows, rows have no text, the references have no word, a clip does not fit the
-            model, or an English-only or CTC model is asked for another language or task. If a stream ends so after
-            the first clips are transcribed, it is an `EvaluationStopped`, which has their result.
+            model, an English-only Whisper is asked for another language, or a model that only transcribes for another
+            task. If a stream ends so after the first clips are transcribed, it is an `EvaluationStopped`, which has
+            their result.
     """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     normalize = _normalizers(processor, keep_marks)
-    multilingual = model.can_generate() and is_multilingual(model)
-    default = "en" if model.can_generate() and not multilingual else None
+    is_whisper = model.can_generate() and model.config.model_type == WHISPER.name
+    multilingual = is_whisper and is_multilingual(model)
+    default = "en" if is_whisper and not multilingual else None
     if multilingual:
         complete_token_ids(model, processor.tokenizer)
     else:
@@ -317,23 +322,42 @@ def _transcribe(
     max_new_tokens: int | None,
 ) -> list[str]:
     """The recognised texts of a batch of rows."""
+    is_told = [language is not None for language in languages]
+    if len(set(is_told)) > 1 and model.can_generate() and is_multilingual(model):
+        # `generate` takes the languages of all rows or of none.
+        texts: dict[int, str] = {}
+        for told in (True, False):
+            numbers = [number for number, known in enumerate(is_told) if known is told]
+            part = [rows[number] for number in numbers], [languages[number] for number in numbers]
+            found = _transcribe(model, processor, *part, task=task, max_new_tokens=max_new_tokens)
+            texts.update(zip(numbers, found, strict=True))
+        return [texts[number] for number in range(len(rows))]
     inputs = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in SpeechCollator(processor)(rows).items()
     }
     if not model.can_generate():
         tokens = model(**inputs).logits.argmax(dim=-1)
-        samples = torch.tensor([len(row["audio"]["array"]) for row in rows])
+        if "input_features" in inputs:
+            lengths = inputs["attention_mask"].sum(-1)
+        else:
+            lengths = torch.tensor([len(row["audio"]["array"]) for row in rows])
         # Tokens of padding are not part of a clip, and would make results depend on the batch.
-        for clip, num_frames in zip(tokens, model._get_feat_extract_output_lengths(samples), strict=True):
+        for clip, num_frames in zip(tokens, num_frames_of(model, lengths), strict=True):
             clip[num_frames:] = processor.tokenizer.pad_token_id
         return processor.batch_decode(tokens)
     options: dict[str, Any] = {}
     if is_multilingual(model):
-        options = {"task": task, "language": list(languages) if None not in languages else None}
+        options = {"task": task, "language": list(languages) if all(is_told) else None}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
-    return processor.batch_decode(model.generate(**inputs, **options), skip_special_tokens=True)
+    tokens = model.generate(**inputs, **options)
+    if hasattr(tokens, "durations"):
+        # A transducer goes on at a clip's last frame until it has heard all clips of the batch.
+        frames = tokens.durations.cumsum(-1) - tokens.durations
+        heard = frames < num_frames_of(model, inputs["attention_mask"].sum(-1))[:, None]
+        tokens = [clip[is_heard] for clip, is_heard in zip(tokens.sequences, heard, strict=True)]
+    return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
 def error_rates(references: Sequence[str], predictions: Sequence[str]) -> ErrorRates:
@@ -397,7 +421,7 @@ def _normalizers(processor: Any, keep_marks: bool) -> dict[bool, Any]:
 
 
 def _is_english(language: str | None, task: str) -> bool:
-    return task == "translate" or (language or "").lower() in ("en", "english")
+    return task == "translate" or (language is not None and is_english(language))
 
 
 def _compare(name: str, language: str | None, reference: str, prediction: str, normalize: Any) -> Prediction:

@@ -20,14 +20,20 @@ from conftest import (
     whisper_generation_config,
     whisper_processor,
 )
+from tiny_families import MELS, dense_model
 from torch import nn
-from transformers import Wav2Vec2ForCTC
+from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2ForCTC
 
 from hf_residual_transformer import ResidualConfig, ResidualWhisperForConditionalGeneration
 from hf_residual_transformer.folders import prepare_output_dir
 from hf_residual_transformer.provenance import portable, provenance
 from hf_residual_transformer.speech.metrics import EvaluationStopped, error_rates, evaluate_asr
 from hf_residual_transformer.training.arguments import DataArguments, parse_args
+from hf_residual_transformer.training.scratch_parakeet import (
+    ParakeetSizes,
+    new_parakeet,
+    new_parakeet_processor,
+)
 
 RATE = 16_000
 
@@ -114,6 +120,13 @@ class TestCTC:
         assert result.predictions[1].normalized_reference == "uh bed"
         assert (result.by_language["en"].wer, result.by_language["de"].wer, result.wer) == (0, 1 / 2, 1 / 5)
 
+    @pytest.mark.parametrize("language", ["en", "English", "eng", "en_us", "en-GB", "English (US)"])
+    def test_english_is_normalised_as_such_however_it_is_spelt(self, language, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        rows = [row("Uh, a bad cab", language=language)]
+        result = evaluate_asr(Scripted(processor, ["a bad cab"]), processor, rows, progress=False)
+        assert (result.wer, result.normalizers) == (0, {language: "EnglishTextNormalizer"})
+
     def test_the_result_does_not_depend_on_the_batch_size(self, tmp_path):
         torch.manual_seed(0)
         processor = wav2vec2_processor(tmp_path)
@@ -122,6 +135,15 @@ class TestCTC:
         one, three = (evaluate_asr(model, processor, rows, batch_size=n, progress=False) for n in (1, 3))
         assert [p.prediction for p in one.predictions] == [p.prediction for p in three.predictions]
         assert (one.wer, one.cer) == (three.wer, three.cer)
+
+    def test_nor_does_it_where_the_model_reads_a_spectrogram(self, tmp_path):
+        extractor = SeamlessM4TFeatureExtractor(feature_size=MELS // 2, num_mel_bins=MELS // 2)
+        processor = Wav2Vec2BertProcessor(extractor, wav2vec2_processor(tmp_path).tokenizer)
+        model = dense_model("wav2vec2-bert")
+        rows = [row("a bad cab", seconds=seconds) for seconds in (0.1, 0.25, 0.8)]
+        one, three = (evaluate_asr(model, processor, rows, batch_size=n, progress=False) for n in (1, 3))
+        assert [p.prediction for p in one.predictions] == [p.prediction for p in three.predictions]
+        assert all(p.prediction for p in one.predictions)
 
     def test_the_model_is_left_in_the_mode_it_was_in(self, tmp_path):
         processor = wav2vec2_processor(tmp_path)
@@ -213,6 +235,37 @@ class TestCTC:
             assert result.normalizers == {"xx": "MarkKeepingNormalizer"}
 
 
+class TestParakeet:
+    def made(self, head):
+        names = ("encoder_layers", "d_model", "attention_heads", "subsampling", "decoder_dim", "num_mel_bins")
+        sizes = ParakeetSizes(**dict(zip(names, (1, 16, 2, 4, 16, MELS), strict=True)), encoder_ffn_dim=32)
+        processor = new_parakeet_processor(["a bad cab", "bed"], 20, head, sizes)
+        torch.manual_seed(0)
+        model = randomize_(new_parakeet(sizes, head, processor.tokenizer), seed=2)
+        if head == "tdt":
+            model.joint.head.bias.data[-1] += (
+                100.0  # moves on at each token, which random weights need not do
+            )
+        return model, processor
+
+    @pytest.mark.parametrize("head", ["ctc", "rnnt", "tdt"])
+    def test_the_result_does_not_depend_on_the_batch_size(self, head):
+        model, processor = self.made(head)
+        rows = [row("a bad cab", seconds=seconds) for seconds in (0.1, 0.15, 0.3)]
+        limit = {} if head == "ctc" else {"max_new_tokens": 100}
+        one, three = (
+            evaluate_asr(model, processor, rows, batch_size=n, progress=False, **limit) for n in (1, 3)
+        )
+        assert [p.prediction for p in one.predictions] == [p.prediction for p in three.predictions]
+        assert any(p.prediction for p in one.predictions)
+
+    def test_its_language_is_that_of_the_data_and_not_english(self):
+        model, processor = self.made("ctc")
+        for options, expected in (({}, "None"), ({"language": "de"}, "de")):
+            result = evaluate_asr(model, processor, [row("a bad cab")], progress=False, **options)
+            assert result.normalizers == {expected: "BasicTextNormalizer"}
+
+
 class TestWhisper:
     @pytest.fixture
     def model(self, monkeypatch):
@@ -250,6 +303,13 @@ class TestWhisper:
         result = evaluate_asr(model, whisper_processor(), [row("a")], progress=False)
         assert model.asked[0]["language"] is None
         assert result.normalizers == {"None": "BasicTextNormalizer"}
+
+    def test_a_clip_without_a_language_does_not_take_that_of_others_away(self, model):
+        rows = [row("a", language="de"), row("b"), row("c", language="en", seconds=0.5)]
+        options = {"max_new_tokens": 4, "progress": False}
+        one, three = (evaluate_asr(model, whisper_processor(), rows, batch_size=n, **options) for n in (1, 3))
+        assert [asked["language"] for asked in model.asked] == [["de"], None, ["en"], ["de", "en"], None]
+        assert one.predictions == three.predictions
 
     def test_translations_are_compared_as_english(self, model):
         rows = [row("a", language="de")]
