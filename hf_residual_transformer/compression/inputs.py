@@ -175,7 +175,9 @@ def with_labels(
             memory = output_of(model, encoder, to_model(model, batch))[0]
             found[place] = {**batch, MEMORY: memory.to(main_input(batch).device)}
     lacking = [place for place in lacking if place in places]
-    if model.config.model_type == WHISPER.name:  # those that are transcribed together have about as much to say
+    if (
+        model.config.model_type == WHISPER.name
+    ):  # those that are transcribed together have about as much to say
         lacking.sort(key=lambda place: num_heard_frames(main_input(found[place])))
     made: dict[int, Tensor] = {}
     with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
