@@ -146,7 +146,7 @@ def test_one_call_pushes_all_and_the_auto_classes_load_it_by_id(hub, folder, tmp
 
 
 @of_any_endpoint
-def test_the_command_pushes_a_folder_with_a_card_that_it_makes(hub, folder, tmp_path):
+def test_the_command_pushes_a_folder_with_a_card_that_it_makes_or_refuses_it(hub, folder, tmp_path):
     report = {
         "model": "openai/whisper-tiny",
         "data": {"dataset": "my-recordings", "split": "train", "language": None},
@@ -167,12 +167,17 @@ def test_the_command_pushes_a_folder_with_a_card_that_it_makes(hub, folder, tmp_
         [folder, "tiny", "--create-pr"],
         [own, "tiny", "--with-code"],
         [own, "tiny", "--license", "mit"],
+        [folder, "refused", "--license", "my own"],
     ]
     done = start(
         hub, tmp_path, ["-c", COMMANDS, json.dumps([["push", *map(str, words)] for words in commands])]
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, 0, 2], done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, 0, 2, 2], done.stderr
     assert "--license must not be given where" in done.stderr
+    # A card that the Hub refuses makes no repository.
+    assert "`card` must have metadata that the Hub accepts" in done.stderr
+    assert "must be one of the known licenses" in done.stderr
+    assert f"{USER}/refused" not in hub.branches
     repo_id = f"{USER}/tiny"
     assert f"{hub.endpoint}/{repo_id}" in done.stdout
     _, files, _, last = hub.commits.values()
@@ -191,16 +196,6 @@ def test_the_command_pushes_a_folder_with_a_card_that_it_makes(hub, folder, tmp_
     assert b"Mine" in last["README.md"] and set(last) >= CODE_FILES
     for path in (folder, own):  # the folders stay as they were
         assert "auto_map" not in json.loads((path / "config.json").read_text())
-
-
-@of_any_endpoint
-def test_a_card_that_the_hub_refuses_makes_no_repository(hub, folder, tmp_path):
-    words = ["-m", "hrt_cli", "push", folder, f"{USER}/refused", "--license", "my own"]
-    done = start(hub, tmp_path, words)
-    assert done.returncode == 2
-    assert "`card` must have metadata that the Hub accepts" in done.stderr
-    assert "must be one of the known licenses" in done.stderr
-    assert not hub.branches
 
 
 def test_who_is_not_logged_in_is_told_so(hub, folder, tmp_path):

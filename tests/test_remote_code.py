@@ -167,7 +167,7 @@ print(json.dumps(texts))
 
 @pytest.mark.parametrize(
     ("name", "base"),
-    [("whisper", "ResidualWhisperModel"), ("hubert", "ResidualHubertModel"), ("wavlm", "ResidualWavLMModel")],
+    [("whisper", "ResidualWhisperModel"), ("wavlm", "ResidualWavLMModel")],
 )
 def test_the_pipeline_transcribes_and_saving_again_keeps_the_code(name, base, tmp_path):
     folder, again = tmp_path / f"compact-{base}", tmp_path / "again"
