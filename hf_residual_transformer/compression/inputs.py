@@ -15,7 +15,6 @@ from ..families import WHISPER, frame_mask, takes_mask
 from ..layers import at_least_float32
 from ..speech.collators import LABEL_PADDING
 from ..speech.transcription import greedy_labels, has_words, transcribe
-from ..whisper import num_heard_frames
 
 INPUT_NAMES = ("input_features", "input_values")
 TRANSCRIBED = 8  # batches at a time, since tokens are cheaper together
@@ -175,10 +174,6 @@ def with_labels(
             memory = output_of(model, encoder, to_model(model, batch))[0]
             found[place] = {**batch, MEMORY: memory.to(main_input(batch).device)}
     lacking = [place for place in lacking if place in places]
-    if (
-        model.config.model_type == WHISPER.name
-    ):  # those that are transcribed together have about as much to say
-        lacking.sort(key=lambda place: num_heard_frames(main_input(found[place])))
     made: dict[int, Tensor] = {}
     with tqdm(total=len(lacking), desc="transcribing", unit="batch", disable=not progress) as bar:
         for start in range(0, len(lacking), TRANSCRIBED):
