@@ -539,9 +539,17 @@ def rows_of(
         if text_column not in (None, "text"):
             chosen["text_column"] = text_column
         for name, value in chosen.items():
+            if value in (None, False):
+                continue
             raise ValueError(
                 f"`{name}` must not be set for a data set with a transform of its own, got {value!r}; let the "
                 "transform give rows as they are to be, or take it away"
+            )
+        first = audio[0] if len(audio) else {"audio": {}}
+        if not isinstance(first.get("audio"), Mapping):
+            raise ValueError(
+                f"`audio` must have rows with an 'audio' each, but its own transform gives {', '.join(sorted(first))}; "
+                "take the transform away with with_format(None)"
             )
         return audio if language is None else _of_language(audio, language)
     for name in LOADING:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 UNFINISHED = ".unfinished"  # the end of the name of a folder that is being filled
 REPLACED = "replaced.unfinished"  # in such a folder, the old files while the new ones take their places
+PROBE = "_probe-"  # a file that is made to see whether a folder can be written; other processes may see it
 CHECKPOINTS = "checkpoint-*"
 CODE = Path(__file__).with_name("remote.py")  # what opens a checkpoint that carries its code
 
@@ -66,7 +67,8 @@ def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) 
     if resume and not folder.is_dir():
         raise FileNotFoundError(f"there is nothing to resume from: the output folder {folder} does not exist")
     left = unfinished(folder)
-    holds_files = folder.is_dir() and any(path.name != left.name for path in folder.iterdir())
+    passing = (left.name, PROBE, ".nfs")  # the last are deleted files of a network's disk
+    holds_files = folder.is_dir() and any(not path.name.startswith(passing) for path in folder.iterdir())
     if holds_files and not (overwrite or resume):
         raise FileExistsError(
             f"the output folder {folder} already holds files; name another, or pass --overwrite"
@@ -83,7 +85,7 @@ def prepare_output_dir(path: str | Path, overwrite: bool, resume: bool = False) 
 def _require_writable(folder: Path) -> None:
     place = _existing(folder)
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=place, prefix=PROBE):
             pass
     except OSError as error:
         raise OSError(
@@ -167,7 +169,7 @@ def adopt(new: Path, folder: Path) -> None:
                 f"{new}: move it from there before the next run, which deletes it"
             ) from error
         raise
-    shutil.rmtree(new)
+    shutil.rmtree(new, ignore_errors=True)  # a network's disk keeps old files that are still open
 
 
 def _flush(folder: Path) -> None:

@@ -117,6 +117,7 @@ def lowest(bits: int) -> int:
     return -(2 ** (bits - 1))
 
 
+@torch.no_grad()
 def quantize(
     weight: Tensor,
     covariance: Tensor | None = None,

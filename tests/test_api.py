@@ -409,6 +409,11 @@ class TestRows:
                 ValueError, match="must not be set for a data set with a transform of its own"
             ):
                 self.read(own, **settings)
+        for_training = own.with_transform(lambda batch: {"input_features": batch["audio"]})
+        with pytest.raises(
+            ValueError, match="'audio' each, but its own transform gives input_features; take"
+        ):
+            self.read(for_training)
 
     def test_lists_are_shuffled_as_data_sets_are(self):
         numbers = list(range(9))

@@ -102,6 +102,12 @@ def test_a_covariance_keeps_outputs_rather_than_weights():
     assert fitted.square().sum() > plain.square().sum()
 
 
+def test_a_parameter_that_learns_is_rounded_like_its_values():
+    weight = matrix()
+    found, expected = (quantize(given, correlated()) for given in (torch.nn.Parameter(weight), weight))
+    assert torch.equal(found.packed, expected.packed) and torch.equal(found.scale, expected.scale)
+
+
 def test_what_is_zero_stays_so():
     weight = matrix()
     weight[3] = 0

@@ -477,6 +477,11 @@ def _labels_trainer(
     )
 
 
+def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """All parameters and buffers, also those that no checkpoint has, such as sinusoids."""
+    return [*model.parameters(), *model.buffers()]
+
+
 def train_and_save(
     trainer: Any, finish: Callable[[], None] | None = None, dtype: torch.dtype | None = None
 ) -> None:
@@ -500,9 +505,7 @@ def train_and_save(
     trainer.accelerator.wait_for_everyone()
     own = trainer.model.dtype
     rounds = dtype not in (None, own) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    exact = (
-        {n: value.detach().cpu().clone() for n, value in trainer.model.state_dict().items()} if rounds else {}
-    )
+    exact = [tensor.detach().cpu().clone() for tensor in _tensors(trainer.model)] if rounds else []
     if rounds:
         trainer.model.to(dtype)
     trainer.save_model(str(new), _internal_call=True)  # without a push, which follows
@@ -514,7 +517,9 @@ def train_and_save(
     if trainer.args.push_to_hub:
         trainer.push_to_hub("Model save")
     if rounds:
-        trainer.model.to(own).load_state_dict(exact, strict=False)
+        with torch.no_grad():
+            for tensor, value in zip(_tensors(trainer.model.to(own)), exact, strict=True):
+                tensor.copy_(value)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
