@@ -538,20 +538,7 @@ def rows_of(
     if isinstance(audio, Dataset) and audio.format["type"] == "custom" and decoder_of(audio) is None:
         if text_column not in (None, "text"):
             chosen["text_column"] = text_column
-        for name, value in chosen.items():
-            if value in (None, False):
-                continue
-            raise ValueError(
-                f"`{name}` must not be set for a data set with a transform of its own, got {value!r}; let the "
-                "transform give rows as they are to be, or take it away"
-            )
-        first = audio[0] if len(audio) else {"audio": {}}
-        if not isinstance(first.get("audio"), Mapping):
-            raise ValueError(
-                f"`audio` must have rows with an 'audio' each, but its own transform gives {', '.join(sorted(first))}; "
-                "take the transform away with with_format(None)"
-            )
-        return audio if language is None else _of_language(audio, language)
+        return _rows_of_own_transform(audio, language, chosen)
     for name in LOADING:
         if settings.pop(name, None):
             raise ValueError(
@@ -563,8 +550,22 @@ def rows_of(
     return list(rows) if isinstance(audio, Sequence) else rows
 
 
-def _of_language(dataset: Any, language: str) -> Any:
-    """The rows of a data set that are in a language, or do not say in which."""
+def _rows_of_own_transform(dataset: Any, language: str | None, chosen: Mapping[str, Any]) -> Any:
+    """A data set whose transform gives rows as they are to be; those in a language, or that do not say in which."""
+    for name, value in chosen.items():
+        if value not in (None, False):
+            raise ValueError(
+                f"`{name}` must not be set for a data set with a transform of its own, got {value!r}; let the "
+                "transform give rows as they are to be, or take it away"
+            )
+    first = dataset[0] if len(dataset) else {"audio": {}}
+    if not isinstance(first.get("audio"), Mapping):
+        raise ValueError(
+            f"`audio` must have rows with an 'audio' each, but its own transform gives {', '.join(sorted(first))}; "
+            "take the transform away with with_format(None)"
+        )
+    if language is None:
+        return dataset
     kept = [number for number, row in enumerate(dataset) if (row.get("language") or language) == language]
     if not kept:
         raise ValueError(f"`language` must be one of those in the data, got {language!r}")

@@ -120,6 +120,7 @@ def fit_group(
     size = min(out_features, in_features)
     identity = torch.eye(in_features, dtype=weights[0].dtype, device=weights[0].device)
     C = covariances or [identity] * len(weights)
+    # Roots are taken only of what a low rank, or a `U` of several layers, is fitted with.
     roots = [torch.linalg.cholesky(c) if covariances and rank else c for c, rank in zip(C, ranks)]
     alone = len(weights) == 1
     total = C[0] if alone else torch.stack(C).sum(0)

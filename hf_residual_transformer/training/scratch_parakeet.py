@@ -214,8 +214,6 @@ class TransducerTrainer(TokenMeanTrainer):
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
         labels, blank = inputs["labels"], self.model.config.blank_token_id
-        if not labels.shape[1]:  # no clip of the batch has text, and transformers would drop the axis
-            labels = F.pad(labels, (0, 1), value=LABEL_PADDING)
         # TDT counts the labels that are not padding, and RNN-T those that are not blank.
         padding = self.model.config.pad_token_id if is_tdt(self.model) else blank
         is_padding = labels == LABEL_PADDING
