@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,11 @@ def test_the_cells_of_the_notebook_run(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")
 )])  # fmt: skip
 def test_links_of_a_document_lead_to_files(document):
+    """In a checkout, files that are committed or added: others would be missing in a clone."""
+    tracked = None
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+        tracked = set(listed.stdout.splitlines())
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path = target.partition("#")[0]
@@ -109,6 +115,9 @@ def test_links_of_a_document_lead_to_files(document):
         else:
             linked = (ROOT / document).parent / path
         assert linked.exists(), f"{document} links to {target}"
+        if linked.is_file() and tracked is not None:
+            name = linked.resolve().relative_to(ROOT.resolve()).as_posix()
+            assert name in tracked, f"{document} links to {target}, which git does not have"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("fuzz-*.json")), ids=str)

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import SeamlessM4TFeatureExtractor
 
 from ..families import WHISPER
 
 T = TypeVar("T")
 LABEL_PADDING = -100  # the losses of transformers ignore it
+SEAMLESS_FRAME, SEAMLESS_HOP = 400, 160  # samples, which the feature extractor of Wav2Vec2-BERT does not tell
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -185,14 +187,21 @@ def check_english(language: str | None, task: str, clip: str | None = None) -> N
 
 
 def check_lengths(rows: Sequence[Mapping[str, Any]], extractor: Any) -> None:
-    """Checks that no clip is longer than a model's window.
+    """Checks that no clip is longer than a model's window, or too short for a frame of its features.
 
     Raises:
         ValueError: naming the first that is.
     """
-    longest = getattr(extractor, "n_samples", math.inf)
+    longest, shortest = getattr(extractor, "n_samples", math.inf), 1
+    if isinstance(extractor, SeamlessM4TFeatureExtractor):
+        shortest = SEAMLESS_FRAME + (extractor.stride - 1) * SEAMLESS_HOP
     for row in rows:
         length = len(row["audio"]["array"])
+        if length < shortest:
+            raise ValueError(
+                f"{row['audio'].get('path') or 'a clip'} must have at least {shortest} samples, of which the model's "
+                f"features make one frame, got {length}; remove it from the data"
+            )
         if length > longest:
             rate = extractor.sampling_rate
             raise ValueError(

@@ -39,6 +39,8 @@ from .transcription import complete_token_ids
 
 logger = logging.getLogger(__name__)
 TASKS = ("transcribe", "translate")
+# These models read the language in a prompt that their processors write, and write nonsense without it.
+PROMPTED = ("canary", "cohere_asr")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def evaluate_asr(
 
     Raises:
         ValueError: if there are no rows, rows have no text, the references have no word, a clip does not fit the
-            model, an English-only Whisper is asked for another language, or a model that only transcribes for another
+            model, the model needs a prompt as Canary does, an English-only Whisper is asked for another language, or a model that only transcribes for another
             task. If a stream ends so after the first clips are transcribed, it is an `EvaluationStopped`, which has
             their result.
     """
@@ -198,6 +200,11 @@ def evaluate_asr(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     normalize = _normalizers(processor, keep_marks)
+    if model.config.model_type in PROMPTED:
+        raise ValueError(
+            f"`model` must be one that needs no prompt, got a {model.config.model_type}; transcribe with its "
+            "processor, and compare the texts with hf_residual_transformer.speech.metrics.error_rates"
+        )
     is_whisper = model.can_generate() and model.config.model_type == WHISPER.name
     multilingual = is_whisper and is_multilingual(model)
     default = "en" if is_whisper and not multilingual else None

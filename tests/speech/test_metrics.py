@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    SAMPLING_RATE,
     randomize_,
     tiny_wav2vec2_config,
     tiny_whisper_config,
@@ -48,7 +49,7 @@ class Scripted(nn.Module):
     """A CTC model that hears what it is told to; `model_inputs` are those of its last call."""
 
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(is_encoder_decoder=False)
+    config = SimpleNamespace(is_encoder_decoder=False, model_type="wav2vec2")
 
     def __init__(self, processor, texts: list[str]) -> None:
         super().__init__()
@@ -144,6 +145,10 @@ class TestCTC:
         one, three = (evaluate_asr(model, processor, rows, batch_size=n, progress=False) for n in (1, 3))
         assert [p.prediction for p in one.predictions] == [p.prediction for p in three.predictions]
         assert all(p.prediction for p in one.predictions)
+        short = row("a", "short.wav", seconds=559 / SAMPLING_RATE)
+        with pytest.raises(ValueError, match=r"short\.wav must have at least 560 samples.*, got 559"):
+            evaluate_asr(model, processor, [row("a"), short], progress=False)
+        evaluate_asr(model, processor, [row("a", seconds=560 / SAMPLING_RATE)], progress=False)
 
     def test_the_model_is_left_in_the_mode_it_was_in(self, tmp_path):
         processor = wav2vec2_processor(tmp_path)
@@ -184,6 +189,13 @@ class TestCTC:
             assert len(model.texts) == 9
             with pytest.raises(ValueError, match=problem):
                 evaluate_asr(model, processor, iter([bad]), batch_size=1, progress=False)
+
+    def test_a_model_that_reads_a_prompt_is_refused(self, tmp_path):
+        processor = wav2vec2_processor(tmp_path)
+        model = Scripted(processor, ["a"])
+        model.config = SimpleNamespace(model_type="canary")
+        with pytest.raises(ValueError, match="`model` must be one that needs no prompt, got a canary"):
+            evaluate_asr(model, processor, [row("a")], progress=False)
 
     def test_what_was_transcribed_of_a_stream_before_a_bad_row_is_kept(self, tmp_path):
         processor = wav2vec2_processor(tmp_path)
