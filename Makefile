@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Packages are installed without byte code, which is written at the first import, and there are many fresh processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test fuzz lint floor latest wheel docs clean
 .DELETE_ON_ERROR:
 
