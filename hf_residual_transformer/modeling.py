@@ -46,6 +46,7 @@ from .layers import (
     as_linear,
     unpacked_weights,
 )
+from .quantization import check_blocks
 
 if TYPE_CHECKING:
     DenseModel = PreTrainedModel
@@ -124,11 +125,7 @@ class ResidualMixin(DenseModel):
             raise ValueError(
                 "`embedding_bits` must be None for a model whose output is not tied to its embedding"
             )
-        if embedding.embedding_dim % block_size:
-            raise ValueError(
-                f"`embedding_bits` must be None for an embedding of {embedding.embedding_dim} columns, which is no "
-                f"multiple of {block_size}, got {bits}"
-            )
+        check_blocks("the token embedding", embedding.embedding_dim, block_size)
         if isinstance(bits, int):
             self.set_input_embeddings(QuantizedEmbedding(embedding, bits, block_size, scale_bits))
         else:
@@ -636,11 +633,7 @@ def _shared_like(
     shape = (dense.in_features, dense.out_features, bias, weight.device, weight.dtype)
     if bits is None:
         return SharedLinear(*shape)
-    if dense.in_features % config.block_size:
-        raise ValueError(
-            f"`shared_bits` must be None for {module_path}, whose {dense.in_features} inputs are no multiple of "
-            f"{config.block_size}, got {bits}"
-        )
+    check_blocks(module_path, dense.in_features, config.block_size)
     return QuantizedSharedLinear(*shape, bits, config.block_size, config.scale_bits, rotation)
 
 

@@ -166,6 +166,19 @@ def quantize(
     return Quantized(torch.cat(packed), torch.cat(found), bits, row_scales, rotation)
 
 
+def check_blocks(name: str, in_features: int, block_size: int) -> None:
+    """Checks that blocks of weights with one scale fill the rows of a matrix.
+
+    Raises:
+        ValueError: naming the matrix, if they do not.
+    """
+    if in_features % block_size:
+        raise ValueError(
+            f"`block_size` must divide the {in_features} inputs of {name}, which is to have few bits, got {block_size}; "
+            "without few bits it stays in floating point"
+        )
+
+
 def rotation_of(in_features: int, wanted: int) -> int:
     """The largest power of two that divides `in_features` and is at most `wanted`, a power of two."""
     return math.gcd(in_features, wanted)

@@ -70,7 +70,7 @@ class DemoArguments:
         metadata={"help": "30-second windows to calibrate on, three of four full, the others with one clip."},
     )
     max_test_clips: int = field(
-        default=80, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
+        default=64, metadata={"help": "Test on so many of the 146 clips, evenly spread."}
     )
     test_split: str = field(
         default="test", metadata={"help": "Split to measure on; choose settings on 'validation'."}

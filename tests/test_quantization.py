@@ -474,7 +474,13 @@ def test_training_moves_what_layers_have_of_their_own_and_of_u_the_scales_alone(
             lambda: hrt.ResidualWhisperModel(
                 tiny_whisper_config(residual_config=EACH, d_model=48, encoder_ffn_dim=64)
             ),
-            "`shared_bits` must be None for self_attn.q_proj, whose 48 inputs are no multiple of 32",
+            "`block_size` must divide the 48 inputs of self_attn.q_proj, which is to have few bits, got 32",
+        ),
+        (
+            lambda: hrt.ResidualWhisperForConditionalGeneration.from_dense(
+                dense_whisper(), calibration=whisper_inputs(), block_size=128
+            ),
+            "`block_size` must divide the 32 inputs of self_attn.q_proj, which is to have few bits, got 128",
         ),
         (
             lambda: hrt.ResidualWhisperForConditionalGeneration.from_dense(

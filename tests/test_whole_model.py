@@ -149,7 +149,7 @@ def test_fields_that_cannot_be_are_refused_by_name(fields, message):
         ),
         (
             {"embedding_bits": 4, "d_model": 48},
-            "`embedding_bits` must be None for an embedding of 48 columns",
+            "`block_size` must divide the 48 inputs of the token embedding, which is to have few bits, got 32",
         ),
         (
             {"embedding_bits": [[9, 4], [300, 5]]},

@@ -30,7 +30,7 @@ from ..configuration import EmbeddingBits, ResidualConfig, checked_embedding_bit
 from ..families import Family, LayerStack
 from ..layers import QuantizedWeight, as_linear, is_linear, is_of_torchao
 from ..modeling import ResidualMixin
-from ..quantization import BITS, BLOCK, FEWEST, MOST, ROTATION
+from ..quantization import BITS, BLOCK, FEWEST, MOST, ROTATION, check_blocks
 from ..reporting import ConversionReport, ModuleError, saved_tensors
 from ..speech.collators import check_has_frames
 from .alignment import match_neurons, reorder_neurons
@@ -379,7 +379,9 @@ class _Conversion:
         self.centres_table = request.plan is None
         family = cls.family
         self.stacks = {s.name: LayerStack(s, dense) for s in family.stacks if s.is_in(dense)}
-        names = self._part_names()
+        self.names = names = self._part_names()
+        self.parts = {name: self._part(name) for name in self.stacks if name in names}
+        self._check_blocks()
         self.batches = {ENCODER: request.batches, DECODER: request.batches}
         self.encoder_places = list(range(len(request.batches)))
         self.check_places: list[int] = []
@@ -409,8 +411,6 @@ class _Conversion:
             table = dense.get_input_embeddings().weight
             self.embedding = EmbeddingStatistics(table.shape[0], table.shape[1], table.device)
         self.memory_gradients: list[torch.Tensor] | None = None
-        self.parts = {name: self._part(name) for name in self.stacks if name in names}
-        self.names = names
 
     @property
     def _chooses_everything(self) -> bool:
@@ -462,6 +462,23 @@ class _Conversion:
         # Where everything fits into memory, it is collected once.
         part.observe = functools.cache(observe) if len(part.runs) == 1 else observe
         return part
+
+    def _check_blocks(self) -> None:
+        """Checks, before anything is computed, that blocks with one scale divide all rows that may get few bits."""
+        for part in self.parts.values():
+            search = part.search
+            for group in search.groups():
+                inputs = search.source.linear(group.layers[0], group.module_path).in_features
+                if any(bits is not None for bits in search.bits(group)):
+                    check_blocks(group.module_path, inputs, search.config.block_size)
+        if EMBEDDING in self.names:
+            table = self.dense.get_input_embeddings().weight
+            check_blocks(EMBEDDING, table.shape[1], self._embedding_blocks.block_size)
+
+    @property
+    def _embedding_blocks(self) -> ResidualConfig:
+        """The config whose blocks the token embedding has, as `embedding_blocks` of the model's config will say."""
+        return self.parts.get(DECODER, self.parts[ENCODER]).search.config
 
     def _objective(self, name: str) -> Objective:
         if name == DECODER:
@@ -561,8 +578,7 @@ class _Conversion:
             assert embedding is not None
             table = self.dense.get_input_embeddings().weight
             ranges = self._token_ranges(len(table))
-            # As `embedding_blocks` of the config will say.
-            blocks = self.parts.get(DECODER, self.parts[ENCODER]).search.config
+            blocks = self._embedding_blocks
             of_table = self._divergence(self.encoder_places)
             ends = (self.dense.get_input_embeddings(), self.dense.get_output_embeddings())
 
