@@ -37,7 +37,7 @@ def encoder_states(graph: Graph, model: Any, name: str) -> str:
     encoder = model.get_encoder()
     x = graph.input(name, FLOAT, ["batch_size", model.config.num_mel_bins, "feature_length"])
     if has_short_windows(model.config):
-        x = without_padding(graph, x)
+        x = without_padding(graph, x, encoder.conv1.stride[0] * encoder.conv2.stride[0])
     for conv in (encoder.conv1, encoder.conv2):
         x = graph.add("Gelu", graph.convolution(conv, x), domain=CONTRIB)
     x = graph.add("Transpose", x, perm=[0, 2, 1])
@@ -54,8 +54,8 @@ def encoder_states(graph: Graph, model: Any, name: str) -> str:
     return graph.layer_norm(encoder.layer_norm, x)
 
 
-def without_padding(graph: Graph, features: str) -> str:
-    """The mel features that `ShortWindowEncoder` hears; their number may be odd."""
+def without_padding(graph: Graph, features: str, stride: int) -> str:
+    """The mel features that `ShortWindowEncoder` hears, of which `stride` make one position."""
     axis, end = graph.integers(2), graph.integers(END)
     last = graph.add("Slice", features, graph.integers(-1), end, axis)
     is_same = graph.add("Cast", graph.add("Equal", features, last), to=FLOAT)
@@ -65,7 +65,9 @@ def without_padding(graph: Graph, features: str) -> str:
     numbers = graph.add("Range", graph.whole(1), after, graph.whole(1))
     heard = graph.add("ReduceMax", graph.add("Mul", is_heard, graph.add("Cast", numbers, to=FLOAT)), axes=[0])
     most = graph.add("Add", graph.add("Cast", heard, to=INT64), graph.integers(MARGIN_FRAMES))
-    return graph.add("Slice", features, graph.integers(0), graph.add("Min", most, length), axis)
+    positions = graph.add("Div", graph.add("Min", most, length), graph.integers(stride))
+    end = graph.add("Mul", positions, graph.integers(stride))
+    return graph.add("Slice", features, graph.integers(0), end, axis)
 
 
 def decoder_graph(model: Any, **options: Any) -> Graph:
