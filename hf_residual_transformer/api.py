@@ -553,7 +553,7 @@ def rows_of(
 def _rows_of_own_transform(dataset: Any, language: str | None, chosen: Mapping[str, Any]) -> Any:
     """A data set whose transform gives rows as they are to be; those in a language, or that do not say in which."""
     for name, value in chosen.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise ValueError(
                 f"`{name}` must not be set for a data set with a transform of its own, got {value!r}; let the "
                 "transform give rows as they are to be, or take it away"

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
             "--whisper-cpp has a form of its own: --size, --bits, --parts, --block-size, --rotation, --start and the "
             "other options of the precise form must not be set with it"
         )
-    if _rounding(args) and (args.bits == "none" or (by_hand and bits is None)):
+    if _rounding(args) and bits is None and (by_hand or args.bits is not None):
         raise ValueError(
             "--block-size and --rotation are of matrices in few bits: give --bits, or leave them out"
         )

@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from .distill import add_training_data_arguments
-from .options import TRAINER_OPTIONS, add_data_arguments, add_output_arguments, training_data
+from .options import TRAINER_OPTIONS, add_data_arguments, add_output_arguments, training_data, was_given
 
 HELP = "train a model on transcripts"
 USAGE = "hrt finetune MODEL --audio DATA --out DIR [options]"
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_output_dir(args.training_args.output_dir, args.overwrite, resume=resume)
     whisper = is_whisper(AutoConfig.from_pretrained(args.model))
     for name in OF_CTC if whisper else OF_WHISPER:
-        if getattr(args, name) not in (None, False):
+        if was_given(getattr(args, name)):
             family = "CTC" if whisper else "Whisper"
             raise ValueError(
                 f"--{name.replace('_', '-')} is for {family} models, and {args.model} is another"

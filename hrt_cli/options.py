@@ -17,6 +17,8 @@ TRAINER_OPTIONS = (
     "Trainer options: any option of transformers TrainingArguments may follow, e.g. --bf16; "
     "`--help-trainer` lists them"
 )
+# Options that hold JSON, of which null is a value and a list is one.
+JSON_OPTIONS = ("bits", "group_size")
 # Options of `load_speech_dataset` by the names that they have on the command line.
 DATA_OPTIONS = {
     "config": "config_name",
@@ -69,10 +71,15 @@ def add_output_arguments(group: Any, what: str, *, required: bool = True) -> Non
     group.add_argument("--overwrite", action="store_true", help="write into a folder that holds files")
 
 
+def was_given(value: Any) -> bool:
+    """Whether an option was given, be it 0, which equals False."""
+    return value is not None and value is not False
+
+
 def data_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `load_speech_dataset` that were given."""
     given = {keyword: getattr(args, name) for name, keyword in DATA_OPTIONS.items()}
-    return {keyword: value for keyword, value in given.items() if value not in (None, False)}
+    return {keyword: value for keyword, value in given.items() if was_given(value)}
 
 
 def described_data(args: argparse.Namespace, portable: Any) -> dict[str, Any]:
@@ -126,6 +133,8 @@ def _words_of_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     for name, value in read_options(path).items():
         if name in ("model", "student"):
             positional.append(str(value))
+        elif name.replace("-", "_") in JSON_OPTIONS and not isinstance(value, str):
+            words.append(f"--{name}={json.dumps(value)}")
         elif isinstance(value, bool) and parser.get_default(name.replace("-", "_")) is False:
             words += [f"--{name}"] if value else []
         elif isinstance(value, list):

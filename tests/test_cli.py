@@ -337,6 +337,27 @@ def test_compress_reads_a_file_of_options_and_either_spelling(dense_whisper, tmp
     assert capsys.readouterr().out.strip() in text
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"group_size": None}, ["--group-size=null"]),
+        ({"bits": [2, 4, 8], "size": [0.5, 0.7]}, ["--bits=[2, 4, 8]", "--size", "0.5", "0.7"]),
+        ({"bits": None, "language": None}, ["--bits=null"]),
+        ({"group_size": {"fc1": None}, "rank": 0}, ['--group-size={"fc1": null}', "--rank=0"]),
+    ],
+)
+def test_values_in_a_file_of_options_are_those_of_the_command(options, words, tmp_path):
+    (tmp_path / "options.json").write_text(json.dumps({"model": "a/b", **options}))
+    parser = hrt_cli.command_parser("compress")
+    assert hrt_cli.expand(parser, [str(tmp_path / "options.json")]) == ["a/b", *words]
+
+
+@pytest.mark.parametrize("option", ["--max-samples", "--max-seconds", "--source-sampling-rate"])
+def test_an_option_of_zero_is_not_left_out(option, dense_whisper, tmp_path, capsys):
+    words = ["compress", dense_whisper, "--audio", SAMPLE, option, 0, "--out", tmp_path / "out"]
+    assert f"`{option[2:].replace('-', '_')}` must be" in refused(capsys, *words)
+
+
 def test_compress_rounds_as_it_is_told_where_settings_are_given(dense_whisper, tmp_path):
     words = ["--start", "svd", "--rank", 4, "--bits", 4, "--device", "cpu", "--out", tmp_path / "out"]
     words += ["--target-modules", "fc2"]

@@ -140,7 +140,7 @@ def prepare_speech_dataset(
     Raises:
         ValueError: if a column or language does not exist, files are missing, or no row is left.
     """
-    _check_limits(sampling_rate, max_seconds, max_samples)
+    _check_limits(sampling_rate, source_sampling_rate, max_seconds, max_samples)
     before = decoder_of(dataset)
     if before is not None:
         if before.language is not None and language not in (None, before.language):
@@ -198,7 +198,7 @@ def prepare_rows(
     Raises:
         ValueError: if a column does not exist, a row has no such audio, or the options leave no row.
     """
-    _check_limits(sampling_rate, max_seconds, max_samples)
+    _check_limits(sampling_rate, source_sampling_rate, max_seconds, max_samples)
     outside_files = base_dir is None if outside_files is None else outside_files
     decoder = _Decoder(sampling_rate, source_sampling_rate, base_dir, outside_files, None)
     number, too_long = 0, 0
@@ -271,8 +271,12 @@ def decoder_of(rows: Any) -> _Decoder | None:
     return decoder if isinstance(decoder, _Decoder) else None
 
 
-def _check_limits(sampling_rate: int, max_seconds: float | None, max_samples: int | None) -> None:
+def _check_limits(
+    sampling_rate: int, source_sampling_rate: int | None, max_seconds: float | None, max_samples: int | None
+) -> None:
     check_rate(sampling_rate, "`sampling_rate`")
+    if source_sampling_rate is not None:
+        check_rate(source_sampling_rate, "`source_sampling_rate`")
     if max_seconds is not None and not (max_seconds > 0 and math.isfinite(max_seconds)):
         raise ValueError(f"`max_seconds` must be above 0 and finite, got {max_seconds}")
     if max_samples is not None and max_samples < 1:
