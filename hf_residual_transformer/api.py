@@ -161,7 +161,7 @@ def compress(
     if iterations is not None:
         options["iterations"] = iterations
     if low_memory:
-        options["device"] = device or _best_device()
+        options["device"] = _checked_device(device)
     found = residual_class_of(dense).from_dense(
         dense,
         residual_config,
@@ -237,6 +237,13 @@ def distill(
 
     if teacher is None:
         raise ValueError("`teacher` must be the dense model that the student was compressed from, got None")
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}")
+    if "output_dir" not in training and training.get("save_strategy", "no") != "no":
+        raise ValueError(
+            "`output_dir` must be given beside `save_strategy`, since checkpoints are deleted with the folder that is "
+            f"used otherwise, got {training['save_strategy']!r}"
+        )
     model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
@@ -447,7 +454,8 @@ def load_dense(
         processor = AutoProcessor.from_pretrained(model)
     if low_memory:
         return dense_class.from_pretrained(model, dtype="auto"), processor
-    return dense_class.from_pretrained(model, dtype=torch.float32).to(device or _best_device()), processor
+    place = _checked_device(device)
+    return dense_class.from_pretrained(model, dtype=torch.float32).to(place), processor
 
 
 def _config_of(model: str | Path) -> Any:
@@ -606,8 +614,8 @@ def _load_recognizer(
         return model, _processor_of(model, processor)
     if processor is None:
         processor = AutoProcessor.from_pretrained(model)
-    loaded = load_model(model, dtype=dtype, **(overrides or {}))
-    return loaded.to(device or _best_device()), processor
+    place = _checked_device(device)
+    return load_model(model, dtype=dtype, **(overrides or {})).to(place), processor
 
 
 def _processor_of(model: Any, processor: Any) -> Any:
@@ -647,7 +655,20 @@ def _not_supported(name: str, model_type: str) -> ValueError:
     )
 
 
-def _best_device() -> str:
+def _checked_device(device: Any) -> torch.device:
+    """A device, by default a GPU if there is one.
+
+    Raises:
+        ValueError: for one that is not here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`device` must be one that torch can use here, such as cpu, got {device!r} ({reason})"
+        ) from error

@@ -453,6 +453,13 @@ class TestDistill:
         with pytest.raises(ValueError, match="`teacher` must be the dense model"):
             hrt.distill(compact, rows())
 
+    @pytest.mark.parametrize("steps", [0, -1])
+    def test_it_needs_steps_and_a_folder_for_checkpoints(self, steps, compact, dense_whisper):
+        with pytest.raises(ValueError, match=f"`steps` must be at least 1, got {steps}"):
+            hrt.distill(compact, rows(), str(dense_whisper), steps=steps)
+        with pytest.raises(ValueError, match="`output_dir` must be given beside `save_strategy`.*got 'steps'"):
+            hrt.distill(compact, rows(), str(dense_whisper), save_strategy="steps")
+
     @pytest.mark.parametrize("name", ["student", "teacher"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_models_in_16_bits_are_refused_by_name(self, name, dtype, compressed, dense_whisper):

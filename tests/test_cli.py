@@ -228,6 +228,14 @@ class TestErrors:
         assert problem in message
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("command", ["compress", "evaluate"])
+    @pytest.mark.parametrize("device", ["moon", "cuda:99"])
+    def test_a_device_that_is_not_here_is_named(self, command, device, dense_whisper, tmp_path, capsys):
+        message = refused(
+            capsys, command, dense_whisper, *DATA, "--device", device, "--out", tmp_path / "out"
+        )
+        assert f"`device` must be one that torch can use here, such as cpu, got '{device}'" in message
+
     def test_compress_needs_audio_but_for_the_start_from_weights(self, dense_whisper, tmp_path, capsys):
         message = refused(capsys, "compress", dense_whisper, "--out", tmp_path / "out")
         assert "--audio" in message and "--start svd" in message

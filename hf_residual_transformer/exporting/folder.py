@@ -47,6 +47,11 @@ def export_model(
     ):
         if value not in choices:
             raise ValueError(f"`{field}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+    if format == "ggml" and (accuracy_level is not None or floats != "float16"):
+        raise ValueError(
+            "`floats` and `accuracy_level` must be left out for the format ggml, which is fixed, got "
+            f"{floats!r} and {accuracy_level!r}"
+        )
     config = model.config
     if config.model_type != "whisper" or not model.can_generate():
         raise ValueError(

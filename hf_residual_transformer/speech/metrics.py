@@ -191,9 +191,9 @@ def evaluate_asr(
 
     Raises:
         ValueError: if there are no rows, rows have no text, the references have no word, a clip does not fit the
-            model, the model needs a prompt as Canary does, an English-only Whisper is asked for another language, or a model that only transcribes for another
-            task. If a stream ends so after the first clips are transcribed, it is an `EvaluationStopped`, which has
-            their result.
+            model, the model needs a prompt as Canary does, an English-only Whisper is asked for another language, or a
+            model that only transcribes for another task. If a stream ends so after the first clips are transcribed, it
+            is an `EvaluationStopped`, which has their result.
     """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")

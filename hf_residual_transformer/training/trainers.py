@@ -117,15 +117,18 @@ class DistillationTrainer(GuardedTrainer):
                     f"`teacher` must be a model for the losses {', '.join(self.weights)}, got None"
                 )
             return
+        if self.teacher is self.model:
+            raise ValueError("`teacher` must be another model than the student, got the student itself")
         student: Any = self.encoder
         teacher: Any = self.family.find_encoder(self.teacher)
-        names = ["hidden_size", *(["num_hidden_layers"] if "hidden" in self.weights else [])]
-        for name in names:
-            if getattr(student.config, name) != getattr(teacher.config, name):
-                raise ValueError(
-                    f"`teacher` must have the student's {name}, {getattr(student.config, name)}, got "
-                    f"{getattr(teacher.config, name)}"
-                )
+        names = ["hidden_size", "num_mel_bins", *(["num_hidden_layers"] if "hidden" in self.weights else [])]
+        pairs = [(name, student.config, teacher.config) for name in names]
+        if "logits" in self.weights:
+            pairs.append(("vocab_size", self.model.config, self.teacher.config))
+        for name, *configs in pairs:
+            own, others = (getattr(config, name, None) for config in configs)
+            if own != others:
+                raise ValueError(f"`teacher` must have the student's {name}, {own}, got {others}")
         layerdrop = getattr(student, "layerdrop", getattr(student.config, "layerdrop", 0.0))
         if "hidden" in self.weights and layerdrop > 0:
             raise ValueError(

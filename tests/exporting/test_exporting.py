@@ -92,7 +92,8 @@ def whisper(form: str) -> Any:
 
 
 def exported(model: Any, folder: Path, **options: Any) -> Path:
-    options = {"floats": "float32", "accuracy_level": 0} | options
+    if options.get("format") != "ggml":
+        options = {"floats": "float32", "accuracy_level": 0} | options
     return hrt.export(model, folder / "out", processor=whisper_processor(), **options)
 
 
@@ -338,6 +339,11 @@ def test_what_has_no_exported_form_is_refused(dense_wav2vec2, tmp_path):
         hrt.export(dense_wav2vec2, tmp_path / "out")
     with pytest.raises(ValueError, match="`format` must be one of onnx, sherpa-onnx, ggml, got 'tflite'"):
         exported(whisper("dense"), tmp_path, format="tflite")
+    for options in ({"floats": "float32"}, {"accuracy_level": 0}):
+        with pytest.raises(
+            ValueError, match="`floats` and `accuracy_level` must be left out for the format ggml"
+        ):
+            exported(whisper("dense"), tmp_path, format="ggml", **options)
     model = whisper("dense")
     model.config.activation_function = "silu"
     with pytest.raises(ValueError, match="`activation_function` must be one of gelu, relu, got 'silu'"):

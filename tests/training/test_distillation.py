@@ -754,18 +754,28 @@ def test_a_trainer_without_the_teacher_it_needs_is_refused(tmp_path):
         trainer_for(student, None, whisper_data(2), tmp_path, {"hidden_weight": 1.0})
 
 
-def test_a_teacher_of_another_shape_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value", "weights", "problem"),
+    [
+        ("encoder_layers", 2, {"hidden_weight": 1.0}, "num_hidden_layers, 4, got 2"),
+        ("num_mel_bins", 80, {"final_weight": 1.0}, "num_mel_bins, 16, got 80"),
+        ("vocab_size", 500, {"logits_weight": 1.0}, r"vocab_size, \d+, got 500"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused(field, value, weights, problem, tmp_path):
     student, teacher = whisper_pair()
     config = copy.deepcopy(teacher.config)
-    config.encoder_layers = 2
-    with pytest.raises(ValueError, match="num_hidden_layers, 4, got 2"):
-        trainer_for(
-            student,
-            WhisperForConditionalGeneration(config),
-            whisper_data(2),
-            tmp_path,
-            {"hidden_weight": 1.0},
-        )
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=problem):
+        trainer_for(student, WhisperForConditionalGeneration(config), whisper_data(2), tmp_path, weights)
+
+
+def test_a_student_cannot_teach_itself_and_stays_trainable(tmp_path):
+    student, _ = whisper_pair()
+    trainable = [parameter.requires_grad for parameter in student.parameters()]
+    with pytest.raises(ValueError, match="`teacher` must be another model than the student"):
+        trainer_for(student, student, whisper_data(2), tmp_path, {"logits_weight": 1.0})
+    assert [parameter.requires_grad for parameter in student.parameters()] == trainable
 
 
 def test_a_teacher_of_another_family_is_refused(tmp_path):
