@@ -496,6 +496,27 @@ def test_parts_that_cannot_be_are_refused(parts):
         Whisper.from_dense(dense_whisper(), calibration=labelled(), parts=parts, progress=False)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"parts": ("encoder", "embed_tokens"), "budget": 0.8},
+        {"residual_config": hrt.ResidualConfig(group_size=1, rank=2, shared_bits=8), "embedding_bits": 8},
+    ],
+    ids=["chosen", "given"],
+)
+def test_the_token_table_is_near_to_the_dense_one_where_the_decoder_stays_dense(form):
+    dense = dense_whisper()
+    model = Whisper.from_dense(dense, calibration=labelled(), progress=False, **form)
+    assert model.config.decoder_residual_config is None
+    ids = torch.arange(dense.config.vocab_size)
+    with torch.no_grad():
+        wanted, found = (each.get_input_embeddings()(ids) for each in (dense, model))
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+        states = torch.randn(4, dense.config.d_model, generator=torch.Generator().manual_seed(0))
+        logits = [each.get_output_embeddings()(states) for each in (dense, model)]
+    assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+
+
 def perturbed(linear, noise, absorbed):
     with torch.no_grad():
         linear.weight += noise

@@ -463,6 +463,15 @@ class _Conversion:
         part.observe = functools.cache(observe) if len(part.runs) == 1 else observe
         return part
 
+    def _dense_decoder(self) -> _Part:
+        """A decoder of which nothing becomes compact. Its first layer is observed, and so the token embedding is."""
+        source = self.stacks[DECODER]
+        search = Search(source, ResidualConfig(group_size=1, rank=0, diagonal="none"))
+        part = _Part(search, functools.partial(self._objective, DECODER), [])
+        part.runs.append([group for group in search.groups() if group.layers == (0,)])
+        part.observe = functools.partial(self._observe, part)
+        return part
+
     def _check_blocks(self) -> None:
         """Checks, before anything is computed, that blocks with one scale divide all rows that may get few bits."""
         for part in self.parts.values():
@@ -518,8 +527,10 @@ class _Conversion:
     def run(self) -> Iterator[tuple[Any, list[ModuleError]]]:
         """The residual model of each budget, and the error of each of its matrices."""
         embedding = self.embedding
-        if len(self.names) > 1 and DECODER in self.parts and self.request.batches:
-            self.parts[DECODER].observe(0)  # the decoder says which of the encoder's frames matter
+        if len(self.names) > 1 and self.request.batches:
+            # The decoder says which of the encoder's frames and which tokens matter, also where it stays dense.
+            decoder = self.parts[DECODER] if DECODER in self.parts else self._dense_decoder()
+            decoder.observe(0)
         plans = [self.request.plan]
         if self.request.budgets is not None:
             plans = self.request.processes.from_first(self._allocate(embedding, self.request.budgets))
