@@ -497,6 +497,25 @@ def test_parts_that_cannot_be_are_refused(parts):
 
 
 @pytest.mark.parametrize(
+    "zeroed",
+    [
+        ("encoder.layers.1.fc1.weight", "encoder.layers.1.fc1.bias"),
+        ("decoder.layers.1.encoder_attn.v_proj.weight",),
+        ("encoder.layers.1.final_layer_norm.weight", "encoder.layers.1.final_layer_norm.bias"),
+        ("decoder.layers.0.fc2.weight", "encoder.layers.0.self_attn.out_proj.weight"),
+    ],
+)
+def test_pruned_matrices_and_inputs_that_are_zero_are_converted(zeroed):
+    dense = dense_whisper()
+    with torch.no_grad():
+        for name in zeroed:
+            dense.model.get_parameter(name).zero_()
+        model = Whisper.from_dense(dense, calibration=labelled(), budget=0.8, progress=False)
+        wanted, found = (each(**inputs()).logits for each in (dense, model))
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize(
     "form",
     [
         {"parts": ("encoder", "embed_tokens"), "budget": 0.8},

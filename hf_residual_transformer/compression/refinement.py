@@ -64,7 +64,9 @@ class CrossMoments(WeightedMoments):
         """`Σ (y - offset) xᵀ` and `Σ x xᵀ`; without an offset, the same of `y` and `x` about their means."""
         if offset is not None:
             return self.cross - torch.outer(offset, self.sum), self.products
-        return self.cross - torch.outer(self.wanted_sum, self.mean), self.covariance()
+        cross = self.cross - torch.outer(self.wanted_sum, self.mean)
+        cross[:, self.constant()] = 0.0
+        return cross, self.covariance()
 
     def relative_error(self, weight: Tensor, *, centred: bool) -> float:
         """Squared error of `W x` relative to the squares of `y`; both about their means if `centred`."""

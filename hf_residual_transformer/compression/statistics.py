@@ -30,6 +30,8 @@ HELD_BYTES = (
 )
 GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
+ROUNDING = 1e-12  # of squares of vectors whose differences are in float32
+LEAST_SCALE = 1e-20  # of inputs that are always zero, such as of a pruned matrix: small, but float32 has its parts
 
 
 class Weights:
@@ -103,7 +105,15 @@ class WeightedMoments:
 
     def covariance(self) -> Tensor:
         """The covariance times the sum of the weights, (features, features)."""
-        return self.products - torch.outer(self.sum, self.mean)
+        found = self.products - torch.outer(self.sum, self.mean)
+        constant = self.constant()
+        found[constant] = found[:, constant] = 0.0  # what is left is rounding, and may be negative
+        return found
+
+    def constant(self) -> Tensor:
+        """Which features never vary, (features,), as after a normalisation whose weights are zero."""
+        squares = self.products.diagonal()
+        return squares - self.sum * self.mean <= ROUNDING * squares
 
 
 class MatrixStatistics(WeightedMoments):
@@ -173,7 +183,7 @@ def add_gram(total: Tensor, vectors: Tensor, scale: Tensor) -> None:
 
 def damp(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """A positive definite matrix also where inputs never vary, or where there are fewer frames than features."""
-    scale = covariance.diagonal().mean().clamp_min(TINY)
+    scale = covariance.diagonal().mean().clamp_min(LEAST_SCALE)
     return covariance + damping * scale * torch.eye(
         len(covariance), dtype=covariance.dtype, device=covariance.device
     )
