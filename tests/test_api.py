@@ -457,7 +457,9 @@ class TestDistill:
     def test_it_needs_steps_and_a_folder_for_checkpoints(self, steps, compact, dense_whisper):
         with pytest.raises(ValueError, match=f"`steps` must be at least 1, got {steps}"):
             hrt.distill(compact, rows(), str(dense_whisper), steps=steps)
-        with pytest.raises(ValueError, match="`output_dir` must be given beside `save_strategy`.*got 'steps'"):
+        with pytest.raises(
+            ValueError, match=r"`output_dir` must be given beside `save_strategy`.*got 'steps'"
+        ):
             hrt.distill(compact, rows(), str(dense_whisper), save_strategy="steps")
 
     @pytest.mark.parametrize("name", ["student", "teacher"])

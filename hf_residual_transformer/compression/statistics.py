@@ -31,7 +31,7 @@ HELD_BYTES = (
 GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
 ROUNDING = 1e-12  # of squares of vectors whose differences are in float32
-LEAST_SCALE = 1e-20  # of inputs that are always zero, such as of a pruned matrix: small, but float32 has its parts
+LEAST_SCALE = 1e-20  # of inputs that are always zero, as of a pruned matrix; float32 has its parts
 
 
 class Weights:

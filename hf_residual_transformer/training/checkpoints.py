@@ -42,20 +42,29 @@ OPTIONS = (
 
 
 def run_of(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, as plain values: the student before its first step, data and options."""
-    digest = hashlib.sha256()
-    for name, value in sorted(trainer.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    data = trainer.train_dataset
+    """What a checkpoint remembers of its run, as plain values: the student before its first step and how many of its
+    parameters learn, its teacher, data and options.
+    """
+    data, teacher = trainer.train_dataset, getattr(trainer, "teacher", None)
     run = {
-        "student": digest.hexdigest(),
+        "student": _digest(trainer.model),
+        "teacher": None if teacher is None else _digest(teacher),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "data": {"clips": len(data) if hasattr(data, "__len__") else None, **(trainer.run_data or {})},
         "losses": trainer.run_settings(),
         "options": {name: getattr(trainer.args, name, None) for name in OPTIONS},
     }
     plain: dict[str, Any] = json.loads(json.dumps(run, default=str))
     return plain
+
+
+def _digest(model: Any) -> str:
+    """What tells apart models by their weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
@@ -83,8 +92,8 @@ def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
         else:
             raise ValueError(
                 f"{checkpoint} belongs to another run: its {name} is {theirs.get(name)!r}, and that of this run is "
-                f"{ours.get(name)!r}; give the same student, data and options, or start anew with --overwrite and "
-                "without --resume_from_checkpoint"
+                f"{ours.get(name)!r}; give the same student, teacher, data and options, or start anew with --overwrite "
+                "and without --resume_from_checkpoint"
             )
 
 

@@ -143,7 +143,12 @@ def run_distillation(
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
-        run_data=asdict(data),
+        run_data=asdict(data)
+        | {
+            "task": task,
+            "window_seconds": window_seconds,
+            "short_windows": has_short_windows(student.config),
+        },
     )
     train_and_save(
         trainer, lambda: restore_windows(student, trainer.outcome, had_windows), _stored_dtype(config)
@@ -183,9 +188,8 @@ def run_seq2seq_finetuning(
     collator = collator_for(model, processor, language=data.language, task=task)
     trainer_class = Seq2SeqDistillationTrainer
     without_lora = None if freeze == "none" else rf".*\.{freeze}\..*"
-    _finetune(
-        trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored, without_lora
-    )
+    options = {"task": task}, args, learning_rates, lora_rank, stored, without_lora
+    _finetune(trainer_class, model, processor, collator, data, *options)
 
 
 def run_ctc_finetuning(
@@ -226,7 +230,8 @@ def run_ctc_finetuning(
         model.freeze_feature_encoder()
     collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
     trainer_class = CTCDistillationTrainer
-    _finetune(trainer_class, model, processor, collator, data, args, learning_rates, lora_rank, stored)
+    options = {"spelling": [text_case, remove]}, args, learning_rates, lora_rank, stored
+    _finetune(trainer_class, model, processor, collator, data, *options)
 
 
 def run_ctc_training(
@@ -424,6 +429,7 @@ def _finetune(
     processor: Any,
     collator: Any,
     data: TrainingDataArguments,
+    texts: dict[str, Any],
     args: Any,
     learning_rates: str | None,
     lora_rank: int | None,
@@ -431,13 +437,14 @@ def _finetune(
     without_lora: str | None = None,
 ) -> None:
     """Trains on labels alone, without a teacher, and saves in the dtype in which the model was `stored`. Modules whose
-    path matches `without_lora` get no adapters.
+    path matches `without_lora` get no adapters. Checkpoints remember `texts`, what was told about the transcripts.
     """
     if lora_rank is not None:
         model = add_lora(model, lora_rank, exclude_modules=without_lora)
     splits = data.load_splits(processor, args.seed)
+    run_data = asdict(data) | texts
     trainer = _labels_trainer(
-        trainer_class, model, processor, collator, splits, asdict(data), args, learning_rates
+        trainer_class, model, processor, collator, splits, run_data, args, learning_rates
     )
 
     def merge() -> None:

@@ -36,6 +36,7 @@ from hf_residual_transformer.speech.transcription import encode, encoder_window,
 from hf_residual_transformer.speech.windows import WindowCollator
 from hf_residual_transformer.training import trainers
 from hf_residual_transformer.training.arguments import DistillationArguments
+from hf_residual_transformer.training.checkpoints import run_of
 from hf_residual_transformer.training.losses import HiddenStateLoss, LogitsLoss
 from hf_residual_transformer.training.trainers import (
     CTCDistillationTrainer,
@@ -768,6 +769,18 @@ def test_a_teacher_of_another_shape_is_refused(field, value, weights, problem, t
     setattr(config, field, value)
     with pytest.raises(ValueError, match=problem):
         trainer_for(student, WhisperForConditionalGeneration(config), whisper_data(2), tmp_path, weights)
+
+
+def test_a_checkpoint_remembers_the_teacher(tmp_path):
+    student, teacher = whisper_pair()
+    other = randomize_(copy.deepcopy(teacher), 7)
+    trainers = [
+        trainer_for(student, each, whisper_data(2), tmp_path, {"logits_weight": 1.0})
+        for each in (teacher, teacher, other)
+    ]
+    first, again, third = (run_of(trainer) for trainer in trainers)
+    assert first == again
+    assert {name for name in first if first[name] != third[name]} == {"teacher"}
 
 
 def test_a_student_cannot_teach_itself_and_stays_trainable(tmp_path):

@@ -124,6 +124,8 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(
     for model, audio, more, named in (
         (dense_wav2vec2, clips, ("--weight_decay", "0.5"), "its options.weight_decay is 0.0"),
         (dense_wav2vec2, other, (), "its data.dataset is"),
+        (dense_wav2vec2, clips, ("--train-feature-encoder",), "its trained_parameters is"),
+        (dense_wav2vec2, clips, ("--remove", "[a-c]"), "its data.spelling is"),
         (whole, clips, (), "its student is"),
     ):
         assert finetune(model, audio, out, *resume, *more) == 2
