@@ -228,6 +228,7 @@ def distill(
     from .speech.transcription import complete_token_ids
     from .training.recipe import (
         WITHOUT_NOISE,
+        check_pair,
         default_learning_rate,
         prepare_windows,
         restore_windows,
@@ -245,6 +246,7 @@ def distill(
             f"used otherwise, got {training['save_strategy']!r}"
         )
     model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
+    check_pair(model, (student, teacher))
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
     loaded: Any = teacher

@@ -324,14 +324,19 @@ class QuantizedEmbedding(QuantizedWeight):
         """As in `MixedEmbedding`, with one range that has all tokens."""
         return [(0, self)]
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised."""
-        ids = input_ids.flatten()
-        rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
-        return (rows + self.weight_mean).unflatten(0, input_ids.shape)
+    def forward(self, inputs: Tensor, as_output: bool = False) -> Tensor:
+        """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised.
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
+        With `as_output`, states (..., hidden_size) to one logit for each token, (..., num_tokens). It is a call of the
+        module too, so that hooks run, as those of Accelerate that bring weights to a device.
+        """
+        if as_output:
+            return self._logits(inputs)
+        ids = inputs.flatten()
+        rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
+        return (rows + self.weight_mean).unflatten(0, inputs.shape)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.flatten(0, -2)
         kernel = self.kernel() if self._unpacked is None and is_fast(rows) else None
         if kernel is not None:
@@ -385,19 +390,17 @@ class MixedEmbedding(nn.Module):
         """The matrix, (num_tokens, hidden_size), computed at each access."""
         return torch.cat([part.weight for _, part in self.ranges])
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids of any shape to vectors, (..., hidden_size)."""
+    def forward(self, inputs: Tensor, as_output: bool = False) -> Tensor:
+        """As in `QuantizedEmbedding`."""
+        if as_output:
+            return torch.cat([part(inputs, as_output=True) for _, part in self.ranges], -1)
         found: Tensor | None = None
         for start, part in self.ranges:
             # Every range looks up every token, so that no shape depends on the ids.
-            rows = part((input_ids - start).clamp(0, part.num_embeddings - 1))
-            found = rows if found is None else torch.where((input_ids >= start).unsqueeze(-1), rows, found)
+            rows = part((inputs - start).clamp(0, part.num_embeddings - 1))
+            found = rows if found is None else torch.where((inputs >= start).unsqueeze(-1), rows, found)
         assert found is not None
         return found
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) to one logit for each token, (..., num_tokens)."""
-        return torch.cat([part.logits(hidden_states) for _, part in self.ranges], -1)
 
 
 class TiedOutput(nn.Module):
@@ -419,7 +422,7 @@ class TiedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to logits, (..., num_tokens)."""
-        logits: Tensor = self.__dict__["_model"].get_input_embeddings().logits(hidden_states)
+        logits: Tensor = self.__dict__["_model"].get_input_embeddings()(hidden_states, as_output=True)
         return logits
 
 

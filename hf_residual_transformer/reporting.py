@@ -233,11 +233,13 @@ class ConversionReport:
         measured_on: "outputs" if the errors are those of outputs over the calibration inputs, "weights" if there were
             no inputs.
         errors: one entry for each residual matrix.
+        windows: the number of calibration inputs.
     """
 
     start: str
     measured_on: str
     errors: list[ModuleError]
+    windows: int = 0
 
     @property
     def mean_error(self) -> float:

@@ -195,6 +195,8 @@ def no_empty_folder(args: argparse.Namespace) -> Iterator[None]:
 def explain(error: Exception, words: Sequence[str]) -> str:
     """One line for an error, and the way without a hub where there is one."""
     text = " ".join(str(error).split())
+    if "Repo id must" in text:
+        return f"there is no such folder, and no model or data set on the Hub can have this name: {text}"
     if isinstance(error, OSError) and "huggingface.co" in text:
         for name in PACKAGED_MODELS:
             if any(name in word for word in words):

@@ -236,6 +236,10 @@ class TestErrors:
         )
         assert f"`device` must be one that torch can use here, such as cpu, got '{device}'" in message
 
+    def test_a_folder_that_is_missing_is_no_matter_of_repo_ids(self, tmp_path, capsys):
+        message = refused(capsys, "evaluate", tmp_path / "no" / "such", *DATA)
+        assert "there is no such folder" in message and str(tmp_path) in message
+
     def test_compress_needs_audio_but_for_the_start_from_weights(self, dense_whisper, tmp_path, capsys):
         message = refused(capsys, "compress", dense_whisper, "--out", tmp_path / "out")
         assert "--audio" in message and "--start svd" in message

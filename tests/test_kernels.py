@@ -153,7 +153,7 @@ def test_logits_use_the_kernel_too(bits, monkeypatch):
         table.bfloat16()
         states = torch.randn(2, 1, 64).bfloat16()
         with torch.no_grad():
-            found = table.logits(states)
+            found = table(states, as_output=True)
             expected = F.linear(states.double(), table.double().weight)
         assert found.shape == (2, 1, 50)
         assert (found - expected).norm() / expected.norm() < 2**-6
@@ -169,8 +169,11 @@ def test_a_matrix_that_is_unpacked_is_used_as_it_is(monkeypatch):
     assert not rows and found.shape == (1, 256)
 
 
-@pytest.mark.parametrize(("number", "dtype"), [(1, torch.bfloat16), (9, torch.bfloat16), (1, torch.float32)])
-def test_a_few_sequences_are_generated_from_packed_weights(number, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "dtype", "beams"),
+    [(1, torch.bfloat16, 1), (9, torch.bfloat16, 1), (3, torch.bfloat16, 3), (1, torch.float32, 1)],
+)
+def test_a_few_sequences_are_generated_from_packed_weights(number, dtype, beams, monkeypatch):
     rows = used(monkeypatch)
     four = hrt.ResidualConfig(group_size=1, rank=0, diagonal="none", shared_bits=4)
     fields = {"residual_config": four, "decoder_residual_config": four, "embedding_bits": 4}
@@ -179,7 +182,7 @@ def test_a_few_sequences_are_generated_from_packed_weights(number, dtype, monkey
     real = modeling.unpacked_weights
     monkeypatch.setattr(modeling, "unpacked_weights", lambda part: unpacked.append(part) or real(part))
     features = torch.randn(number, 16, 100).to(dtype)
-    model.eval().generate(features, max_new_tokens=3, min_new_tokens=3)
+    model.eval().generate(features, max_new_tokens=3, min_new_tokens=3, num_beams=beams)
     few = number == 1 and dtype == torch.bfloat16
     assert bool(unpacked) != few
     assert (1 in rows) == few

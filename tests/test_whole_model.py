@@ -496,6 +496,19 @@ def test_parts_that_cannot_be_are_refused(parts):
         Whisper.from_dense(dense_whisper(), calibration=labelled(), parts=parts, progress=False)
 
 
+@pytest.mark.parametrize("embedding_bits", [5, [[9, 4], [len(WHISPER_VOCAB), 3]]])
+def test_a_decoder_offloaded_to_disk_gives_the_same_logits(embedding_bits, tmp_path):
+    model = randomize_(Whisper(tiny_whisper_config(**{**FORM, "embedding_bits": embedding_bits})))
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.encoder": "cpu", "model.decoder": "disk", "proj_out": "disk"}
+    loaded = Whisper.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    assert all(parameter.is_meta for parameter in loaded.model.decoder.embed_tokens.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs()).logits, model(**inputs()).logits)
+
+
 @pytest.mark.parametrize(
     "zeroed",
     [

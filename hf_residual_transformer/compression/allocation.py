@@ -18,7 +18,7 @@ from ..configuration import ResidualConfig
 from ..families import LayerStack, groups_of
 from ..quantization import BLOCK, SCALE_BITS, quantize
 from ..reporting import quantized_size
-from .fitting import quantize_for
+from .fitting import naming, quantize_for
 from .statistics import TINY, EmbeddingStatistics, Group, Statistics, metric_of, parallel_sum
 
 STEP = 4  # ranks are multiples of it, or the most that makes sense
@@ -306,46 +306,51 @@ def curves_of(search: Search, groups: Iterable[Group], statistics: Statistics) -
     """
     found = []
     for group in groups:
-        weights = [search.source.weight(layer, group.module_path) for layer in group.layers]
-        covariances, importance = metric_of(group, statistics)
-        root = torch.linalg.cholesky(importance).T
-        out_features, in_features = weights[0].shape
-        inputs = torch.stack(covariances).sum(0)
-        mean = weights[0]
-        if group.size is None:
-            most = max(1, out_features * in_features // (out_features + in_features))
-            errors = _tails(root @ mean, inputs)[: most + 1]
-        elif len(weights) == 1:
-            errors = torch.zeros(1)
+        with naming(f"{group.stack} {path_of(group)}"):
+            found += _curves_of_group(search, group, statistics)
+    return found
+
+
+def _curves_of_group(search: Search, group: Group, statistics: Statistics) -> list[Curve]:
+    """One for each number of bits."""
+    weights = [search.source.weight(layer, group.module_path) for layer in group.layers]
+    covariances, importance = metric_of(group, statistics)
+    root = torch.linalg.cholesky(importance).T
+    out_features, in_features = weights[0].shape
+    inputs = torch.stack(covariances).sum(0)
+    mean = weights[0]
+    if group.size is None:
+        most = max(1, out_features * in_features // (out_features + in_features))
+        errors = _tails(root @ mean, inputs)[: most + 1]
+    elif len(weights) == 1:
+        errors = torch.zeros(1)
+    else:
+        total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
+        mean = torch.linalg.solve(inputs, total.T).T
+        if len(weights) == 2:
+            errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
         else:
-            total = torch.stack([w @ c for w, c in zip(weights, covariances)]).sum(0)
-            mean = torch.linalg.solve(inputs, total.T).T
-            if len(weights) == 2:
-                errors = _tails(root @ (weights[0] - weights[1]), parallel_sum(*covariances))[::2]
-            else:
-                errors = torch.stack(
-                    [_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]
-                ).sum(0)
-        cost = len(weights) * (out_features + in_features)
-        numbers = search.bits(group)
-        block_size = search.config.block_size
-        rotation = search.config.rotation_of(search.source.stack.role_of(group.module_path))
-        floating = [bits for bits in numbers if bits is None]
-        number = 0 if group.size is None else mean.numel()
-        found += [Curve(group, None, errors.cpu().numpy(), cost, float(number)) for _ in floating]
-        few = [bits for bits in numbers if bits is not None]
-        if not few:
-            continue
-        reference = REFERENCE_BITS if REFERENCE_BITS in few else few[0]
-        quantized = quantize_for(mean, inputs, reference, block_size, sweeps=0, rotation=rotation)
-        missing = root @ (mean - quantized.weight())
-        alone = len(weights) == 1
-        left = _tails(missing, inputs) if alone else ((missing @ inputs) * missing).sum()
-        ratios = rounding_ratios(mean, inputs.diagonal(), few, reference, block_size, rotation)
-        for bits, ratio in ratios.items():
-            of_bits = (ratio * left if alone else errors + ratio * left).cpu().numpy()
-            size = quantized_parameters(mean.shape, bits, block_size, search.config.scale_bits)
-            found.append(Curve(group, bits, of_bits, cost, size))
+            errors = torch.stack([_tails(root @ (w - mean), c) for w, c in zip(weights, covariances)]).sum(0)
+    cost = len(weights) * (out_features + in_features)
+    numbers = search.bits(group)
+    block_size = search.config.block_size
+    rotation = search.config.rotation_of(search.source.stack.role_of(group.module_path))
+    floating = [bits for bits in numbers if bits is None]
+    number = 0 if group.size is None else mean.numel()
+    found = [Curve(group, None, errors.cpu().numpy(), cost, float(number)) for _ in floating]
+    few = [bits for bits in numbers if bits is not None]
+    if not few:
+        return found
+    reference = REFERENCE_BITS if REFERENCE_BITS in few else few[0]
+    quantized = quantize_for(mean, inputs, reference, block_size, sweeps=0, rotation=rotation)
+    missing = root @ (mean - quantized.weight())
+    alone = len(weights) == 1
+    left = _tails(missing, inputs) if alone else ((missing @ inputs) * missing).sum()
+    ratios = rounding_ratios(mean, inputs.diagonal(), few, reference, block_size, rotation)
+    for bits, ratio in ratios.items():
+        of_bits = (ratio * left if alone else errors + ratio * left).cpu().numpy()
+        size = quantized_parameters(mean.shape, bits, block_size, search.config.scale_bits)
+        found.append(Curve(group, bits, of_bits, cost, size))
     return found
 
 

@@ -43,10 +43,11 @@ from .allocation import (
     config_of,
     curves_of,
     embedding_curves,
+    path_of,
     token_ranges,
     unranked_parameters,
 )
-from .fitting import ITERATIONS, fit_group, quantize_for
+from .fitting import ITERATIONS, fit_group, naming, quantize_for
 from .inputs import (
     Batch,
     as_batches,
@@ -231,7 +232,8 @@ def convert(
                 errors = processes.from_first(own_errors)
                 model = (model if device is not None else model.to(loaded.dtype)).eval()
                 measured = "outputs" if request.batches else "weights"
-                model.conversion_report = ConversionReport(start, measured, errors)
+                windows = sum(len(main_input(batch)) for batch in request.batches)
+                model.conversion_report = ConversionReport(start, measured, errors, windows)
                 models.append(model)
     return models if isinstance(budget, (list, tuple)) else models[0]
 
@@ -747,9 +749,10 @@ def _fit_run(
     """Writes the components of a run of layers; the error of each of its matrices."""
     # A matrix that belongs to one layer alone is fitted by `Streams`, which keeps nothing of a first fit.
     first = [group for group in groups if request.start == "svd" or len(group.layers) > 1]
-    of_weights = [
-        error for group in first for error in _fit_group(source, target, group, statistics, request)
-    ]
+    of_weights = []
+    for group in first:
+        with naming(f"{source.stack.name} {path_of(group)}"):
+            of_weights += _fit_group(source, target, group, statistics, request)
     errors: list[ModuleError] = []
     for layer in sorted({layer for group in groups for layer in group.layers}):
         if statistics:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +168,18 @@ def fit_group(
     for fit in fits:
         fit.balance()
     return fits
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Inside, a factorisation that fails is a ValueError that names the matrix."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the weights of {path}, or what it reads, are of sizes too different to be factorised; scale them, or "
+            f"leave it dense ({error})"
+        ) from error
 
 
 def quantize_for(

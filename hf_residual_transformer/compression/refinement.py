@@ -21,7 +21,7 @@ from ..families import Block, LayerStack, Stage
 from ..layers import QuantizedWeight, ResidualLinear, at_least_float32, rows_last, unpacked_weights
 from ..modeling import forward_as
 from ..reporting import ModuleError
-from .fitting import fit_group
+from .fitting import fit_group, naming
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
 from .processes import ALONE, Processes
 from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, Weights, importance_of
@@ -146,7 +146,8 @@ class Streams:
             for path, found in moments.items():
                 linear: Any = target.get_submodule(path)
                 if fit:
-                    self._fit(layer_idx, path, found, statistics, iterations)
+                    with naming(f"{self.source.stack.name} layers.{layer_idx}.{path}"):
+                        self._fit(layer_idx, path, found, statistics, iterations)
                 error = found.relative_error(linear.weight.double(), centred=entries[path].centred)
                 stack = self.source.stack
                 errors.append(ModuleError(layer_idx, stack.role_of(path), linear.rank, error, stack.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from .collators import arrays_of, batched, extract, feature_extractor_of
+
+logger = logging.getLogger(__name__)
 
 
 def calibration_batches(
@@ -34,7 +37,7 @@ def calibration_batches(
         dataset: rows as from `load_speech_dataset`, in random order; they need no text. They should be of many
             speakers, because low ranks that are calibrated on one speaker fail on another (docs/comparison.md).
         processor: the model's processor, or its feature extractor alone.
-        num_windows: the number of windows; there are fewer if the data set ends first.
+        num_windows: the number of windows; there are fewer if the data set ends first, which a warning says.
         batch_size: the number of windows in a batch.
         pack: the fraction of the windows that are filled with as many whole clips as fit. The other windows come first
             and hold one clip each, as in use. For Whisper these are mostly padding, which calibration must see too.
@@ -70,6 +73,12 @@ def calibration_batches(
         raise ValueError(
             f"the calibration data is silent: all samples of {len(windows)} windows are the same; choose recordings "
             "with speech"
+        )
+    if len(windows) < num_windows:
+        seconds = sum(map(len, windows)) / rate
+        logger.warning(
+            f"the recordings fill {len(windows)} of {num_windows} windows, {seconds:.0f} seconds in all; what is "
+            "fitted to less than some minutes, or to one speaker, fits others badly"
         )
     length = longest or max(map(len, windows))
     return [extract(group, extractor, length) for group in batched(windows, batch_size)]

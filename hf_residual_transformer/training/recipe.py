@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..families import WHISPER, family_of
 from ..layers import quantized_weights
+from ..modeling import ResidualMixin
 from ..speech.collators import feature_extractor_of
 from ..speech.transcription import transcribe
 from ..speech.windows import PaddedWindowCollator, WindowCollator
@@ -69,6 +70,27 @@ def trainer_class_for(model: Any) -> type[DistillationTrainer]:
         ValueError: for other models.
     """
     return Seq2SeqDistillationTrainer if is_whisper(model.config) else CTCDistillationTrainer
+
+
+def check_pair(student: Any, names: tuple[Any, Any]) -> None:
+    """Checks what is to be distilled.
+
+    Args:
+        student: the loaded model.
+        names: of student and teacher, where they are given by name.
+
+    Raises:
+        ValueError: for a student that is not compact, or that is its own teacher.
+    """
+    if not isinstance(student, ResidualMixin):
+        raise ValueError(
+            f"`student` must be a compact model as from `hrt compress`, got a {type(student).__name__}"
+        )
+    of_student, of_teacher = names
+    if isinstance(of_student, str | Path) and str(of_student) == str(of_teacher):
+        raise ValueError(
+            f"`teacher` must be another model than the student, got {str(of_teacher)!r} for both"
+        )
 
 
 def default_learning_rate(student: Any, teacher: Any) -> float:

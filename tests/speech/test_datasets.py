@@ -395,6 +395,13 @@ class TestCalibration:
         (batch,) = calibration_batches((row(tone(0.2)) for _ in range(10)), extractor, **options)
         assert batch["attention_mask"].sum(dim=1).tolist() == [3200, 8000, 8000, 8000]
 
+    def test_recordings_that_do_not_fill_the_windows_are_said(self, caplog):
+        extractor = Wav2Vec2FeatureExtractor()
+        calibration_batches([row(tone(0.5))] * 4, extractor, num_windows=3, pack=0.0)
+        assert not caplog.text
+        calibration_batches([row(tone(0.5))] * 4, extractor, num_windows=64, pack=0.0)
+        assert "the recordings fill 4 of 64 windows, 2 seconds in all" in caplog.text
+
     def test_wav2vec2_gets_one_length_and_a_mask_of_what_was_said(self):
         extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
         rows = [row(tone(seconds)) for seconds in (0.3, 0.1, 0.2)]
