@@ -12,12 +12,14 @@ import torch
 from conftest import (
     randomize_,
     speech,
+    tiny_wav2vec2_config,
     tiny_whisper_config,
     whisper_generation_config,
     whisper_processor,
 )
 from transformers import (
     AutoModelForSpeechSeq2Seq,
+    Wav2Vec2FeatureExtractor,
     WhisperForConditionalGeneration,
     pipeline,
 )
@@ -27,6 +29,7 @@ import hf_residual_transformer as hrt
 from hf_residual_transformer import whisper as whisper_module
 from hf_residual_transformer.speech.transcription import encode, transcribe
 from hf_residual_transformer.speech.windows import PaddedWindowCollator
+from hf_residual_transformer.training.recipe import prepare_windows
 from hf_residual_transformer.training.trainers import DistillationTrainer
 from hf_residual_transformer.whisper import ShortWindowEncoder, num_heard_frames
 
@@ -326,8 +329,6 @@ def test_a_teacher_that_repeats_itself_is_cut_to_what_a_short_recording_can_hold
 def test_short_windows_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"`window_seconds` must be None beside `short_windows`.*got 0.5"):
         distilled(whisper(short_windows=False), short_windows=True, window_seconds=0.5)
-    dense = WhisperForConditionalGeneration(tiny_whisper_config())
-    with pytest.raises(
-        ValueError, match="`short_windows` must be False for a WhisperForConditionalGeneration"
-    ):
-        distilled(dense, short_windows=True)
+    other = hrt.ResidualWav2Vec2ForCTC(tiny_wav2vec2_config(residual_config=hrt.ResidualConfig()))
+    with pytest.raises(ValueError, match="`short_windows` must be False for a ResidualWav2Vec2ForCTC"):
+        prepare_windows(other, Wav2Vec2FeatureExtractor(), None, short_windows=True)
