@@ -228,7 +228,7 @@ def distill(
     from .speech.transcription import complete_token_ids
     from .training.recipe import (
         WITHOUT_NOISE,
-        check_pair,
+        check_student,
         default_learning_rate,
         prepare_windows,
         restore_windows,
@@ -246,7 +246,7 @@ def distill(
             f"used otherwise, got {training['save_strategy']!r}"
         )
     model, processor = _load_recognizer(student, processor, overrides=WITHOUT_NOISE)
-    check_pair(model, (student, teacher))
+    check_student(model)
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher)
     loaded: Any = teacher
@@ -668,9 +668,12 @@ def _checked_device(device: Any) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"`device` must be one that torch can use here, such as cpu, got {device!r} ({reason})"
         ) from error
+    if found.type == "meta":
+        raise ValueError("`device` must be one that computes, such as cpu, got 'meta'")
+    return found

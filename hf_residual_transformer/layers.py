@@ -152,6 +152,11 @@ class QuantizedWeight(nn.Module):
         self._kernel: tuple[KernelWeight | None, list[Any]] = (None, [])  # see `kernel`
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether Accelerate keeps the weights elsewhere until the module is called."""
+        return self.weight_scale.is_meta
+
+    @property
     def weight(self) -> Tensor:
         """The matrix, (out_features, in_features), computed at each access unless it is unpacked."""
         unpacked = self._unpacked  # read once, since another thread may change it
@@ -327,14 +332,24 @@ class QuantizedEmbedding(QuantizedWeight):
     def forward(self, inputs: Tensor, as_output: bool = False) -> Tensor:
         """Token ids of any shape to vectors, (..., hidden_size). Only the rows of these tokens are dequantised.
 
-        With `as_output`, states (..., hidden_size) to one logit for each token, (..., num_tokens). It is a call of the
-        module too, so that hooks run, as those of Accelerate that bring weights to a device.
+        With `as_output`, the `logits` of states.
         """
         if as_output:
             return self._logits(inputs)
         ids = inputs.flatten()
         rows = dequantize(self.weight_packed[ids], self.scale(ids), self.bits)
         return (rows + self.weight_mean).unflatten(0, inputs.shape)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) to one logit for each token, (..., num_tokens).
+
+        Only where the weights are elsewhere is it a call of the module, since Accelerate's hooks bring them then. Other
+        hooks of an input embedding, such as for noise or gradients, are not for logits.
+        """
+        if self.is_offloaded:
+            found: Tensor = self(hidden_states, as_output=True)
+            return found
+        return self._logits(hidden_states)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.flatten(0, -2)
@@ -390,17 +405,19 @@ class MixedEmbedding(nn.Module):
         """The matrix, (num_tokens, hidden_size), computed at each access."""
         return torch.cat([part.weight for _, part in self.ranges])
 
-    def forward(self, inputs: Tensor, as_output: bool = False) -> Tensor:
-        """As in `QuantizedEmbedding`."""
-        if as_output:
-            return torch.cat([part(inputs, as_output=True) for _, part in self.ranges], -1)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids of any shape to vectors, (..., hidden_size)."""
         found: Tensor | None = None
         for start, part in self.ranges:
             # Every range looks up every token, so that no shape depends on the ids.
-            rows = part((inputs - start).clamp(0, part.num_embeddings - 1))
-            found = rows if found is None else torch.where((inputs >= start).unsqueeze(-1), rows, found)
+            rows = part((input_ids - start).clamp(0, part.num_embeddings - 1))
+            found = rows if found is None else torch.where((input_ids >= start).unsqueeze(-1), rows, found)
         assert found is not None
         return found
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """As in `QuantizedEmbedding`."""
+        return torch.cat([part.logits(hidden_states) for _, part in self.ranges], -1)
 
 
 class TiedOutput(nn.Module):
@@ -422,7 +439,7 @@ class TiedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to logits, (..., num_tokens)."""
-        logits: Tensor = self.__dict__["_model"].get_input_embeddings()(hidden_states, as_output=True)
+        logits: Tensor = self.__dict__["_model"].get_input_embeddings().logits(hidden_states)
         return logits
 
 
@@ -433,13 +450,17 @@ _unpacking = threading.Lock()
 def unpacked_weights(model: nn.Module) -> Iterator[None]:
     """Inside this context, all matrices of few bits that `model` uses are also there in full, for many calls.
 
-    They take the memory of a dense model meanwhile. Gradients do not reach the scales. Several threads may be inside:
-    the first unpacks a matrix, and the last to leave takes it away.
+    They take the memory of a dense model meanwhile. Offloaded ones stay as they are. Gradients do not reach the scales.
+    Several threads may be inside: the first unpacks a matrix, and the last to leave takes it away.
     """
     used = [
         getattr(module, "shared", None) for module in model.modules() if isinstance(module, ResidualLinear)
     ]
-    packed = [module for module in (*model.modules(), *used) if isinstance(module, QuantizedWeight)]
+    packed = [
+        module
+        for module in (*model.modules(), *used)
+        if isinstance(module, QuantizedWeight) and not module.is_offloaded
+    ]
     held = []
     try:
         with _unpacking, torch.no_grad():

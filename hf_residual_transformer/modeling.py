@@ -394,8 +394,11 @@ class ResidualGenerationMixin(ResidualMixin):
         decoder = self.family.decoder
         inputs = args[0] if args else kwargs.get(self.main_input_name)
         config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        number = beams * len(inputs) if isinstance(inputs, Tensor) else 0
+        wanted = [
+            kwargs.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        number = max(wanted) * len(inputs) if isinstance(inputs, Tensor) else 0
         packed = number <= FEW_SEQUENCES and suits(self.dtype, self.device, number)
         part = decoder.find(self) if decoder and decoder.is_in(self) and not packed else None
         with nullcontext() if part is None else unpacked_weights(part):

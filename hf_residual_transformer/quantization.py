@@ -175,7 +175,7 @@ def check_blocks(name: str, in_features: int, block_size: int) -> None:
     if in_features % block_size:
         raise ValueError(
             f"`block_size` must divide the {in_features} inputs of {name}, which is to have few bits, got "
-            f"{block_size}; without few bits it stays in floating point"
+            f"{block_size}; take another block size, or no bits for this matrix"
         )
 
 

@@ -103,8 +103,8 @@ def test_links_of_a_document_lead_to_files(document):
     """In a checkout, files that are committed or added: others would be missing in a clone."""
     tracked = None
     if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-        tracked = set(listed.stdout.splitlines())
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+        tracked = set(listed.stdout.splitlines()) or None  # git may not trust the folder
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path = target.partition("#")[0]

@@ -45,9 +45,9 @@ def test_rows_and_logits_are_those_of_the_ranges():
     torch.testing.assert_close(table.weight, weight, rtol=0, atol=0)
     torch.testing.assert_close(table(ids), weight[ids], rtol=0, atol=0)
     states = torch.randn(2, 3, table.embedding_dim)
-    torch.testing.assert_close(table(states, as_output=True), states @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(table.logits(states), states @ weight.T, rtol=1e-4, atol=1e-4)
     with unpacked_weights(table):
-        torch.testing.assert_close(table(states, as_output=True), states @ weight.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(table.logits(states), states @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import WHISPER_VOCAB, randomize_, tiny_whisper_config
+from conftest import WHISPER_VOCAB, randomize_, tiny_whisper_config, whisper_generation_config
 from safetensors.torch import load_file, save_file
 from test_conversion import dense_whisper, whisper_inputs
 from torch.nn import functional
@@ -22,6 +22,7 @@ from transformers import AutoModelForSpeechSeq2Seq, WhisperModel
 import hf_residual_transformer as hrt
 from hf_residual_transformer.compression import conversion
 from hf_residual_transformer.compression.allocation import Curve, Lacking, choose
+from hf_residual_transformer.compression.fitting import quantize_for
 from hf_residual_transformer.compression.inputs import frozen_view, inputs_of, output_of
 from hf_residual_transformer.compression.statistics import (
     EmbeddingStatistics,
@@ -499,6 +500,7 @@ def test_parts_that_cannot_be_are_refused(parts):
 @pytest.mark.parametrize("embedding_bits", [5, [[9, 4], [len(WHISPER_VOCAB), 3]]])
 def test_a_decoder_offloaded_to_disk_gives_the_same_logits(embedding_bits, tmp_path):
     model = randomize_(Whisper(tiny_whisper_config(**{**FORM, "embedding_bits": embedding_bits})))
+    model.generation_config = whisper_generation_config()
     model.save_pretrained(tmp_path / "model")
     places = {"model.encoder": "cpu", "model.decoder": "disk", "proj_out": "disk"}
     loaded = Whisper.from_pretrained(
@@ -507,6 +509,16 @@ def test_a_decoder_offloaded_to_disk_gives_the_same_logits(embedding_bits, tmp_p
     assert all(parameter.is_meta for parameter in loaded.model.decoder.embed_tokens.parameters())
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs()).logits, model(**inputs()).logits)
+    options = {"language": "en", "max_new_tokens": 8, "min_new_tokens": 8}
+    found, wanted = (each.generate(whisper_inputs(2), **options) for each in (loaded, model.eval()))
+    assert torch.equal(found, wanted)
+
+
+def test_hooks_of_the_input_embedding_do_not_see_logits():
+    model = whole().eval()
+    model.enable_input_require_grads()
+    with torch.no_grad():
+        assert not model(**inputs()).logits.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -518,14 +530,25 @@ def test_a_decoder_offloaded_to_disk_gives_the_same_logits(embedding_bits, tmp_p
         ("decoder.layers.0.fc2.weight", "encoder.layers.0.self_attn.out_proj.weight"),
     ],
 )
-def test_pruned_matrices_and_inputs_that_are_zero_are_converted(zeroed):
+@pytest.mark.parametrize("form", [{"budget": 0.8}, {"residual_config": hrt.ResidualConfig(rank=4)}])
+def test_pruned_matrices_and_inputs_that_are_zero_are_converted(zeroed, form):
     dense = dense_whisper()
     with torch.no_grad():
         for name in zeroed:
             dense.model.get_parameter(name).zero_()
-        model = Whisper.from_dense(dense, calibration=labelled(), budget=0.8, progress=False)
-        wanted, found = (each(**inputs()).logits for each in (dense, model))
-    assert (found - wanted).norm() < 0.05 * wanted.norm()
+        model = Whisper.from_dense(dense, calibration=labelled(), progress=False, **form)
+        assert 0 <= model.conversion_report.mean_error < 1
+        wanted, found = (each(**inputs()).logits for each in (dense, model.half().float()))
+    assert (found - wanted).norm() < (0.05 if "budget" in form else 0.5) * wanted.norm()
+
+
+def test_what_reads_nothing_is_rounded_as_if_all_inputs_were_alike():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nothing, alike = (
+        quantize_for(weight, scale * torch.eye(64, dtype=torch.float64), 3).weight() - weight
+        for scale in (0.0, 1.0)
+    )
+    assert nothing.norm() < 1.1 * alike.norm()
 
 
 @pytest.mark.parametrize(

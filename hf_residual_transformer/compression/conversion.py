@@ -530,6 +530,11 @@ class _Conversion:
         """The residual model of each budget, and the error of each of its matrices."""
         embedding = self.embedding
         if len(self.names) > 1 and self.request.batches:
+            if self.dense.get_output_embeddings() is None:
+                raise ValueError(
+                    f'`parts` must be ("encoder",) for a {type(self.dense).__name__}, which has no logits, got '
+                    f"{self.names}"
+                )
             # The decoder says which of the encoder's frames and which tokens matter, also where it stays dense.
             decoder = self.parts[DECODER] if DECODER in self.parts else self._dense_decoder()
             decoder.observe(0)
@@ -567,7 +572,8 @@ class _Conversion:
                 mean = rows.mean(0).to(part.weight_mean)
                 part.weight_mean.copy_(mean)
                 rows = rows - mean
-            part.write(quantize_for(rows, metric, **part.rounding))
+            with naming(EMBEDDING):
+                part.write(quantize_for(rows, metric, **part.rounding))
 
     def _allocate(self, embedding: EmbeddingStatistics | None, budgets: Sequence[float]) -> list[Plan]:
         """The plan for each budget. What it is chosen by is measured once."""
@@ -793,7 +799,7 @@ def _fit_group(
             biases.append(bias)
             if targets[index].own_bias is not None:
                 targets[index].own_bias.copy_(bias)
-        error = (difference.norm() / weight.norm()).square().item()
+        error = (difference.norm() / weight.norm()).square().item() if weight.any() else 0.0
         stack = source.stack
         errors.append(ModuleError(layer, stack.role_of(path), targets[index].rank, error, stack.name))
     if shared is not None and shared.bias is not None:

@@ -63,11 +63,8 @@ class Components:
 
     def balance(self) -> None:
         """Gives each column of `B` the norm of its row of `A`, so that one learning rate suits both."""
-        tiny = torch.finfo(self.residual_A.dtype).tiny
-        scale = (
-            self.residual_A.norm(dim=1).clamp_min(tiny) / self.residual_B.norm(dim=0).clamp_min(tiny)
-        ).sqrt()
-        scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
+        of_A, of_B = self.residual_A.norm(dim=1), self.residual_B.norm(dim=0)
+        scale = torch.where((of_A > 0) & (of_B > 0), (of_A / of_B).sqrt(), torch.ones_like(of_A))
         self.residual_B, self.residual_A = self.residual_B * scale, self.residual_A / scale[:, None]
 
 

@@ -24,7 +24,7 @@ from ..reporting import ModuleError
 from .fitting import fit_group, naming
 from .inputs import Batch, Context, Reached, calls_of, inputs_of, run_until_reached, without_memory
 from .processes import ALONE, Processes
-from .statistics import TINY, MatrixStatistics, Statistics, WeightedMoments, Weights, importance_of
+from .statistics import ROUNDING, TINY, MatrixStatistics, Statistics, WeightedMoments, Weights, importance_of
 
 RIDGE = 0.1  # of the mean variance of the inputs, towards the dense weight
 # Inputs and outputs of each module of a layer, by path. A module at which the layer ends has no output.
@@ -72,6 +72,8 @@ class CrossMoments(WeightedMoments):
         """Squared error of `W x` relative to the squares of `y`; both about their means if `centred`."""
         cross, products = (self.cross, self.products) if not centred else self.about(None)
         total = self.squares - (self.wanted_sum @ self.wanted_mean if centred else 0.0)
+        if total <= ROUNDING * self.squares:
+            return 0.0  # there is no relative error of outputs that never vary, as of a pruned matrix
         left = total - 2 * (weight * cross).sum() + ((weight @ products) * weight).sum()
         return (left.clamp_min(0) / total.clamp_min(TINY)).item()
 

@@ -30,8 +30,10 @@ HELD_BYTES = (
 )
 GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
-ROUNDING = 1e-12  # of squares of vectors whose differences are in float32
-LEAST_SCALE = 1e-20  # of inputs that are always zero, as of a pruned matrix; float32 has its parts
+ROUNDING = 1e-13  # relative to squares, some times the rounding of differences in float32
+LEAST_SCALE = (
+    1e-20  # of inputs that are always zero, as of a pruned matrix: with less, float32 would round to zero
+)
 
 
 class Weights:

@@ -77,8 +77,8 @@ def calibration_batches(
     if len(windows) < num_windows:
         seconds = sum(map(len, windows)) / rate
         logger.warning(
-            f"the recordings fill {len(windows)} of {num_windows} windows, {seconds:.0f} seconds in all; what is "
-            "fitted to less than some minutes, or to one speaker, fits others badly"
+            f"the recordings fill {len(windows)} of {num_windows} windows, {seconds:.0f} seconds in all; with more, "
+            "of other speakers, the result would fit other recordings better"
         )
     length = longest or max(map(len, windows))
     return [extract(group, extractor, length) for group in batched(windows, batch_size)]

@@ -72,24 +72,15 @@ def trainer_class_for(model: Any) -> type[DistillationTrainer]:
     return Seq2SeqDistillationTrainer if is_whisper(model.config) else CTCDistillationTrainer
 
 
-def check_pair(student: Any, names: tuple[Any, Any]) -> None:
-    """Checks what is to be distilled.
-
-    Args:
-        student: the loaded model.
-        names: of student and teacher, where they are given by name.
+def check_student(student: Any) -> None:
+    """Checks that a model which is to be distilled is compact, or wraps one that is.
 
     Raises:
-        ValueError: for a student that is not compact, or that is its own teacher.
+        ValueError: if it is not.
     """
-    if not isinstance(student, ResidualMixin):
+    if not any(isinstance(module, ResidualMixin) for module in student.modules()):
         raise ValueError(
             f"`student` must be a compact model as from `hrt compress`, got a {type(student).__name__}"
-        )
-    of_student, of_teacher = names
-    if isinstance(of_student, str | Path) and str(of_student) == str(of_teacher):
-        raise ValueError(
-            f"`teacher` must be another model than the student, got {str(of_teacher)!r} for both"
         )
 
 

@@ -42,7 +42,7 @@ from .arguments import DistillationArguments, TrainingDataArguments, read_json, 
 from .checkpoints import bytes_to_write
 from .clips import checked
 from .recipe import (
-    check_pair,
+    check_student,
     default_learning_rate,
     is_whisper,
     prepare_windows,
@@ -119,7 +119,7 @@ def run_distillation(
     auto_class: Any = AutoModelForSpeechSeq2Seq if is_whisper(config) else AutoModelForCTC
     overrides = without_noise(config)
     student = auto_class.from_pretrained(student_id, dtype=torch.float32, **overrides)
-    check_pair(student, (student_id, teacher_id))
+    check_student(student)
     teacher = auto_class.from_pretrained(teacher_id, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(student_id)
     had_windows = has_short_windows(config)

@@ -32,6 +32,8 @@ from .states import record_states
 logger = logging.get_logger(__name__)
 TEMPERATURE, DECODER_TEMPERATURE = 2.0, 1.0  # docs/LOG.md
 SCALE_UNIT = 40.0  # docs/LOG.md
+# Fields of encoders' configs that student and teacher must share, where they have them.
+SHAPES = ("hidden_size", "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
 TEACHER_STATES = "teacher_states"  # in a batch, what the teacher's encoder gives for it
 
 
@@ -121,7 +123,7 @@ class DistillationTrainer(GuardedTrainer):
             raise ValueError("`teacher` must be another model than the student, got the student itself")
         student: Any = self.encoder
         teacher: Any = self.family.find_encoder(self.teacher)
-        names = ["hidden_size", "num_mel_bins", *(["num_hidden_layers"] if "hidden" in self.weights else [])]
+        names = [*SHAPES, *(["num_hidden_layers"] if "hidden" in self.weights else [])]
         pairs = [(name, student.config, teacher.config) for name in names]
         if "logits" in self.weights:
             pairs.append(("vocab_size", self.model.config, self.teacher.config))
