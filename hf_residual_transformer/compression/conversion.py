@@ -469,10 +469,8 @@ class _Conversion:
         """A decoder of which nothing becomes compact. Its first layer is observed, and so the token embedding is."""
         source = self.stacks[DECODER]
         search = Search(source, ResidualConfig(group_size=1, rank=0, diagonal="none"))
-        part = _Part(search, functools.partial(self._objective, DECODER), [])
-        part.runs.append([group for group in search.groups() if group.layers == (0,)])
-        part.observe = functools.partial(self._observe, part)
-        return part
+        first = [group for group in search.groups() if group.layers == (0,)]
+        return _Part(search, functools.partial(self._objective, DECODER), [first])
 
     def _check_blocks(self) -> None:
         """Checks, before anything is computed, that blocks with one scale divide all rows that may get few bits."""
@@ -536,8 +534,10 @@ class _Conversion:
                     f"{self.names}"
                 )
             # The decoder says which of the encoder's frames and which tokens matter, also where it stays dense.
-            decoder = self.parts[DECODER] if DECODER in self.parts else self._dense_decoder()
-            decoder.observe(0)
+            if DECODER in self.parts:
+                self.parts[DECODER].observe(0)
+            else:
+                self._observe(self._dense_decoder(), 0)
         plans = [self.request.plan]
         if self.request.budgets is not None:
             plans = self.request.processes.from_first(self._allocate(embedding, self.request.budgets))

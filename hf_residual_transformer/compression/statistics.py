@@ -31,9 +31,8 @@ HELD_BYTES = (
 GRAM_BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny
 ROUNDING = 1e-13  # relative to squares, some times the rounding of differences in float32
-LEAST_SCALE = (
-    1e-20  # of inputs that are always zero, as of a pruned matrix: with less, float32 would round to zero
-)
+# Of inputs that are always zero, as of a pruned matrix. With less, float32 would round to zero.
+LEAST_SCALE = 1e-20
 
 
 class Weights:
