@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from hf_residual_transformer import ResidualConfig
-from hf_residual_transformer.speech.collators import CTCCollator, Seq2SeqCollator
+from hf_residual_transformer.speech.collators import LABEL_PADDING, CTCCollator, Seq2SeqCollator
 from hf_residual_transformer.training.scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -74,6 +75,13 @@ class Architecture:
         """Token ids by greedy search, (batch_size, num_tokens)."""
         raise NotImplementedError
 
+    def nats(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The cross-entropy of each reference, given its audio, in nats, and its number of tokens, both (batch_size,).
+
+        It is None for a model that does not predict a reference token by token.
+        """
+        return None
+
 
 class Whisper(Architecture):
     """A decoder attends to the encoder, and can translate too."""
@@ -101,6 +109,12 @@ class Whisper(Architecture):
     def recognise(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         ids: Tensor = model.generate(input_features=batch["input_features"].to(model.device))
         return ids
+
+    def nats(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        labels = batch["labels"].to(model.device)
+        logits = model(input_features=batch["input_features"].to(model.device), labels=labels).logits
+        losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        return losses.sum(1), (labels != LABEL_PADDING).sum(1)
 
 
 @dataclass(frozen=True)
