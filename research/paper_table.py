@@ -23,6 +23,8 @@ def write_table(folder: Path) -> str:
         if own:
             parts.append(f"## {task.capitalize()}\n\n" + "\n".join(_rows(task, own)))
             parts.append("\n".join(_comparisons(own)))
+            if nats := _nats(own):
+                parts.append("\n".join(nats))
             plot(own, folder / f"{task}.png")
     text = "\n\n".join(parts) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -97,6 +99,55 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
             row = [theirs[0]["title"], str(len(seeds)), *ratio_of_errors(ours, theirs), ", ".join(by_seed)]
             lines.append(" | ".join(row))
     return [f"| {line} |" for line in lines]
+
+
+def _nats(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The cross-entropy of the test's references beside that of dense and of fewer layers; none for older runs, which
+    did not measure it.
+    """
+    measured = {
+        cell: [run for run in runs if "nats_per_token" in run["test"]] for cell, runs in cells.items()
+    }
+    measured = {cell: runs for cell, runs in measured.items() if runs}
+    if not measured:
+        return []
+    head = ["encoder", "seeds", "nats a token"]
+    for other in ("dense", "fewer layers"):
+        head += [f"minus {other}", "95 %, seeds"]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for cell in sorted(measured, key=[*cells].index):
+        runs = measured[cell]
+        row = [
+            runs[0]["title"],
+            str(len(runs)),
+            f"{np.mean([run['test']['nats_per_token'] for run in runs]):.3f}",
+        ]
+        for other in ("dense", "shallow"):
+            row += ["-", "-"] if other == cell else difference_in_nats(runs, measured.get(other, []))
+        rows.append(row)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def difference_in_nats(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
+    """The mean over seeds of the difference of the cross-entropy, in nats a token, to other runs, and its interval of
+    95 % by Student's t.
+
+    The interval is "-" for one seed, and where all seeds have the same test voices, since it would be of these alone.
+    """
+    theirs = {run["seed"]: run for run in others}
+    pairs = [(run, theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
+    if not pairs:
+        return ["-", "-"]
+    differences = np.array(
+        [run["test"]["nats_per_token"] - other["test"]["nats_per_token"] for run, other in pairs]
+    )
+    mean = f"{differences.mean():+.3f}"
+    if len(pairs) == 1 or not own_voices(runs):
+        return [mean, "-"]
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(pairs) - 1) * differences.std(ddof=1) / np.sqrt(len(pairs))
+    return [mean, f"{differences.mean() - half:+.3f} to {differences.mean() + half:+.3f}"]
 
 
 def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:

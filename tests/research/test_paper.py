@@ -29,13 +29,14 @@ from hf_residual_transformer.training.scratch import (
     average_checkpoints,
     check_transcripts,
     new_model,
+    new_processor,
     train_tokenizer,
 )
 
 RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
 sys.path.insert(0, str(RESEARCH))
-paper, paper_bits, paper_summary, paper_table, words = map(
-    importlib.import_module, ("paper", "paper_bits", "paper_summary", "paper_table", "words")
+paper, paper_bits, paper_models, paper_summary, paper_table, words = map(
+    importlib.import_module, ("paper", "paper_bits", "paper_models", "paper_summary", "paper_table", "words")
 )
 WordStrings, all_texts = words.WordStrings, words.all_texts
 
@@ -94,6 +95,7 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
         losses = [loss for _, loss in values["losses"]]
         assert losses[-1] < 0.6 * losses[0]
         assert values["test"]["clips"] == 8
+        assert 0 < values["test"]["nats_per_token"] < 10
         assert values["settings"] == scale.settings("recognition")
         assert 0 < values["cpu_seconds_per_step"] < 60
         assert 0 < values["seconds_per_step"] < 60
@@ -620,6 +622,7 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
     assert values["test"]["words"] > 8
     assert values["validation"][-1][2] >= 0
     assert "four_bits" not in values
+    assert "nats_per_token" not in values["test"]
     dense = paper.encoder_size(scale.sizes_for("recognition"), None)
     assert values["encoder"]["parameters"] < 0.6 * dense
 
@@ -718,6 +721,48 @@ def test_the_strings_of_a_voice_are_drawn_together():
     ]
     # Where seeds have their own voices, a seed is drawn for both sides: 24.5 / 12.5, or 12.5 / 12.5.
     assert paper_table.ratio_of_errors(*sides) == ["1.50", "-", "1.00 to 1.96"]
+
+
+def test_the_cross_entropy_of_references_is_compared_seed_by_seed(tokenizer):
+    def runs(cell, *nats, voices="ab"):
+        return [
+            {
+                "cell": cell,
+                "title": cell,
+                "seed": seed,
+                "test": {"nats_per_token": value, "voices": voices[seed:]},
+            }
+            for seed, value in enumerate(nats)
+        ]
+
+    dense, ours = runs("dense", 0.1, 0.3), runs("k3-r2", 0.2, 0.6)
+    # Differences of 0.1 and 0.3, whose standard error is 0.1; Student's t has 12.706 for one degree of freedom.
+    assert paper_table.difference_in_nats(ours, dense) == ["+0.200", "-1.071 to +1.471"]
+    assert paper_table.difference_in_nats(ours[:1], dense) == ["+0.100", "-"]
+    assert paper_table.difference_in_nats(ours, []) == ["-", "-"]
+    same = [run | {"test": run["test"] | {"voices": "a"}} for run in ours]
+    assert paper_table.difference_in_nats(same, dense) == ["+0.200", "-"]
+    old = [{"cell": "shallow", "title": "shallow", "seed": 0, "test": {}}]
+    assert paper_table._nats({"dense": dense, "shallow": old, "k3-r2": ours})[2:] == [
+        "| dense | 2 | 0.200 | - | - | - | - |",
+        "| k3-r2 | 2 | 0.400 | +0.200 | -1.071 to +1.471 | - | - |",
+    ]
+    assert paper_table._nats({"shallow": old}) == []
+
+
+def test_the_cross_entropy_is_of_the_tokens_of_each_reference(tokenizer):
+    architecture = paper_models.ARCHITECTURES["whisper"]
+    processor = new_processor(tokenizer, SIZES)
+    model = architecture.model(SIZES, processor, None).eval()
+    rows = [WordStrings("en", "test", 3, 2, 0, 3)[index] for index in range(3)]
+    found = paper.measure_nats(architecture, model, processor, rows, 2)
+    tokens = [int(number) for number in found["tokens_of_clips"].split()]
+    for row, nats, number in zip(rows, found["nats_of_clips"].split(), tokens, strict=True):
+        batch = architecture.collator(processor)([row])
+        assert number == batch["labels"].shape[1]
+        assert float(nats) == pytest.approx(number * model(**batch).loss.item(), rel=1e-3)
+    total = sum(map(float, found["nats_of_clips"].split()))
+    assert found["nats_per_token"] == pytest.approx(total / sum(tokens), rel=1e-3)
 
 
 def test_the_seconds_of_a_step_are_of_the_runs_that_made_one():
