@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ from hf_residual_transformer import ResidualWav2Vec2Config, ResidualWhisperConfi
 REPO = Path(hrt_cli.__file__).parents[1]  # or the folder of installed packages
 
 torch.set_num_threads(1)
+gc.freeze()  # What is imported by now is not searched for garbage again, which takes half a second each time.
 
 SAMPLING_RATE = 16_000
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"

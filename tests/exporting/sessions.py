@@ -14,8 +14,10 @@ class Runtime:
     """The two graphs in ONNX Runtime, called as the runtimes of others call them."""
 
     def __init__(self, folder: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # idle threads would wait in loops, and take the core of other tests
         paths = [folder / "onnx" / f"{name}.onnx" for name in ("encoder_model", "decoder_model_merged")]
-        self.encoder, self.decoder = map(onnxruntime.InferenceSession, paths)
+        self.encoder, self.decoder = (onnxruntime.InferenceSession(path, options) for path in paths)
         self.outputs = [output.name for output in self.decoder.get_outputs()]
 
     def encode(self, features: torch.Tensor) -> np.ndarray:
