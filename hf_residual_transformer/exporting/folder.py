@@ -83,7 +83,8 @@ def export_model(
         if is_sherpa:
             sherpa.save_tokens(processor.tokenizer, draft / "tokens.txt")
             return folder
-        _save_configs(config, generation, draft)
+        large = [path.name.removesuffix("_data") for path in graphs.glob("*.onnx_data")]
+        _save_configs(config, generation, draft, large)
         _save_processor(processor, draft)
     return folder
 
@@ -134,8 +135,8 @@ def _check_runs(path: Path) -> None:
         ) from error
 
 
-def _save_configs(config: Any, generation: dict[str, Any], folder: Path) -> None:
-    """A plain Whisper's config.json, and its generation_config.json."""
+def _save_configs(config: Any, generation: dict[str, Any], folder: Path, large: list[str]) -> None:
+    """A plain Whisper's config.json, and its generation_config.json. The graphs `large` have a second file."""
     dense = config.to_dense_config() if hasattr(config, "to_dense_config") else config
     values = {
         **dense.to_dict(),
@@ -144,6 +145,8 @@ def _save_configs(config: Any, generation: dict[str, Any], folder: Path) -> None
         # The file without a suffix, which transformers.js calls fp32. In browsers it would look for another.
         "transformers.js_config": {"dtype": "fp32"},
     }
+    if large:  # transformers.js does not look for second files by itself
+        values["transformers.js_config"]["use_external_data_format"] = dict.fromkeys(large, True)
     _write(folder / "config.json", values)
     _write(folder / "generation_config.json", generation)
 

@@ -39,7 +39,8 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForCon
 
 import hf_residual_transformer as hrt
 from hf_residual_transformer import ResidualConfig, ResidualWhisperConfig
-from hf_residual_transformer.exporting.graph import OPERATOR_BITS
+from hf_residual_transformer.exporting import folder as exporting_folder
+from hf_residual_transformer.exporting.graph import OPERATOR_BITS, save
 from hf_residual_transformer.modeling import residual_linears
 from hf_residual_transformer.quantization import quantize
 from hf_residual_transformer.speech.audio import decode_audio
@@ -262,8 +263,14 @@ def node_modules(scripts) -> Path:
         lacking(str(error))
 
 
-def test_transformers_js_transcribes_in_node(exported, clips, in_pytorch, node_modules, tmp_path):
+def test_transformers_js_transcribes_in_node_from_graphs_with_second_files(
+    compact, clips, in_pytorch, node_modules, tmp_path, monkeypatch
+):
     language = "es"
+    # As if the graphs were too large for one file. The page below has graphs of one file.
+    monkeypatch.setattr(exporting_folder, "save", functools.partial(save, most=10**6))
+    exported = hrt.export(compact, tmp_path / "model")
+    assert (exported / "onnx" / "encoder_model.onnx").stat().st_size < 10**6
     paths = [tmp_path / f"{name}.f32" for name in clips[language]]
     for path, samples in zip(paths, clips[language].values()):
         samples.astype(np.float32).tofile(path)
