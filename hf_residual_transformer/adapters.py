@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor
 from .classes import model_classes_of
 from .configuration import ResidualConfig
 from .families import FAMILIES
-from .layers import ChannelsFirst, ResidualLinear, as_linear
-from .modeling import ResidualMixin, configs_with_ranks, residual_linears
+from .layers import ChannelsFirst, ResidualLinear, as_linear, shortened
+from .modeling import ResidualMixin, configs_with_ranks, note_ties, residual_linears
 
 PREFIX = "base_model.model."  # of the keys of an adapter's file
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +47,10 @@ def reaching(config: Any) -> Any:
     """The same where no model of PEFT is made, so that a `task_type` does nothing."""
     from .lora import ResidualLora
 
-    config._register_custom_module({ResidualLinear: ResidualLora})
+    if hasattr(
+        config, "_register_custom_module"
+    ):  # only a LoRA has it; PEFT refuses the layers to all others
+        config._register_custom_module({ResidualLinear: ResidualLora})
     return config
 
 
@@ -159,19 +163,26 @@ def from_lora(base: Any, adapter: str | Path) -> Any:
             f"{unknown[0]!r}"
         )
     ranks = {path: linear.rank for path, linear in linears.items()}
-    ranks |= {path: ranks[path] + len(first) for path, (first, _) in factors.items()}
+    with torch.no_grad():
+        for path, (first, second) in factors.items():
+            old: Any = linears[path]
+            if old.rank:
+                first = torch.cat([old.residual_A, first.to(old.residual_A)])
+                second = torch.cat([old.residual_B, second.to(old.residual_B)], 1)
+            factors[path] = shortened(first, second)
+    ranks |= {path: len(first) for path, (first, _) in factors.items()}
     grown = _rebuilt(model, configs_with_ranks(model, ranks))
     with torch.no_grad():
         for path, (first, second) in factors.items():
-            linear, old = grown.get_submodule(path), linears[path]
-            parts: Any
-            parts = [(first, second)] if not old.rank else [(old.residual_A, old.residual_B), (first, second)]
-            linear.residual_A.copy_(torch.cat([part.to(linear.residual_A) for part, _ in parts]))
-            linear.residual_B.copy_(torch.cat([part.to(linear.residual_B) for _, part in parts], 1))
+            linear = grown.get_submodule(path)
+            linear.residual_A.copy_(first)
+            linear.residual_B.copy_(second)
     return grown
 
 
 def _check_plain(config: Any) -> None:
+    from .lora import changes_base
+
     used = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False}
     problems = [name for name, plain in used.items() if getattr(config, name, plain) not in (plain, [])]
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
@@ -180,6 +191,11 @@ def _check_plain(config: Any) -> None:
         raise ValueError(
             f"`adapter` must be a plain LoRA to become the low rank of layers, got {problems[0]} "
             f"{getattr(config, problems[0])!r}"
+        )
+    if changes_base(config):
+        raise ValueError(
+            f"`adapter` must be a plain LoRA, got one with `init_lora_weights` {config.init_lora_weights!r}, which "
+            "stands on a changed base; save it with `path_initial_model_for_weight_conversion` of PEFT, and it is plain"
         )
 
 
@@ -245,12 +261,13 @@ def _as_residual(dense: Any, paths: set[str]) -> Any:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and all(".shared." in f".{key}" for key in missing), (missing, unexpected)
     if dense.can_generate():
-        model.generation_config = dense.generation_config
+        model.generation_config = deepcopy(dense.generation_config)
     return model
 
 
 def _rebuilt(model: Any, configs: dict[str, ResidualConfig]) -> Any:
     """A copy of a residual model with these settings, and the same values wherever the shapes are the same."""
+    note_ties(model)
     copy: Any = type(model)(type(model.config)(**{**model.config.to_dict(), **configs}))
     copy = copy.to(device=model.device, dtype=model.dtype).train(model.training)
     own = copy.state_dict()
@@ -261,6 +278,6 @@ def _rebuilt(model: Any, configs: dict[str, ResidualConfig]) -> Any:
     }
     copy.load_state_dict(same, strict=False)
     if model.can_generate():
-        copy.generation_config = model.generation_config
+        copy.generation_config = deepcopy(model.generation_config)
     copy.processor = model.processor
     return copy

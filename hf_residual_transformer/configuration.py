@@ -339,6 +339,9 @@ class ResidualConfigMixin(DenseConfig):
                 else value
                 for name, value in config_dict.items()
             }
+            if plain.get("embedding_bits") and "residual_sharing" in plain:
+                # Of a saved model. Before 0.2, merging an adapter of PEFT into it wrote false.
+                plain["tie_word_embeddings"] = True
             return super().from_dict(plain, **kwargs)
         except (ValueError, ImportError):
             raise

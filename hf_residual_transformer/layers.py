@@ -9,6 +9,7 @@ model.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections import Counter
@@ -431,6 +432,22 @@ class TiedOutput(nn.Module):
         super().__init__()
         self.__dict__["_model"] = model
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TiedOutput:
+        """With a copy of the model, the output of that copy.
+
+        Raises:
+            ValueError: for a copy without the model, as PEFT makes one to train it.
+        """
+        owner = self.__dict__["_model"]
+        if id(owner) not in memo:
+            raise ValueError(
+                "the output of a token table in few bits has no weights of its own to copy or to train; leave it out "
+                "of `modules_to_save`, name the table instead, or compress with parts=('encoder', 'decoder')"
+            )
+        copied = memo[id(self)] = TiedOutput.__new__(TiedOutput)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     @property
     def weight(self) -> Tensor:
         """The embedding's matrix, (num_tokens, hidden_size), computed at each access."""
@@ -639,7 +656,7 @@ class ResidualLinear(nn.Module):
 
     @torch.no_grad()
     def join(self, first: Tensor, second: Tensor) -> None:
-        """Adds `B A` to the layer, whose rank grows.
+        """Adds `B A` to the layer, whose rank grows, to at most what the matrix can have.
 
         Args:
             first: `A`, (more ranks, in_features).
@@ -648,6 +665,7 @@ class ResidualLinear(nn.Module):
         if self.residual_A is not None and self.residual_B is not None:
             first = torch.cat([self.residual_A, first.to(self.residual_A)])
             second = torch.cat([self.residual_B, second.to(self.residual_B)], 1)
+        first, second = shortened(first, second)
         weight = self.weight
         self._set_factors(first.to(weight), second.to(weight))
 
@@ -709,6 +727,18 @@ class ResidualLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, group_idx={self.group_idx}, "
             f"rank={self.rank}, diagonal={self.diagonal is not None}"
         )
+
+
+def shortened(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors `A` (rank, in_features) and `B` (out_features, rank) with the same product, whose rank is at most the
+    least of `in_features` and `out_features`, as that of any matrix. They are as they were where it is.
+    """
+    most = min(first.shape[1], len(second))
+    if len(first) <= most:
+        return first, second
+    u, s, v = torch.linalg.svd(at_least_float32(second) @ at_least_float32(first), full_matrices=False)
+    root = s.sqrt()
+    return (root[:, None] * v).to(first.dtype), (u * root).to(second.dtype)
 
 
 class LowRankLinear(ResidualLinear):

@@ -11,6 +11,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from .layers import ChannelsFirst
 
 
+def changes_base(config: Any) -> bool:
+    """Whether a `LoraConfig` has an initialisation that subtracts the first low rank from the matrix below it."""
+    return str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
 class ResidualLora(Linear):
     """A LoRA whose merge joins its factors to those of the residual layer, so that `U` stays shared.
 
@@ -24,7 +29,22 @@ class ResidualLora(Linear):
                 "`target_modules` must leave out point-wise convolutions of a residual model, got one; name the other "
                 "matrices"
             )
+        self._before: dict[str, tuple[Any, Any]] = {}  # factors of the layer that a merge made shorter
         super().__init__(base_layer, *args, **kwargs)
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT.
+
+        Raises:
+            ValueError: for an initialisation that changes the matrix below, which is computed from several parts.
+        """
+        config = next(value for value in (*args, *kwargs.values()) if hasattr(value, "init_lora_weights"))
+        if changes_base(config):
+            raise ValueError(
+                "`init_lora_weights` must not change the matrices of a residual layer, such as True or 'orthogonal', "
+                f"got {config.init_lora_weights!r}; use it on model.merge()"
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Joins the active adapters to the layer.
@@ -49,7 +69,10 @@ class ResidualLora(Linear):
                 raise ValueError(
                     f"the adapter {name!r} must be finite to be merged, but it has NaN or infinity"
                 )
+            before, rank = (layer.residual_A, layer.residual_B), layer.rank
             layer.join(first.detach(), second.detach())
+            if layer.rank < rank + self.r[name]:
+                self._before[name] = before
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -57,4 +80,8 @@ class ResidualLora(Linear):
         layer: Any = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            layer.cut(self.r[name])
+            if name in self._before:
+                layer.residual_A, layer.residual_B = self._before.pop(name)
+                layer.rank = 0 if layer.residual_A is None else len(layer.residual_A)
+            else:
+                layer.cut(self.r[name])

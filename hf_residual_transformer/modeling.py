@@ -176,7 +176,10 @@ class ResidualMixin(DenseModel):
         checkpoint = f"the checkpoint {str(pretrained_model_name_or_path)!r}"
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         for index in folder.glob("*.safetensors.index.json"):
-            shards_of(index)  # else a file elsewhere would be read, or a device without an end
+            if not (
+                folder / index.name.removesuffix(".index.json")
+            ).is_file():  # which transformers reads instead
+                shards_of(index)  # else a file elsewhere would be read, or a device without an end
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -288,6 +291,7 @@ class ResidualMixin(DenseModel):
             self.config.residual_sharing = sharing_of(self)
             self.config.residual_rotations = rotations_of(self)
             _note_ranks(self)
+            note_ties(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
             save_processor(self.processor, Path(save_directory))
@@ -337,6 +341,21 @@ class ResidualMixin(DenseModel):
         load: Any = PeftAdapterMixin.load_adapter
         return load(self, peft_model_id, *args, peft_config=config, **kwargs)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: for another number of tokens where their table is in few bits.
+        """
+        table = self.get_input_embeddings()
+        known = getattr(table, "num_embeddings", None)
+        if new_num_tokens not in (None, known) and isinstance(table, (QuantizedEmbedding, MixedEmbedding)):
+            raise ValueError(
+                f"`new_num_tokens` must be {known} where the table of tokens is in few bits, got {new_num_tokens}; add "
+                "tokens to the dense model before it is compressed, or to merge()"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
         """The plain dense model with the same outputs, for use where this package is not installed.
@@ -344,13 +363,20 @@ class ResidualMixin(DenseModel):
         Every matrix becomes `U + B A + D`, so it has the dense model's size again. The weights are copies.
 
         Raises:
-            ValueError: for a model with an adapter.
+            ValueError: for a model with an adapter, and for one whose weights are offloaded.
         """
         if any(hasattr(module, "base_layer") for module in self.modules()):
             raise ValueError(
                 f"`merge` must be of a {type(self).__name__} without an adapter, got one with layers of PEFT; call "
                 "merge_and_unload() of PEFT's model first, or load the model without the adapter"
             )
+        offloaded = [key for key, value in self.state_dict().items() if value.is_meta]
+        if offloaded:
+            raise ValueError(
+                f"`merge` must be of a {type(self).__name__} whose weights are all loaded, got {offloaded[0]!r} "
+                f"offloaded ({len(offloaded)} such weights); load the model without a `device_map` that offloads"
+            )
+        note_ties(self)
         own = {
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -568,6 +594,14 @@ def _note_ranks(model: Any) -> None:
     ranks = {path: linear.rank for path, linear in residual_linears(model)}
     for name, config in configs_with_ranks(model, ranks).items():
         setattr(model.config, name, config)
+
+
+def note_ties(model: Any) -> None:
+    """Writes into the config that an output without weights of its own is tied to the embedding. PEFT, which compares
+    the addresses of weights, writes otherwise when it merges an adapter.
+    """
+    if any(isinstance(module, TiedOutput) for module in model.modules()):
+        model.config.tie_word_embeddings = True
 
 
 def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 
 import pytest
 import torch
 from conftest import add_adapter_or_skip, randomize_, whisper_processor
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_contract import assert_same_outputs, build, encoder_of, inputs_of
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, pipeline
@@ -293,3 +295,137 @@ def test_scaling_of_an_imported_adapter_counts(tmp_path):
     )
     roles = set(encoder_of(residual).shared)
     assert roles == {"attention_q_proj", "attention_v_proj"}
+
+
+def alike(found, expected):
+    """Equal but for rounding, for logits of any size."""
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def whole(rank=2):
+    """A Whisper all of whose parts have few bits."""
+    few = ResidualConfig(group_size=1, rank=rank, shared_bits=4, scale_bits=8)
+    return build("whisper", few, decoder_residual_config=few, embedding_bits=8)
+
+
+def train_a_little(adapted):
+    adapted.train()
+    learns = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    for _ in range(2):
+        adapted(**inputs_of("whisper")).loss.backward()
+        with torch.no_grad():
+            for parameter in learns:
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    return adapted.eval()
+
+
+def test_a_lora_merges_into_a_model_with_a_table_in_few_bits_which_opens_again(tmp_path):
+    model = whole()
+    adapted = train_a_little(add_lora(model, 2))
+    expected = logits_of(adapted, "whisper")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that the output is no longer tied
+        merged = adapted.merge_and_unload()
+    alike(
+        logits_of(without_low_rank(merged).merge(), "whisper"), logits_of(without_low_rank(merged), "whisper")
+    )
+    merged.config.tie_word_embeddings = False  # as PEFT leaves it
+    dense = merged.merge()
+    assert dense.config.tie_word_embeddings
+    assert dense.proj_out.weight is dense.model.decoder.embed_tokens.weight
+    alike(logits_of(dense, "whisper"), expected)
+    merged.config.tie_word_embeddings = False
+    merged.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["tie_word_embeddings"]
+    alike(logits_of(type(model).from_pretrained(tmp_path), "whisper"), expected)
+    # Folders that were written before this was looked at open, too.
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": False}))
+    alike(logits_of(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path), "whisper"), expected)
+
+
+@pytest.mark.parametrize("rank", [31, 0])
+def test_a_merged_adapter_gives_no_more_ranks_than_a_matrix_can_have(rank, tmp_path):
+    model = build("whisper", ResidualConfig(group_size=2, rank=rank, diagonal="none"))
+    before = {path: linear.rank for path, linear in residual_linears(model)}
+    alone = logits_of(model, "whisper")
+    adapted = randomize_adapter(add_lora(model, 40, target_modules=r".*\.encoder\.layers\..*\.[qv]_proj"))
+    expected = logits_of(adapted, "whisper")
+    adapted.merge_adapter()
+    alike(logits_of(adapted, "whisper"), expected)
+    adapted.unmerge_adapter()
+    assert {path.replace("base_layer.", "").removesuffix(".base_layer"): linear.rank
+            for path, linear in residual_linears(model)} == before  # fmt: skip
+    with adapted.disable_adapter():
+        alike(logits_of(adapted, "whisper"), alone)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    ranks = {linear.rank for path, linear in residual_linears(merged) if path.endswith(("q_proj", "v_proj"))}
+    assert ranks == {32}
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    alike(logits_of(again, "whisper"), expected)
+    base = build("whisper", ResidualConfig(group_size=2, rank=rank, diagonal="none"))
+    alike(logits_of(from_lora(base, tmp_path / "adapter"), "whisper"), expected)
+
+
+def randomize_adapter(adapted):
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return adapted
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_an_initialisation_that_changes_the_base_is_refused(kind, tmp_path):
+    model = build("wav2vec2", ResidualConfig(group_size=2, rank=2))
+    dense = model.merge()
+    with pytest.raises(ValueError, match=f"`init_lora_weights` must not change .* got '{kind}'"):
+        add_lora(model, 2, init_lora_weights=kind)
+    before = logits_of(dense, "wav2vec2")
+    adapted = add_lora(dense, 2, init_lora_weights=kind)
+    alike(logits_of(adapted, "wav2vec2"), before)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"got one with `init_lora_weights` '{kind}'"):
+        from_lora(build("wav2vec2", ResidualConfig(group_size=2, rank=2)), tmp_path)
+
+
+def test_a_table_in_few_bits_may_learn_beside_an_adapter_and_its_output_alone_may_not(tmp_path):
+    for names in (["proj_out"], ["embed_tokens", "proj_out"]):
+        with pytest.raises(ValueError, match="leave it out of `modules_to_save`"):
+            add_lora(whole(), 2, modules_to_save=names)
+    model = whole()
+    table = model.get_input_embeddings().weight.clone()
+    adapted = train_a_little(add_lora(model, 2, modules_to_save=["embed_tokens"]))
+    assert not torch.equal(model.get_output_embeddings().weight, table)
+    expected = logits_of(adapted, "whisper")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = adapted.merge_and_unload()
+    alike(logits_of(merged, "whisper"), expected)
+    merged.save_pretrained(tmp_path)
+    alike(logits_of(type(model).from_pretrained(tmp_path), "whisper"), expected)
+    copied = copy.deepcopy(model)
+    assert copied.proj_out.__dict__["_model"] is copied
+
+
+def test_a_table_in_few_bits_keeps_its_number_of_tokens():
+    model = whole()
+    number = model.config.vocab_size
+    assert model.resize_token_embeddings(number) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match=f"`new_num_tokens` must be {number} .* got {number + 3}"):
+        model.resize_token_embeddings(number + 3)
+
+
+def test_peft_says_which_other_adapters_residual_layers_cannot_have():
+    model = build("whisper", RANKS)
+    with pytest.raises(ValueError, match="ResidualLinear"):
+        model.add_adapter(IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+
+
+def test_a_rebuilt_model_has_a_generation_config_of_its_own():
+    model = build("whisper", RANKS)
+    without_low_rank(model).generation_config.max_new_tokens = 3
+    assert model.generation_config.max_new_tokens != 3
