@@ -6,11 +6,12 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -23,12 +24,14 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForAudioClassification
+from transformers.utils import logging
 
 from .classes import PREFIX, RECOGNIZERS, dense_names
 from .configuration import RESIDUAL_FIELDS, ResidualConfig, values_of
-from .folders import write_text
-from .reporting import Count, format_bytes, size_report
+from .folders import model_bytes, write_text
+from .reporting import FLOAT_BITS, Count, format_bytes, size_report
 
+logger = logging.get_logger(__name__)
 TAGS = ["hf-residual-transformer", "model-compression", "weight-sharing", "low-rank"]
 LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual")
 # What the Hub's pipelines do with a class that an Auto class knows.
@@ -47,7 +50,7 @@ BODY = """---
 `W_l = U_g + B_l A_l + D_l` (ResidualTransformer, [arXiv 2310.02489](https://arxiv.org/abs/2310.02489)).
 The whole model takes {model}.
 {parts}
-Each number that is not quantised takes 16 bits; everything else is unchanged.
+{floats}; everything else is unchanged.
 
 ## Use
 
@@ -112,11 +115,16 @@ class Figures:
             raise ValueError(f"`chosen` must name a row with an error rate ({known}), got {self.chosen!r}")
 
     @classmethod
-    def from_evaluation(cls, path: str | Path) -> Figures:
+    def from_evaluation(cls, path: str | Path, names: Collection[str] | None = None) -> Figures:
         """From the `evaluation.json` of `hrt evaluate`, whose model is the one that gets the card.
 
+        Args:
+            path: of the file.
+            names: what the model is called, of which folders count by their last part; by default it is not checked.
+
         Raises:
-            ValueError: if the file is no such evaluation, or one that an error ended.
+            ValueError: if the file is no such evaluation, one that an error ended, one of translations, or one of a
+                model that has another name.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -125,12 +133,23 @@ class Figures:
             language = values["data"].get("language")
             details = {name: values[name] for name in ("versions", "hardware", "command")}
             clips, is_whole = int(values["clips"]), values["stopped_by"] is None
+            task = (values.get("settings") or {}).get("task", "transcribe")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"`evaluation` must be the evaluation.json of `hrt evaluate`, got {str(path)!r} ({error!r})"
             ) from error
         if not is_whole:
             raise ValueError(f"`evaluation` must be of all clips, got {str(path)!r}, which an error ended")
+        if task != "transcribe":
+            raise ValueError(
+                f"`evaluation` must be of transcripts, got {str(path)!r}, whose task is {task!r}"
+            )
+        model = str(values.get("model"))
+        if names is not None and Path(model).name not in {Path(name).name for name in names}:
+            raise ValueError(
+                f"`evaluation` must be of the model that gets the card ({' or '.join(map(repr, names))}), got "
+                f"{str(path)!r}, which is of {model!r}; evaluate this model, and name the file of that run"
+            )
         words = f"the {clips} clips of {dataset}, split {split}"
         row = {"clips": clips, **{f"{name.upper()}, %": f"{100 * rate:.2f}" for name, rate in rates.items()}}
         return cls(
@@ -210,6 +229,7 @@ def model_card(
             form=_form(model.config.residual_config),
             model=_size(sizes.model_bytes),
             parts="\n".join(f"- {part}: {_size(count)}" for part, count in sizes.parts.items()),
+            floats=_floats(model),
             use=_use(model, task, repo_id or PLACEHOLDER),
             measured="No error rate of this model was measured." if figures is None else _measured(figures),
             made_by="hf-residual-transformer, with these settings:"
@@ -277,6 +297,11 @@ def push(
             "`token` must be that of a user who may write, got none: log in with `hf auth login`, or set HF_TOKEN"
         )
     api = HfApi(token=token)
+    if model.dtype == torch.float32:
+        logger.warning(
+            f"the model is uploaded in float32, {format_bytes(model_bytes(model))}; after model.half(), what is not "
+            "quantised takes half as much"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size)
@@ -432,6 +457,16 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def _size(count: Count) -> str:
     return f"{format_bytes(count.unique)}, {count.ratio:.1%} of the dense {format_bytes(count.dense)}"
+
+
+def _floats(model: Any) -> str:
+    bits = 8 * max(value.element_size() for value in model.parameters())
+    if bits <= FLOAT_BITS:
+        return f"Each number that is not quantised takes {FLOAT_BITS} bits"
+    return (
+        f"These sizes are of {FLOAT_BITS} bits for each number that is not quantised. The weights in this repository "
+        f"have {bits}, and take {format_bytes(model_bytes(model))}"
+    )
 
 
 def _form(config: ResidualConfig) -> str:

@@ -82,13 +82,14 @@ def _about(args: argparse.Namespace, report: Path) -> dict[str, Any]:
     """What the options and the report of the compression say, for the card."""
     from hf_residual_transformer.hub import Figures
 
+    names = (str(Path(args.model).resolve()), args.repo_id)
     known = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     data = known.get("data")
     of_report = None if known.get("model_is_path") else known.get("model")
     return {
         "base_model": args.base_model or of_report,
         "data": data and f"recordings of {data['dataset']}, split {data['split']}",
-        "figures": args.evaluation and Figures.from_evaluation(args.evaluation),
+        "figures": args.evaluation and Figures.from_evaluation(args.evaluation, names),
         "details": known if "command" in known else None,
         "license": args.license,
         "language": args.language,

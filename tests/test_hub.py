@@ -9,6 +9,7 @@ from fake_hub import metadata_errors
 from huggingface_hub import ModelCard, metadata_eval_result
 
 import hf_residual_transformer as hrt
+from hf_residual_transformer.folders import model_bytes
 from hf_residual_transformer.hub import Figures, model_card, write_model_card
 from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.reporting import format_bytes
@@ -171,7 +172,15 @@ def test_a_folder_is_no_base_model_on_the_hub(tmp_path, monkeypatch):
 def test_a_folder_of_another_machine_is_no_id_on_the_hub_either(tmp_path):
     report = {"model": "bert-base-uncased", "data": {"dataset": "someone/talks", "split": "test"}}
     rates = {"wer": 0.5, "cer": 0.25, "clips": 2, "stopped_by": None, **provenance()}
-    args = Namespace(base_model=None, evaluation=None, license=None, language=None, datasets=None)
+    args = Namespace(
+        model="compact",
+        repo_id="compact",
+        base_model=None,
+        evaluation=None,
+        license=None,
+        language=None,
+        datasets=None,
+    )
     path = tmp_path / "report.json"
     for is_path, base_model, dataset in (
         (True, None, None),
@@ -215,3 +224,37 @@ def test_figures_come_from_a_whole_evaluation(change, tmp_path):
     path.write_text(json.dumps({**details, **known, **change}))
     with pytest.raises(ValueError, match="`evaluation` must be "):
         Figures.from_evaluation(path)
+
+
+def test_figures_are_of_the_transcripts_of_the_model_that_gets_the_card(tmp_path):
+    path = tmp_path / "evaluation.json"
+    known = {
+        "wer": 0.5,
+        "cer": 0.25,
+        "clips": 2,
+        "stopped_by": None,
+        "data": {"dataset": "x", "split": "test"},
+    }
+    known |= {"model": "outputs/compact", "settings": {"task": "transcribe"}}
+    path.write_text(json.dumps({**provenance(), **known}))
+    report = tmp_path / "compression.json"
+    for folder, repo_id in (("/somewhere/compact", "me/other"), ("moved", "me/compact")):
+        args = Namespace(model=folder, repo_id=repo_id, evaluation=path, base_model=None)
+        args.license = args.language = args.datasets = None
+        assert _about(args, report)["figures"].evaluations == {"this model": 0.5}
+    args = Namespace(model="small", repo_id="me/small", evaluation=path)
+    args.base_model = None
+    with pytest.raises(
+        ValueError, match=r"must be of the model that gets the card .* is of 'outputs/compact'"
+    ):
+        _about(args, report)
+    path.write_text(json.dumps({**provenance(), **known, "settings": {"task": "translate"}}))
+    with pytest.raises(ValueError, match=r"must be of transcripts, .* whose task is 'translate'"):
+        Figures.from_evaluation(path)
+
+
+def test_a_card_tells_the_bytes_of_weights_in_float32():
+    model = tiny()
+    assert "Each number that is not quantised takes 16 bits; everything else" in model_card(model.half()).text
+    text = model_card(model.float()).text
+    assert f"have 32, and take {format_bytes(model_bytes(model))}; everything else" in text

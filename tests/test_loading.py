@@ -133,6 +133,16 @@ def test_an_index_of_shards_lists_only_files_beside_it(name, tmp_path):
         model_class.from_pretrained(tmp_path / "shards")
 
 
+def test_a_folder_that_is_saved_again_in_one_file_opens(tmp_path):
+    model_class = saved(tmp_path, "whisper")
+    model = model_class.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors.index.json").is_file()  # transformers leaves it there
+    again = model_class.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 5}}', "\ud800"])
 def test_a_broken_index_of_shards_is_named(content, tmp_path):
     model_class = saved(tmp_path, "whisper")

@@ -507,6 +507,10 @@ def test_a_decoder_offloaded_to_disk_gives_the_same_logits(embedding_bits, tmp_p
         tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
     )
     assert all(parameter.is_meta for parameter in loaded.model.decoder.embed_tokens.parameters())
+    with pytest.raises(
+        ValueError, match=r"`merge` must be of a .* whose weights are all loaded, got '.*' offloaded"
+    ):
+        loaded.merge()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs()).logits, model(**inputs()).logits)
     options = {"language": "en", "max_new_tokens": 8, "min_new_tokens": 8}

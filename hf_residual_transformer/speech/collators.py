@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SeamlessM4TFeatureExtractor
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from ..families import WHISPER
 
@@ -183,6 +184,20 @@ def check_english(language: str | None, task: str, clip: str | None = None) -> N
         raise ValueError(
             f"the language{where} must be English for an English-only Whisper, got {language!r}; choose a multilingual "
             "model, or other data"
+        )
+
+
+def check_known(language: str, ids: Mapping[str, int], clip: str) -> None:
+    """Checks that a multilingual Whisper knows a language by its name, code or token; `ids` are those of its tokens.
+
+    Raises:
+        ValueError: naming the clip.
+    """
+    name = language.lower()
+    if not {name, f"<|{TO_LANGUAGE_CODE.get(name, name)}|>"} & set(ids):
+        raise ValueError(
+            f"the language of {clip} must be one that the model knows, such as 'en' or 'english', got {language!r}; "
+            "correct the data, or name the language of all clips"
         )
 
 

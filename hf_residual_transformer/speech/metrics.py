@@ -31,6 +31,7 @@ from .collators import (
     batched,
     check_english,
     check_has_frames,
+    check_known,
     check_lengths,
     is_english,
     is_multilingual,
@@ -101,6 +102,7 @@ class EvaluationResult:
         predictions: one entry for each clip, in the order of the data.
         removed_marks: the number of combining marks, such as vowel signs, that the normaliser took from the references.
             If it is not 0, words are split there, and error rates tell little; `keep_marks` keeps them.
+        has_spellings: whether the tokenizer has a table of English spellings, as Whisper's do.
         stopped_by: the error that ended the evaluation before the end of the data; None if all clips are in it.
     """
 
@@ -111,6 +113,7 @@ class EvaluationResult:
     seconds: float
     predictions: list[Prediction]
     removed_marks: int = 0
+    has_spellings: bool = False
     stopped_by: str | None = None
 
     @property
@@ -200,6 +203,7 @@ def evaluate_asr(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     normalize = _normalizers(processor, keep_marks)
+    has_spellings = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
     if model.config.model_type in PROMPTED:
         raise ValueError(
             f"`model` must be one that needs no prompt, got a {model.config.model_type}; transcribe with its "
@@ -208,14 +212,19 @@ def evaluate_asr(
     is_whisper = model.can_generate() and model.config.model_type == WHISPER.name
     multilingual = is_whisper and is_multilingual(model)
     default = "en" if is_whisper and not multilingual else None
+    known: Mapping[str, int] = {}  # languages
     if multilingual:
         complete_token_ids(model, processor.tokenizer)
+        known = model.generation_config.lang_to_id  # type: ignore[attr-defined]
     else:
         check_english(default and language, task)
 
     def check(rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
-            _check_row(model, processor, row, default and (language or row.get("language")))
+            spoken = language or row.get("language")
+            _check_row(model, processor, row, default and spoken)
+            if multilingual and spoken:
+                check_known(spoken, known, row["audio"].get("path") or "a clip")
 
     is_stream = not isinstance(dataset, Sized)
     if not is_stream:
@@ -249,7 +258,7 @@ def evaluate_asr(
     except (ValueError, OSError) as error:
         if not any(prediction.normalized_reference for prediction in predictions):
             raise
-        result = _result(predictions, names, audio_seconds, seconds, removed_marks, str(error))
+        result = _result(predictions, names, audio_seconds, seconds, removed_marks, has_spellings, str(error))
         raise EvaluationStopped(
             f"{error}; {len(predictions)} clips were transcribed before", result
         ) from error
@@ -257,12 +266,18 @@ def evaluate_asr(
         model.train(was_training)
     if not predictions:
         raise ValueError("the data set to evaluate on has no rows; it must have at least one")
+    if is_whisper and not has_spellings and EnglishTextNormalizer.__name__ in names.values():
+        logger.warning(
+            "the tokenizer has no table of English spellings, so that 'colour' and 'color' are different words, and "
+            "rates are no longer those of the model that it comes from; copy normalizer.json from there, which "
+            "transformers reads but does not save"
+        )
     if removed_marks:
         logger.warning(
             f"the basic normaliser took {removed_marks} combining marks, such as vowel signs, from the references, and "
             "split words there, so that error rates tell little; `keep_marks=True` (--keep-marks) keeps them"
         )
-    return _result(predictions, names, audio_seconds, seconds, removed_marks)
+    return _result(predictions, names, audio_seconds, seconds, removed_marks, has_spellings)
 
 
 def _result(
@@ -271,6 +286,7 @@ def _result(
     audio_seconds: float,
     seconds: float,
     removed_marks: int,
+    has_spellings: bool,
     stopped_by: str | None = None,
 ) -> EvaluationResult:
     """Counts the errors of all clips, and of those of each language."""
@@ -287,6 +303,7 @@ def _result(
         seconds,
         predictions,
         removed_marks,
+        has_spellings,
         stopped_by,
     )
 

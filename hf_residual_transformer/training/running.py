@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
@@ -23,6 +24,7 @@ from transformers import (
     WhisperFeatureExtractor,
     set_seed,
 )
+from transformers.utils import logging
 
 from ..adapters import add_lora
 from ..configuration import ResidualConfig
@@ -73,6 +75,7 @@ from .scratch_parakeet import (
 )
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
+logger = logging.get_logger(__name__)
 CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
 
 
@@ -180,6 +183,7 @@ def run_seq2seq_finetuning(
             none.
         overwrite: writes into a folder that already holds files.
     """
+    _check_lora_rank(lora_rank)
     _prepare(args, overwrite)
     stored = _stored_dtype(AutoConfig.from_pretrained(model_id))
     model = AutoModelForSpeechSeq2Seq.from_pretrained(model_id, dtype=torch.float32)
@@ -224,16 +228,24 @@ def run_ctc_finetuning(
         overwrite: writes into a folder that already holds files.
     """
     overrides = read_json("config_overrides", config_overrides or "{}")
+    normalize = _speller(text_case, remove)
+    _check_lora_rank(lora_rank)
     _prepare(args, overwrite)
-    stored = _stored_dtype(AutoConfig.from_pretrained(model_id))
+    config = AutoConfig.from_pretrained(model_id)
+    if not isinstance(overrides, dict) or not all(hasattr(config, name) for name in overrides):
+        raise ValueError(
+            f"`config_overrides` must be a JSON object with fields of a {config.model_type}'s config, got "
+            f"{config_overrides!r}"
+        )
+    stored = _stored_dtype(config)
     model = AutoModelForCTC.from_pretrained(model_id, dtype=torch.float32, **overrides)
     processor = AutoProcessor.from_pretrained(model_id)
     if freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
         model.freeze_feature_encoder()
-    collator = CTCCollator(processor, partial(respell, case=text_case, remove=remove))
+    collator = CTCCollator(processor, normalize)
     trainer_class = CTCDistillationTrainer
     options = {"spelling": [text_case, remove]}, args, learning_rates, lora_rank, stored
-    _finetune(trainer_class, model, processor, collator, data, *options)
+    _finetune(trainer_class, model, processor, collator, data, *options, normalize=normalize)
 
 
 def run_ctc_training(
@@ -326,7 +338,7 @@ def _train_along_frames(
     """
     residual_config = _residual_config(residual)
     check_average(average_checkpoints, args)
-    normalize = partial(respell, case=text_case, remove=remove)
+    normalize = _speller(text_case, remove)
     _prepare(args, overwrite)
     splits = _whole_splits(data, sampling_rate)
     processor, model = make([normalize(text) for text in splits[0]["text"]], residual_config)
@@ -411,6 +423,43 @@ def respell(text: str, case: str, remove: str) -> str:
     return " ".join(re.sub(remove, "", CASES[case](text)).split())
 
 
+def _speller(case: str, remove: str) -> Callable[[str], str]:
+    """`respell` with these options.
+
+    Raises:
+        ValueError: for what is no regular expression.
+    """
+    try:
+        re.compile(remove)
+    except re.error as error:
+        raise ValueError(f"`remove` must be a regular expression, got {remove!r} ({error})") from error
+    return partial(respell, case=case, remove=remove)
+
+
+def _check_left(texts: Iterable[str], normalize: Callable[[str], str]) -> None:
+    """Checks that transcripts have something left to learn from.
+
+    Raises:
+        ValueError: if no transcript has; if only some have nothing left, it is a warning.
+    """
+    texts = [text for text in texts if text.strip()]
+    emptied = [text for text in texts if not normalize(text)]
+    if not emptied:
+        return
+    of_all = f"{len(emptied)} of {len(texts)} transcripts"
+    said = f"`text_case` and `remove` leave nothing of {of_all}, such as {emptied[0]!r}"
+    if len(emptied) == len(texts):
+        raise ValueError(f"{said}; the case is changed first, so `remove` must name characters of that case")
+    logger.warning(f"{said}, which the model learns to be silent for")
+
+
+def _check_lora_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise ValueError(
+            f"`lora_rank` must be at least 1, got {rank}; leave it out to train without adapters"
+        )
+
+
 def _stored_dtype(config: Any) -> torch.dtype | None:
     """The dtype of a checkpoint, from its config, before it is loaded in another; None where it does not say."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else None
@@ -437,13 +486,17 @@ def _finetune(
     lora_rank: int | None,
     stored: torch.dtype | None,
     without_lora: str | None = None,
+    normalize: Callable[[str], str] | None = None,
 ) -> None:
     """Trains on labels alone, without a teacher, and saves in the dtype in which the model was `stored`. Modules whose
     path matches `without_lora` get no adapters. Checkpoints remember `texts`, what was told about the transcripts.
+    `normalize` is what the collator does to each transcript.
     """
     if lora_rank is not None:
         model = add_lora(model, lora_rank, exclude_modules=without_lora)
     splits = data.load_splits(processor, args.seed)
+    if normalize is not None and isinstance(splits[0], Dataset):
+        _check_left(splits[0]["text"], normalize)
     run_data = asdict(data) | texts
     trainer = _labels_trainer(
         trainer_class, model, processor, collator, splits, run_data, args, learning_rates

@@ -109,3 +109,22 @@ def test_finetune_ctc_respells_transcripts_and_changes_the_config(monkeypatch, t
     assert "lm_head.weight" in names
     assert not any(name.startswith("wav2vec2.feature_extractor.") for name in names)
     assert AutoModelForCTC.from_pretrained(tmp_path / "out").config.ctc_loss_reduction == "mean"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--remove", "["], r"`remove` must be a regular expression, got '\['"),
+        (["--config_overrides", "[]"], r"`config_overrides` must be a JSON object .* got '\[\]'"),
+        (["--config_overrides", '{"layerdropp": 0.1}'], "fields of a wav2vec2's config, got .*layerdropp"),
+        (["--lora_rank", "0"], "`lora_rank` must be at least 1, got 0"),
+        (["--text_case", "upper", "--remove", "[^a-z ]"], r"leave nothing of 6 of 6 transcripts, such as "),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_training(
+    options, problem, monkeypatch, tmp_path, compressed
+):
+    words = ["--model", compressed["wav2vec2"], *CLIPS, *TRAINING, "--output_dir", tmp_path / "out", *options]
+    with pytest.raises(ValueError, match=problem):
+        run(monkeypatch, "finetune_ctc", *words)
+    assert not (tmp_path / "out").exists()

@@ -329,6 +329,29 @@ class TestWhisper:
         assert model.asked[0]["task"] == "translate"
         assert result.normalizers == {"de": "EnglishTextNormalizer"}
 
+    def test_a_language_that_it_does_not_know_is_named_before_work_is_done(self, model):
+        processor = whisper_processor()
+        rows = [row("a", "first.wav", language="en"), row("a", "last.wav", language="en-US")]
+        with pytest.raises(ValueError, match=r"the language of last\.wav must be one that .* got 'en-US'"):
+            evaluate_asr(model, processor, rows, batch_size=1, progress=False)
+        assert model.asked == []
+        for known in ("en", "English", "<|en|>"):
+            evaluate_asr(model, processor, rows, batch_size=1, language=known, progress=False)
+
+    def test_a_lost_table_of_spellings_is_said(self, model, caplog):
+        processor = whisper_processor()
+        rows = [row("a", language="en")]
+        result = evaluate_asr(model, processor, rows, progress=False)
+        assert not result.has_spellings and "copy normalizer.json" in caplog.text
+        caplog.clear()
+        processor.tokenizer.english_spelling_normalizer = {"colour": "color"}
+        result = evaluate_asr(model, processor, rows, progress=False)
+        assert (
+            result.has_spellings
+            and result.to_dict()["has_spellings"]
+            and "normalizer.json" not in caplog.text
+        )
+
     def test_an_english_only_model_is_told_neither(self, model):
         model.generation_config.is_multilingual = False
         result = evaluate_asr(model, whisper_processor(), [row("a")], max_new_tokens=3, progress=False)
