@@ -159,7 +159,7 @@ def test_the_command_pushes_a_folder_with_a_card_that_it_makes_or_refuses_it(hub
     evaluation = tmp_path / "evaluation.json"
     rates = {"wer": 0.0531, "cer": 0.0211, "clips": 48, "stopped_by": None}
     data = {"dataset": "google/fleurs", "split": "test", "language": "en"}
-    evaluation.write_text(json.dumps({**report, **rates, "data": data}))
+    evaluation.write_text(json.dumps({**report, **rates, "model": "compact", "data": data}))
     own = shutil.copytree(folder, tmp_path / "own")  # with a card of its own
     (own / "README.md").write_text("---\nlicense: mit\n---\nMine\n")
     commands = [
