@@ -21,9 +21,10 @@ from torch import Tensor
 from .classes import model_classes_of
 from .configuration import ResidualConfig
 from .families import FAMILIES
-from .layers import ChannelsFirst, ResidualLinear, as_linear, shortened
-from .modeling import ResidualMixin, configs_with_ranks, note_ties, residual_linears
+from .layers import NOTHING_TO_COPY, ChannelsFirst, ResidualLinear, TiedOutput, as_linear, shortened
+from .modeling import ResidualMixin, configs_with_ranks, residual_linears
 
+BANKS = r"(.*\.)?shared\..*"  # paths of the modules with shared matrices
 PREFIX = "base_model.model."  # of the keys of an adapter's file
 WEIGHTS = "adapter_model.safetensors"
 
@@ -43,15 +44,53 @@ def reach(config: Any) -> Any:
     return reaching(config)
 
 
-def reaching(config: Any) -> Any:
-    """The same where no model of PEFT is made, so that a `task_type` does nothing."""
+def reaching(config: Any, model: Any = None) -> Any:
+    """The same where no model of PEFT is made, so that a `task_type` does nothing.
+
+    With a model, what its layers cannot have is refused before PEFT has changed any of them.
+    """
     from .lora import ResidualLora
 
-    if hasattr(
-        config, "_register_custom_module"
-    ):  # only a LoRA has it; PEFT refuses the layers to all others
+    # Only a LoRA has the method. PEFT refuses residual layers to all other adapters.
+    if hasattr(config, "_register_custom_module"):
         config._register_custom_module({ResidualLinear: ResidualLora})
+        _leave_out_banks(config)
+        if model is not None:
+            _check_fits(config, model)
     return config
+
+
+def _leave_out_banks(config: Any) -> None:
+    """Excludes the modules with the shared matrices, of which some are called like those of the layers, such as fc1."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    stacks = [stack for family in FAMILIES.values() for stack in family.stacks]
+    banks = {path.replace(".", "_") for stack in stacks for path in stack.modules}
+    if config.target_modules in (None, "all-linear") or not any(
+        check_target_module_exists(config, f"model.encoder.shared.{bank}") for bank in banks
+    ):
+        return
+    known = config.exclude_modules
+    if not known or isinstance(known, str):
+        config.exclude_modules = f"(?:{known})|{BANKS}" if known else BANKS
+    else:
+        config.exclude_modules = {*known, *(f"shared.{bank}" for bank in banks)}
+
+
+def _check_fits(config: Any, model: Any) -> None:
+    """Raises ValueError for an adapter that the model cannot have."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from .lora import changes_base, refusal
+
+    if changes_base(config):
+        for path, _ in residual_linears(model):
+            if config.target_modules is None or check_target_module_exists(config, path):
+                raise refusal(config)
+    saved = config.modules_to_save or ()
+    for path, module in model.named_modules():
+        if isinstance(module, TiedOutput) and any(f".{path}".endswith(f".{name}") for name in saved):
+            raise ValueError(NOTHING_TO_COPY)
 
 
 def add_lora(model: Any, rank: int, **options: Any) -> Any:
@@ -72,7 +111,8 @@ def add_lora(model: Any, rank: int, **options: Any) -> Any:
     if "target_modules" not in options and family is not None:
         readers = [block.readers for block in family.encoder.blocks if len(block.readers) == 3]
         options["target_modules"] = [path.rpartition(".")[2] for path in (readers[0][0], readers[0][2])]
-    return get_peft_model(model, reach(LoraConfig(r=rank, **options)))
+    config = reach(LoraConfig(r=rank, **options))
+    return get_peft_model(model, reaching(config, model))
 
 
 def without_low_rank(model: ResidualMixin) -> Any:
@@ -267,7 +307,6 @@ def _as_residual(dense: Any, paths: set[str]) -> Any:
 
 def _rebuilt(model: Any, configs: dict[str, ResidualConfig]) -> Any:
     """A copy of a residual model with these settings, and the same values wherever the shapes are the same."""
-    note_ties(model)
     copy: Any = type(model)(type(model.config)(**{**model.config.to_dict(), **configs}))
     copy = copy.to(device=model.device, dtype=model.dtype).train(model.training)
     own = copy.state_dict()

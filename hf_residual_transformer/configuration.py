@@ -358,9 +358,19 @@ class ResidualConfigMixin(DenseConfig):
             value = ResidualConfig.from_dict(value)
         if name == "embedding_bits" and value is not None:
             value = checked_embedding_bits(value)
+        if name == "tie_word_embeddings" and not value and self._has_tied_table():
+            # PEFT, which compares the addresses of weights, sets it when it merges an adapter, and lets this error be.
+            raise AttributeError(
+                "`tie_word_embeddings` must be true where the table of tokens is in few bits, which gives the logits "
+                f"too, got {value!r}"
+            )
         if name == "short_windows" and not isinstance(value, bool):
             raise ValueError(f"`short_windows` must be true or false, got {value!r}")
         super().__setattr__(name, value)
+
+    def _has_tied_table(self) -> bool:
+        """Whether the table of tokens is in few bits and tied, so far as the values are set."""
+        return bool(getattr(self, "embedding_bits", None)) and self.__dict__.get("tie_word_embeddings", False)
 
     def to_dict(self) -> dict[str, Any]:
         """The plain values of the dense config, and the residual ones as dicts."""

@@ -120,7 +120,8 @@ class Figures:
 
         Args:
             path: of the file.
-            names: what the model is called, of which folders count by their last part; by default it is not checked.
+            names: what the model is called, of which folders count by their last part; by default it is not checked,
+                and neither is an evaluation that does not say its model.
 
         Raises:
             ValueError: if the file is no such evaluation, one that an error ended, one of translations, or one of a
@@ -134,7 +135,7 @@ class Figures:
             details = {name: values[name] for name in ("versions", "hardware", "command")}
             clips, is_whole = int(values["clips"]), values["stopped_by"] is None
             task = (values.get("settings") or {}).get("task", "transcribe")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`evaluation` must be the evaluation.json of `hrt evaluate`, got {str(path)!r} ({error!r})"
             ) from error
@@ -144,8 +145,9 @@ class Figures:
             raise ValueError(
                 f"`evaluation` must be of transcripts, got {str(path)!r}, whose task is {task!r}"
             )
-        model = str(values.get("model"))
-        if names is not None and Path(model).name not in {Path(name).name for name in names}:
+        model = values.get("model")
+        called = "" if model is None else Path(str(model)).name.strip(".")
+        if names is not None and called and called not in {Path(name).name for name in names}:
             raise ValueError(
                 f"`evaluation` must be of the model that gets the card ({' or '.join(map(repr, names))}), got "
                 f"{str(path)!r}, which is of {model!r}; evaluate this model, and name the file of that run"

@@ -440,10 +440,7 @@ class TiedOutput(nn.Module):
         """
         owner = self.__dict__["_model"]
         if id(owner) not in memo:
-            raise ValueError(
-                "the output of a token table in few bits has no weights of its own to copy or to train; leave it out "
-                "of `modules_to_save`, name the table instead, or compress with parts=('encoder', 'decoder')"
-            )
+            raise ValueError(NOTHING_TO_COPY)
         copied = memo[id(self)] = TiedOutput.__new__(TiedOutput)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
@@ -495,6 +492,10 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
                     module._unpacked = None
 
 
+NOTHING_TO_COPY = (
+    "the output of a token table in few bits has no weights of its own to copy or to train; leave it out of "
+    "`modules_to_save`, name the table instead, or compress with parts=('encoder', 'decoder')"
+)
 SHARED = (SharedLinear, QuantizedSharedLinear)
 # Names of version 0.1.0, which PEFT and transformers take for those of an adapter.
 OLD_NAMES = {"lora_A": "residual_A", "lora_B": "residual_B"}
@@ -667,15 +668,16 @@ class ResidualLinear(nn.Module):
             second = torch.cat([self.residual_B, second.to(self.residual_B)], 1)
         first, second = shortened(first, second)
         weight = self.weight
-        self._set_factors(first.to(weight), second.to(weight))
+        self.set_factors(first.to(weight), second.to(weight))
 
     @torch.no_grad()
     def cut(self, number: int) -> None:
         """Takes away the last `number` ranks, as `join` added them."""
         assert self.residual_A is not None and self.residual_B is not None
-        self._set_factors(self.residual_A[: self.rank - number], self.residual_B[:, : self.rank - number])
+        self.set_factors(self.residual_A[: self.rank - number], self.residual_B[:, : self.rank - number])
 
-    def _set_factors(self, first: Tensor, second: Tensor) -> None:
+    def set_factors(self, first: Tensor, second: Tensor) -> None:
+        """Replaces `A` and `B`, whose number of ranks becomes that of the layer."""
         self.rank = len(first)
         trained = self.residual_A is not None and self.residual_A.requires_grad
         self.residual_A = nn.Parameter(first.clone(), requires_grad=trained) if self.rank else None

@@ -281,6 +281,13 @@ class ResidualMixin(DenseModel):
             ValueError: if `with_code` is true for a model with an adapter, of which only the adapter is saved, or for
                 one of a class that this package does not have.
         """
+        if not hasattr(self, "peft_config") and any(
+            hasattr(module, "base_layer") for module in self.modules()
+        ):
+            raise ValueError(
+                "the model has layers of PEFT without an adapter, as after one that was refused, and could not be "
+                "loaded if it were saved; load it again from where it came"
+            )
         if with_code is not None:
             self._carry_code(with_code)
         pushes = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
@@ -291,7 +298,6 @@ class ResidualMixin(DenseModel):
             self.config.residual_sharing = sharing_of(self)
             self.config.residual_rotations = rotations_of(self)
             _note_ranks(self)
-            note_ties(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None:
             save_processor(self.processor, Path(save_directory))
@@ -322,7 +328,7 @@ class ResidualMixin(DenseModel):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """As in transformers, where adapters reach the matrices of residual layers too."""
-        super().add_adapter(_of_package("adapters").reaching(adapter_config), adapter_name)
+        super().add_adapter(_of_package("adapters").reaching(adapter_config, self), adapter_name)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, where adapters reach the matrices of residual layers too."""
@@ -337,7 +343,7 @@ class ResidualMixin(DenseModel):
             config = importlib.import_module("peft").PeftConfig.from_pretrained(peft_model_id, **options)
             if "load_config" not in kwargs:  # beside a config, `adapter_kwargs` do nothing
                 kwargs.setdefault("download_kwargs", dict(options))
-        config = _of_package("adapters").reaching(config)
+        config = _of_package("adapters").reaching(config, self)
         load: Any = PeftAdapterMixin.load_adapter
         return load(self, peft_model_id, *args, peft_config=config, **kwargs)
 
@@ -376,7 +382,6 @@ class ResidualMixin(DenseModel):
                 f"`merge` must be of a {type(self).__name__} whose weights are all loaded, got {offloaded[0]!r} "
                 f"offloaded ({len(offloaded)} such weights); load the model without a `device_map` that offloads"
             )
-        note_ties(self)
         own = {
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -594,14 +599,6 @@ def _note_ranks(model: Any) -> None:
     ranks = {path: linear.rank for path, linear in residual_linears(model)}
     for name, config in configs_with_ranks(model, ranks).items():
         setattr(model.config, name, config)
-
-
-def note_ties(model: Any) -> None:
-    """Writes into the config that an output without weights of its own is tied to the embedding. PEFT, which compares
-    the addresses of weights, writes otherwise when it merges an adapter.
-    """
-    if any(isinstance(module, TiedOutput) for module in model.modules()):
-        model.config.tie_word_embeddings = True
 
 
 def residual_linears(model: nn.Module) -> Iterator[tuple[str, ResidualLinear]]:

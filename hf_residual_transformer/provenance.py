@@ -50,7 +50,8 @@ def portable(word: str) -> str:
     path = Path(value)
     if not path.is_absolute() or value.startswith("//"):
         return word
-    relative = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
+    is_inside = path.is_relative_to(Path.cwd()) and path != Path.cwd()
+    relative = path.relative_to(Path.cwd()) if is_inside else Path(path.name)
     return f"{before}{relative}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from .options import add_data_arguments, add_output_arguments, data_options, described_data
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     save = partial(
         EvaluationResult.save,
-        model=portable(args.model),
+        model=portable(str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model),
         data={**described_data(args, portable), "text_column": args.text_column},
         settings={name: getattr(args, name) for name in SETTINGS},
     )

@@ -82,7 +82,7 @@ def _about(args: argparse.Namespace, report: Path) -> dict[str, Any]:
     """What the options and the report of the compression say, for the card."""
     from hf_residual_transformer.hub import Figures
 
-    names = (str(Path(args.model).resolve()), args.repo_id)
+    names = (args.model, str(Path(args.model).resolve()), args.repo_id)
     known = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     data = known.get("data")
     of_report = None if known.get("model_is_path") else known.get("model")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
 from conftest import add_adapter_or_skip, randomize_, whisper_processor
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from test_contract import assert_same_outputs, build, encoder_of, inputs_of
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, pipeline
@@ -324,18 +324,17 @@ def test_a_lora_merges_into_a_model_with_a_table_in_few_bits_which_opens_again(t
     model = whole()
     adapted = train_a_little(add_lora(model, 2))
     expected = logits_of(adapted, "whisper")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says that the output is no longer tied
-        merged = adapted.merge_and_unload()
+    merged = adapted.merge_and_unload()
+    assert merged.config.tie_word_embeddings, "PEFT would say otherwise"
+    with pytest.raises(AttributeError, match="`tie_word_embeddings` must be true"):
+        merged.config.tie_word_embeddings = False
     alike(
         logits_of(without_low_rank(merged).merge(), "whisper"), logits_of(without_low_rank(merged), "whisper")
     )
-    merged.config.tie_word_embeddings = False  # as PEFT leaves it
     dense = merged.merge()
     assert dense.config.tie_word_embeddings
     assert dense.proj_out.weight is dense.model.decoder.embed_tokens.weight
     alike(logits_of(dense, "whisper"), expected)
-    merged.config.tie_word_embeddings = False
     merged.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["tie_word_embeddings"]
@@ -401,9 +400,7 @@ def test_a_table_in_few_bits_may_learn_beside_an_adapter_and_its_output_alone_ma
     adapted = train_a_little(add_lora(model, 2, modules_to_save=["embed_tokens"]))
     assert not torch.equal(model.get_output_embeddings().weight, table)
     expected = logits_of(adapted, "whisper")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merged = adapted.merge_and_unload()
+    merged = adapted.merge_and_unload()
     alike(logits_of(merged, "whisper"), expected)
     merged.save_pretrained(tmp_path)
     alike(logits_of(type(model).from_pretrained(tmp_path), "whisper"), expected)
@@ -429,3 +426,79 @@ def test_a_rebuilt_model_has_a_generation_config_of_its_own():
     model = build("whisper", RANKS)
     without_low_rank(model).generation_config.max_new_tokens = 3
     assert model.generation_config.max_new_tokens != 3
+
+
+ENCODER = r".*\.encoder\.layers\..*\.[qv]_proj"
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was():
+    # Some matrices are dense, and PEFT would reach them first.
+    model = build("whisper", ResidualConfig(target_modules=("q_proj",), group_size=2, rank=2))
+    refused = [(model, {"init_lora_weights": "pissa"}), (whole(), {"modules_to_save": ["proj_out"]})]
+    for one, options in refused:
+        before = copy.deepcopy(one.state_dict())
+        with pytest.raises(ValueError, match=r"`init_lora_weights` must not|`modules_to_save`"):
+            add_lora(one, 2, **options)
+        with pytest.raises(ValueError, match=r"`init_lora_weights` must not|`modules_to_save`"):
+            one.add_adapter(LoraConfig(r=2, target_modules=PROJECTIONS, **options))
+        assert before.keys() == one.state_dict().keys()
+        assert all(torch.equal(value, before[key]) for key, value in one.state_dict().items())
+    add_adapter_or_skip(model, LoraConfig(r=2, target_modules=PROJECTIONS))
+
+
+def test_a_model_that_peft_has_half_changed_is_not_saved(tmp_path):
+    model = build("whisper", ResidualConfig(target_modules=("q_proj",), group_size=2, rank=2))
+    with pytest.raises(
+        ValueError, match="`init_lora_weights` must not"
+    ):  # without the model, it is seen too late
+        get_peft_model(model, reach(LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights="pissa")))
+    with pytest.raises(ValueError, match="layers of PEFT without an adapter"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+def test_padded_factors_are_taken_away_as_they_were_merged(rank):
+    model = build("whisper", ResidualConfig(group_size=2, rank=rank, diagonal="none"))
+    before = logits_of(model, "whisper")
+    adapted = randomize_adapter(add_lora(model, 2, target_modules=ENCODER))
+    prepare_model_for_compiled_hotswap(adapted, target_rank=6)  # `r` stays 2
+    expected = logits_of(adapted, "whisper")
+    adapted.merge_adapter()
+    alike(logits_of(adapted, "whisper"), expected)
+    adapted.unmerge_adapter()
+    alike(logits_of(adapted, "whisper"), expected)
+    with adapted.disable_adapter():
+        alike(logits_of(adapted, "whisper"), before)
+
+
+def test_a_model_may_be_cast_between_merge_and_unmerge():
+    model = build("whisper", ResidualConfig(group_size=2, rank=31, diagonal="none"))
+    adapted = randomize_adapter(add_lora(model, 4, target_modules=ENCODER))
+    adapted.merge_adapter()
+    adapted.double()
+    adapted.unmerge_adapter()
+    assert {linear.residual_A.dtype for _, linear in residual_linears(model)} == {torch.float64}
+
+
+def test_an_adapter_that_is_not_finite_is_named_where_factors_are_computed_anew():
+    model = build("whisper", ResidualConfig(group_size=2, rank=31, diagonal="none"))
+    adapted = randomize_adapter(add_lora(model, 4, target_modules=ENCODER))
+    first = next(p for name, p in adapted.named_parameters() if "lora_A" in name)
+    first.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the adapter 'default' must be finite"):
+        adapted.merge_adapter()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "fc1", "fc2"], r".*(q_proj|fc1|fc2)"])
+@pytest.mark.parametrize("excluded", [None, ["k_proj"], r".*decoder.*"])
+def test_adapters_reach_matrices_whose_bank_has_their_name(targets, excluded, tmp_path):
+    dense = build("whisper").merge()
+    options = {"target_modules": targets, "exclude_modules": excluded, "init_lora_weights": False}
+    on_dense = get_peft_model(copy.deepcopy(dense), LoraConfig(r=2, **options))
+    adapted = add_lora(build("whisper"), 2, **options)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained == [name for name, p in on_dense.named_parameters() if p.requires_grad]
+    on_dense.save_pretrained(tmp_path)
+    model = build("whisper")
+    model.load_adapter(str(tmp_path))
+    alike(logits_of(model, "whisper"), logits_of(on_dense, "whisper"))

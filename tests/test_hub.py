@@ -242,12 +242,18 @@ def test_figures_are_of_the_transcripts_of_the_model_that_gets_the_card(tmp_path
         args = Namespace(model=folder, repo_id=repo_id, evaluation=path, base_model=None)
         args.license = args.language = args.datasets = None
         assert _about(args, report)["figures"].evaluations == {"this model": 0.5}
-    args = Namespace(model="small", repo_id="me/small", evaluation=path)
-    args.base_model = None
+    args = Namespace(model="small", repo_id="me/small", evaluation=path, base_model=None)
+    args.license = args.language = args.datasets = None
     with pytest.raises(
         ValueError, match=r"must be of the model that gets the card .* is of 'outputs/compact'"
     ):
         _about(args, report)
+    for unsaid in ({"model": "."}, {"model": None}):  # of earlier versions, and saved from Python
+        path.write_text(json.dumps({**provenance(), **known, **unsaid}))
+        assert _about(args, report)["figures"].chosen == "this model"
+    path.write_text(json.dumps({**provenance(), **known, "settings": ["task"]}))
+    with pytest.raises(ValueError, match=r"must be the evaluation\.json"):
+        Figures.from_evaluation(path)
     path.write_text(json.dumps({**provenance(), **known, "settings": {"task": "translate"}}))
     with pytest.raises(ValueError, match=r"must be of transcripts, .* whose task is 'translate'"):
         Figures.from_evaluation(path)

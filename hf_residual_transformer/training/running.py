@@ -76,6 +76,10 @@ from .scratch_parakeet import (
 from .trainers import CTCDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 logger = logging.get_logger(__name__)
+OF_LOADING = (
+    "num_labels",
+    "attn_implementation",
+)  # which `from_pretrained` takes beside the fields of a config
 CASES: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
 
 
@@ -232,7 +236,8 @@ def run_ctc_finetuning(
     _check_lora_rank(lora_rank)
     _prepare(args, overwrite)
     config = AutoConfig.from_pretrained(model_id)
-    if not isinstance(overrides, dict) or not all(hasattr(config, name) for name in overrides):
+    known = {*config.to_dict(), *config.attribute_map, *OF_LOADING} - {"dtype", "model_type", "architectures"}
+    if not isinstance(overrides, dict) or not set(overrides) <= known:
         raise ValueError(
             f"`config_overrides` must be a JSON object with fields of a {config.model_type}'s config, got "
             f"{config_overrides!r}"
@@ -467,10 +472,7 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
 
 def _prepare(args: Any, overwrite: bool) -> None:
     warn_of_slow_bfloat16(args)
-    resume = args.resume_from_checkpoint is not None
-    folder = prepare_output_dir(args.output_dir, overwrite, resume=resume)
-    if overwrite and not resume and folder.is_dir() and args.process_index == 0:
-        set_checkpoints_aside(folder)
+    prepare_output_dir(args.output_dir, overwrite, resume=args.resume_from_checkpoint is not None)
     set_seed(args.seed)
 
 
@@ -547,9 +549,9 @@ def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 def train_and_save(
     trainer: Any, finish: Callable[[], None] | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the
-    model, its processor, the trainer's log and the results in the output folder. With `push_to_hub`, the folder is
-    uploaded when the model is complete in it.
+    """Trains, or goes on from `resume_from_checkpoint` ("last" is the newest in its folder), and leaves the model, its
+    processor, the trainer's log and the results in the output folder. Checkpoints of an earlier run are set aside.
+    With `push_to_hub`, the folder is uploaded when the model is complete in it.
 
     Args:
         trainer: of any kind.
@@ -558,6 +560,9 @@ def train_and_save(
     """
     output_dir = Path(trainer.args.output_dir)
     require_space(output_dir, bytes_to_write(trainer, model_bytes(trainer.model)))
+    if trainer.args.resume_from_checkpoint is None and trainer.is_world_process_zero():
+        set_checkpoints_aside(output_dir)
+    trainer.accelerator.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if finish is not None:
         finish()

@@ -103,7 +103,7 @@ def test_finetune_seq2seq_trains_what_is_not_frozen(monkeypatch, tmp_path, dense
 
 def test_finetune_ctc_respells_transcripts_and_changes_the_config(monkeypatch, tmp_path, compressed):
     options = ["--text_case", "lower", "--remove", "[^a-z ]", "--output_dir", tmp_path / "out"]
-    options += ["--config_overrides", '{"ctc_loss_reduction": "mean"}']
+    options += ["--config_overrides", '{"ctc_loss_reduction": "mean", "attn_implementation": "eager"}']
     run(monkeypatch, "finetune_ctc", "--model", compressed["wav2vec2"], *CLIPS, *TRAINING, *options)
     names = moved(compressed["wav2vec2"], tmp_path / "out")
     assert "lm_head.weight" in names
@@ -116,6 +116,8 @@ def test_finetune_ctc_respells_transcripts_and_changes_the_config(monkeypatch, t
     [
         (["--remove", "["], r"`remove` must be a regular expression, got '\['"),
         (["--config_overrides", "[]"], r"`config_overrides` must be a JSON object .* got '\[\]'"),
+        (["--config_overrides", '{"dtype": "float16"}'], "fields of a wav2vec2's config, got .*dtype"),
+        (["--config_overrides", '{"to_dict": 1}'], "fields of a wav2vec2's config, got .*to_dict"),
         (["--config_overrides", '{"layerdropp": 0.1}'], "fields of a wav2vec2's config, got .*layerdropp"),
         (["--lora_rank", "0"], "`lora_rank` must be at least 1, got 0"),
         (["--text_case", "upper", "--remove", "[^a-z ]"], r"leave nothing of 6 of 6 transcripts, such as "),
@@ -124,7 +126,8 @@ def test_finetune_ctc_respells_transcripts_and_changes_the_config(monkeypatch, t
 def test_options_that_cannot_be_are_refused_before_training(
     options, problem, monkeypatch, tmp_path, compressed
 ):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
     words = ["--model", compressed["wav2vec2"], *CLIPS, *TRAINING, "--output_dir", tmp_path / "out", *options]
     with pytest.raises(ValueError, match=problem):
-        run(monkeypatch, "finetune_ctc", *words)
-    assert not (tmp_path / "out").exists()
+        run(monkeypatch, "finetune_ctc", *words, "--overwrite")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-5"]

@@ -434,6 +434,7 @@ class TestTracing:
             ("--systems=ours:/home/someone/a", "--systems=ours:a"),
             ("https://host.org/name", "https://host.org/name"),
             ("--url=https://host.org/name", "--url=https://host.org/name"),
+            (f"{tmp_path}", tmp_path.name),
             ("", ""),
         ):
             assert portable(word) == expected
