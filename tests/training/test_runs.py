@@ -205,6 +205,8 @@ def test_overwriting_sets_old_checkpoints_aside_so_that_last_cannot_mean_them(
     shutil.copytree(whole, out)
     bad = table(tmp_path / "bad", ["a" * 3000])
     assert finetune(dense_wav2vec2, bad, out, "--overwrite") == 2
+    assert not (out / "_earlier-run-1").exists(), "nothing is moved by a command that is refused"
+    assert finetune(dense_wav2vec2, clips, out, "--overwrite", "--save_strategy", "no") == 0
     assert sorted(path.name for path in (out / "_earlier-run-1").iterdir()) == [
         "checkpoint-1",
         "checkpoint-2",
