@@ -21,7 +21,16 @@ from torch import Tensor
 from .classes import model_classes_of
 from .configuration import ResidualConfig
 from .families import FAMILIES
-from .layers import NOTHING_TO_COPY, ChannelsFirst, ResidualLinear, TiedOutput, as_linear, shortened
+from .layers import (
+    NOTHING_TO_COPY,
+    ChannelsFirst,
+    MixedEmbedding,
+    QuantizedEmbedding,
+    ResidualLinear,
+    TiedOutput,
+    as_linear,
+    shortened,
+)
 from .modeling import ResidualMixin, configs_with_ranks, residual_linears
 
 BANKS = r"(.*\.)?shared\..*"  # paths of the modules with shared matrices
@@ -89,6 +98,11 @@ def _check_fits(config: Any, model: Any) -> None:
                 raise refusal(config)
     saved = config.modules_to_save or ()
     for path, module in model.named_modules():
+        if config.trainable_token_indices and isinstance(module, QuantizedEmbedding | MixedEmbedding):
+            raise ValueError(
+                "`trainable_token_indices` must be left out where the table of tokens is in few bits, of which no row "
+                f"learns alone, got {config.trainable_token_indices!r}"
+            )
         if isinstance(module, TiedOutput) and any(f".{path}".endswith(f".{name}") for name in saved):
             raise ValueError(NOTHING_TO_COPY)
 

@@ -395,6 +395,8 @@ def test_a_table_in_few_bits_may_learn_beside_an_adapter_and_its_output_alone_ma
     for names in (["proj_out"], ["embed_tokens", "proj_out"]):
         with pytest.raises(ValueError, match="leave it out of `modules_to_save`"):
             add_lora(whole(), 2, modules_to_save=names)
+    with pytest.raises(ValueError, match="`trainable_token_indices` must be left out"):
+        add_lora(whole(), 2, trainable_token_indices={"embed_tokens": [1, 2]})
     model = whole()
     table = model.get_input_embeddings().weight.clone()
     adapted = train_a_little(add_lora(model, 2, modules_to_save=["embed_tokens"]))
