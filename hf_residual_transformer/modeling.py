@@ -376,8 +376,9 @@ class ResidualMixin(DenseModel):
                 f"`merge` must be of a {type(self).__name__} without an adapter, got one with layers of PEFT; call "
                 "merge_and_unload() of PEFT's model first, or load the model without the adapter"
             )
+        hooked = any(hasattr(module, "_hf_hook") for module in self.modules())  # by Accelerate
         offloaded = [key for key, value in self.state_dict().items() if value.is_meta]
-        if offloaded:
+        if hooked and offloaded:  # without hooks, a model may have shapes alone
             raise ValueError(
                 f"`merge` must be of a {type(self).__name__} whose weights are all loaded, got {offloaded[0]!r} "
                 f"offloaded ({len(offloaded)} such weights); load the model without a `device_map` that offloads"
