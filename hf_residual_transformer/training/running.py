@@ -4,6 +4,7 @@ what a run leaves in its output folder.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -546,6 +547,16 @@ def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
+def _drop_half_written(path: Path) -> None:
+    """Removes a file of metrics that a killed run left in pieces; `save_metrics` would fail to read it."""
+    try:
+        if path.is_file():
+            json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        logger.warning(f"{path} was not written whole by an earlier run, and is written anew")
+        path.unlink()
+
+
 def train_and_save(
     trainer: Any, finish: Callable[[], None] | None = None, dtype: torch.dtype | None = None
 ) -> None:
@@ -587,6 +598,8 @@ def train_and_save(
         with torch.no_grad():
             for tensor, value in zip(_tensors(trainer.model.to(own)), exact, strict=True):
                 tensor.copy_(value)
+    if trainer.is_world_process_zero():
+        _drop_half_written(output_dir / "all_results.json")
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

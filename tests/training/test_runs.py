@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import shutil
 from concurrent.futures import Future
@@ -224,6 +225,14 @@ def test_a_transcript_that_is_too_long_for_its_frames_is_refused_by_name_before_
     message = capsys.readouterr().err
     assert "1.wav" in message and "its transcript needs 599 frames" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_metrics_that_a_killed_run_left_in_pieces_are_written_anew(dense_wav2vec2, clips, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "all_results.json").write_text("")
+    assert finetune(dense_wav2vec2, clips, out, "--overwrite") == 0
+    assert json.loads((out / "all_results.json").read_text())["epoch"]
 
 
 def test_a_batch_of_clips_without_words_is_learnt_from(dense_wav2vec2, tmp_path):
