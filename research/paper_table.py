@@ -102,12 +102,14 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _nats(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """The cross-entropy of the test's references beside that of dense and of fewer layers; none for older runs, which
-    did not measure it.
+    """The cross-entropy of the test's references beside that of dense and of fewer layers, of the seeds of dense; none
+    for older runs, which did not measure it.
     """
     measured = {
         cell: [run for run in runs if "nats_per_token" in run["test"]] for cell, runs in cells.items()
     }
+    seeds = {run["seed"] for run in measured.get("dense", [])}  # the same for all rows
+    measured = {cell: [run for run in runs if run["seed"] in seeds] for cell, runs in measured.items()}
     measured = {cell: runs for cell, runs in measured.items() if runs}
     if not measured:
         return []
