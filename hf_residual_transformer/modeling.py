@@ -98,6 +98,12 @@ class ResidualMixin(DenseModel):
                     f"`{name}` must be at most {MOST_LAYERS}, got {getattr(config, name)}; correct config.json, or "
                     "fetch it again"
                 )
+        for name in ("encoder_attention_heads", "decoder_attention_heads", "num_attention_heads"):
+            heads = getattr(config, name, 1)
+            if isinstance(heads, int) and heads < 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1, got {heads}; correct config.json, or fetch it again"
+                )
         super().__init__(config, *args, **kwargs)
         if self.family.adapt is not None:
             self.family.adapt(self)
