@@ -29,7 +29,6 @@ from .layers import (
     ResidualLinear,
     TiedOutput,
     as_linear,
-    shortened,
 )
 from .modeling import ResidualMixin, configs_with_ranks, residual_linears
 
@@ -38,9 +37,10 @@ PREFIX = "base_model.model."  # of the keys of an adapter's file
 WEIGHTS = "adapter_model.safetensors"
 
 
-def reach(config: Any) -> Any:
+def reach(config: Any, model: Any = None) -> Any:
     """A `LoraConfig` for `get_peft_model(model, reach(config))`, whose `target_modules` also reach the matrices of
-    residual layers. It is changed in place. `add_adapter`, `load_adapter` and the Auto classes need no such call.
+    residual layers. It is changed in place. With the model too, what its layers cannot have is refused before PEFT has
+    changed any of them. `add_adapter`, `load_adapter` and the Auto classes need no such call.
 
     Raises:
         ValueError: for a `task_type`, with which `get_peft_model` would pass `input_ids` to the model.
@@ -50,14 +50,11 @@ def reach(config: Any) -> Any:
             "`task_type` must be None for a speech model, since PEFT would pass `input_ids` to it, got "
             f"{config.task_type!r}"
         )
-    return reaching(config)
+    return reaching(config, model)
 
 
 def reaching(config: Any, model: Any = None) -> Any:
-    """The same where no model of PEFT is made, so that a `task_type` does nothing.
-
-    With a model, what its layers cannot have is refused before PEFT has changed any of them.
-    """
+    """The same where no model of PEFT is made, so that a `task_type` does nothing."""
     from .lora import ResidualLora
 
     # Only a LoRA has the method. PEFT refuses residual layers to all other adapters.
@@ -125,8 +122,7 @@ def add_lora(model: Any, rank: int, **options: Any) -> Any:
     if "target_modules" not in options and family is not None:
         readers = [block.readers for block in family.encoder.blocks if len(block.readers) == 3]
         options["target_modules"] = [path.rpartition(".")[2] for path in (readers[0][0], readers[0][2])]
-    config = reach(LoraConfig(r=rank, **options))
-    return get_peft_model(model, reaching(config, model))
+    return get_peft_model(model, reach(LoraConfig(r=rank, **options), model))
 
 
 def without_low_rank(model: ResidualMixin) -> Any:
@@ -218,12 +214,7 @@ def from_lora(base: Any, adapter: str | Path) -> Any:
         )
     ranks = {path: linear.rank for path, linear in linears.items()}
     with torch.no_grad():
-        for path, (first, second) in factors.items():
-            old: Any = linears[path]
-            if old.rank:
-                first = torch.cat([old.residual_A, first.to(old.residual_A)])
-                second = torch.cat([old.residual_B, second.to(old.residual_B)], 1)
-            factors[path] = shortened(first, second)
+        factors = {path: linears[path].joined(*new) for path, new in factors.items()}
     ranks |= {path: len(first) for path, (first, _) in factors.items()}
     grown = _rebuilt(model, configs_with_ranks(model, ranks))
     with torch.no_grad():

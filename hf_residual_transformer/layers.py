@@ -663,12 +663,16 @@ class ResidualLinear(nn.Module):
             first: `A`, (more ranks, in_features).
             second: `B`, (out_features, more ranks).
         """
+        first, second = self.joined(first, second)
+        weight = self.weight
+        self.set_factors(first.to(weight), second.to(weight))
+
+    def joined(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors that the layer has after `join`."""
         if self.residual_A is not None and self.residual_B is not None:
             first = torch.cat([self.residual_A, first.to(self.residual_A)])
             second = torch.cat([self.residual_B, second.to(self.residual_B)], 1)
-        first, second = shortened(first, second)
-        weight = self.weight
-        self.set_factors(first.to(weight), second.to(weight))
+        return shortened(first, second)
 
     @torch.no_grad()
     def cut(self, number: int) -> None:

@@ -15,6 +15,15 @@ from hf_residual_transformer.provenance import provenance
 from hf_residual_transformer.reporting import format_bytes
 from hrt_cli.push import _about
 
+# What an evaluation holds beside its provenance.
+RATES = {
+    "wer": 0.5,
+    "cer": 0.25,
+    "clips": 2,
+    "stopped_by": None,
+    "data": {"dataset": "x", "split": "test"},
+}
+
 
 def write_card(folder, chosen="distilled", **settings):
     model = hrt.ResidualWhisperForConditionalGeneration(
@@ -212,30 +221,16 @@ def test_what_the_hub_would_refuse_is_refused_by_name(options, message):
 def test_figures_come_from_a_whole_evaluation(change, tmp_path):
     path = tmp_path / "evaluation.json"
     details = provenance()
-    known = {
-        "wer": 0.5,
-        "cer": 0.25,
-        "clips": 2,
-        "stopped_by": None,
-        "data": {"dataset": "x", "split": "test"},
-    }
-    path.write_text(json.dumps({**details, **known}))
+    path.write_text(json.dumps({**details, **RATES}))
     assert Figures.from_evaluation(path).evaluations == {"this model": 0.5}
-    path.write_text(json.dumps({**details, **known, **change}))
+    path.write_text(json.dumps({**details, **RATES, **change}))
     with pytest.raises(ValueError, match="`evaluation` must be "):
         Figures.from_evaluation(path)
 
 
 def test_figures_are_of_the_transcripts_of_the_model_that_gets_the_card(tmp_path):
     path = tmp_path / "evaluation.json"
-    known = {
-        "wer": 0.5,
-        "cer": 0.25,
-        "clips": 2,
-        "stopped_by": None,
-        "data": {"dataset": "x", "split": "test"},
-    }
-    known |= {"model": "outputs/compact", "settings": {"task": "transcribe"}}
+    known = {**RATES, "model": "outputs/compact", "settings": {"task": "transcribe"}}
     path.write_text(json.dumps({**provenance(), **known}))
     report = tmp_path / "compression.json"
     for folder, repo_id in (("/somewhere/compact", "me/other"), ("moved", "me/compact")):
