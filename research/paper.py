@@ -33,6 +33,7 @@ from paper_bits import with_four_bits
 from paper_checks import LANGUAGES, check_scale
 from paper_models import ARCHITECTURES, Architecture, without_weights
 from paper_table import write_table
+from sentences import SpokenSentences
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts, longest_texts
 
@@ -150,7 +151,8 @@ class Scale:
 
     Args:
         name: of the file.
-        data: of each task: `words: {...}` for synthetic words, or the options of `TrainingDataArguments`.
+        data: of each task: `words: {...}` for synthetic words, `sentences: {...}` for synthetic sentences, or the
+            options of `TrainingDataArguments`.
         model: what is trained, a key of `ARCHITECTURES`.
         sizes: of the dense model, as `ModelSizes` or `ParakeetSizes`; `sizes_of` has what differs by task.
         recipe: options of the Trainer.
@@ -292,6 +294,24 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
         longest = longest_texts(language, words["vocabulary"])
         named_texts = [(f"the string {text!r}", text) for text in longest]
         return Splits(all_texts(language, words["vocabulary"]), named_texts, **splits)
+    if "sentences" in data:
+        options = data["sentences"]
+        batch_size = scale.recipe["per_device_train_batch_size"]
+        options = options | {"train": scale.recipe["max_steps"] * batch_size}
+        found = {
+            split: SpokenSentences(
+                Path(options["folder"]),
+                task,
+                split,
+                options[split],
+                seed if split == "train" else 0,
+                batch_size,
+            )
+            for split in SPLITS
+        }
+        texts = {split: [row["text"] for row in found[split].rows] for split in ("train", "validation")}
+        named_texts = [(repr(text), text) for own in texts.values() for text in own]
+        return Splits(texts["train"], named_texts, **found)
     names = {split: data[f"{split}_split"] for split in SPLITS}
     options = TrainingDataArguments(**{key: data[key] for key in data if not key.endswith("_split")})
     loaded = {split: options.load(name, 16_000) for split, name in names.items()}
@@ -386,8 +406,8 @@ def recognise(
 def measure_nats(
     architecture: Architecture, model: Any, processor: Any, dataset: Any, batch_size: int
 ) -> dict[str, Any]:
-    """The mean cross-entropy of a reference's token, given the audio and the tokens before it, in nats; and for each
-    clip the sum, and the number of its tokens. Empty for a model that does not predict token by token.
+    """The mean over a reference's tokens of less the logarithm of its probability, given the audio, in nats; and for
+    each clip the sum, and the number of its tokens. Empty for a model whose loss is not this.
 
     It tells models apart with fewer runs than word errors do, since it also moves where no word changes. Models that
     are trained with label smoothing keep some of it for any clip.
@@ -443,10 +463,10 @@ def measure(task: str, references: list[str], predictions: list[str]) -> dict[st
 
 
 def voices(test: Any) -> dict[str, Any]:
-    """Who speaks in the test, by whom the intervals are drawn: names, and a number for each clip. Only strings of words
-    have it.
+    """Who speaks in the test, by whom the intervals are drawn: names, and a number for each clip. Only synthetic speech
+    has it.
     """
-    if not isinstance(test, WordStrings):
+    if not isinstance(test, WordStrings | SpokenSentences):
         return {}
     names = list(test.voices)
     return {
@@ -488,12 +508,12 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         | measure_nats(scale.architecture, model, processor, splits.test, batch_size)
         | voices(splits.test),
     }
-    if cell.four_bits and scale.architecture.has_four_bits:
+    if cell.four_bits:
         collator = scale.architecture.collator(processor)
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
-        features = collator(rows)["input_features"]
+        heard = [collator([{"audio": row["audio"]} for row in own]) for own in batched(rows, 16)]
         for entry, scale_bits in (("four_bits", 16), ("four_bits_small_scales", 8)):
-            small, num_bytes = with_four_bits(model, features, scale_bits)
+            small, num_bytes = with_four_bits(model, heard, scale_bits)
             found = recognise(scale.architecture, small, processor, splits.test, batch_size)
             values[entry] = {
                 "bytes": num_bytes,

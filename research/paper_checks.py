@@ -40,10 +40,25 @@ def check_scale(scale: Any) -> None:
             _check_names(place, entry, ["words"])
             _check_words(f"`words` of {task}", entry["words"], getattr(sizes, "window_seconds", None))
             _check_names("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
+        elif "sentences" in entry:
+            _check_names(place, entry, ["sentences"])
+            fields_of = ("folder", "validation", "test")
+            sentences, own = entry["sentences"], f"`sentences` of {task}"
+            _check_names(own, sentences, fields_of, fields_of)
+            if not isinstance(sentences["folder"], str):
+                raise ValueError(
+                    f"`folder` in {own} must be the name of a folder, got {sentences['folder']!r}"
+                )
+            for split in ("validation", "test"):
+                _check_whole(f"`{split}` in {own}", sentences[split])
+            _check_names("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
         else:
             splits = [f"{split}_split" for split in SPLITS]
             _check_names(
-                f"{place}, which has no `words`,", entry, [*splits, *_names(TrainingDataArguments)], splits
+                f"{place}, which has no `words` and no `sentences`,",
+                entry,
+                [*splits, *_names(TrainingDataArguments)],
+                splits,
             )
             if entry.get("streaming", False) is not False:
                 raise ValueError(f"`streaming` in {place} must be false, got {entry['streaming']!r}")

@@ -1,4 +1,4 @@
-"""What `paper.py` trains: a Whisper, or a Parakeet with a transducer, each behind the same few functions."""
+"""What `paper.py` trains: a Whisper, or a Parakeet with CTC or a transducer, each behind the same few functions."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ from hf_residual_transformer.training.scratch import (
     with_known_characters,
 )
 from hf_residual_transformer.training.scratch_parakeet import (
+    CTCTrainer,
     Head,
     ParakeetSizes,
     TransducerTrainer,
     check_head,
+    ctc_losses,
     new_parakeet,
     new_parakeet_processor,
+    sequences_of,
 )
 
 
 class Architecture:
-    """A kind of model. `has_four_bits` says whether `paper_bits.py` knows it."""
+    """A kind of model."""
 
     sizes_class: ClassVar[Any]
-    has_four_bits: ClassVar[bool] = False
 
     def check(self) -> None:
         """Checks that it can be trained here.
@@ -76,9 +78,8 @@ class Architecture:
         raise NotImplementedError
 
     def nats(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The cross-entropy of each reference, given its audio, in nats, and its number of tokens, both (batch_size,).
-
-        It is None for a model that does not predict a reference token by token.
+        """What each reference costs, given its audio: less the logarithm of its probability, in nats, and its number of
+        tokens, both (batch_size,). None for a model whose loss is not this.
         """
         return None
 
@@ -87,7 +88,6 @@ class Whisper(Architecture):
     """A decoder attends to the encoder, and can translate too."""
 
     sizes_class = ModelSizes
-    has_four_bits = True
 
     def processor(self, texts: Iterable[str], vocab_size: int, sizes: Any) -> Any:
         return new_processor(train_tokenizer(texts, vocab_size), sizes)
@@ -119,7 +119,7 @@ class Whisper(Architecture):
 
 @dataclass(frozen=True)
 class Parakeet(Architecture):
-    """Fast Conformer layers under a transducer, the kind of the paper's recogniser. It has no CTC beside it."""
+    """Fast Conformer layers under CTC, or under a transducer as in the paper's recogniser."""
 
     head: Head
     sizes_class = ParakeetSizes
@@ -135,8 +135,9 @@ class Parakeet(Architecture):
     ) -> None:
         """Checks that there are clips, and no characters but those of the training split.
 
-        The length of a text is not checked, since the loss of a transducer is finite for any. Greedy search writes at
-        most `max_symbols_per_step` tokens at a frame, so that a longer text counts as word errors.
+        The length of a text is not checked, since the loss of a transducer is finite for any, and that of CTC is made
+        so. What greedy search cannot write, at most one token at a frame or `max_symbols_per_step`, counts as word
+        errors.
         """
         tokenizer = processor.tokenizer
         for _ in with_known_characters(
@@ -151,16 +152,22 @@ class Parakeet(Architecture):
         return CTCCollator(processor)
 
     def trainer(self, ctc_weight: float, **kwargs: Any) -> TokenMeanTrainer:
-        return TransducerTrainer(**kwargs)
+        return CTCTrainer(**kwargs) if self.head == "ctc" else TransducerTrainer(**kwargs)
 
     def recognise(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         heard = {name: batch[name].to(model.device) for name in ("input_features", "attention_mask")}
-        ids: Tensor = model.generate(**heard).sequences
-        return ids
+        return sequences_of(model.generate(**heard))
+
+    def nats(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        if self.head != "ctc":
+            return None
+        batch = {name: values.to(model.device) for name, values in batch.items()}
+        return ctc_losses(model, batch)[0], (batch["labels"] != LABEL_PADDING).sum(1)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "whisper": Whisper(),
+    "parakeet_ctc": Parakeet("ctc"),
     "parakeet_rnnt": Parakeet("rnnt"),
     "parakeet_tdt": Parakeet("tdt"),
 }

@@ -115,7 +115,7 @@ def _nats(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         return []
     head = ["encoder", "seeds", "nats a token"]
     for other in ("dense", "fewer layers"):
-        head += [f"minus {other}", "95 %, seeds"]
+        head += [f"minus {other}", "95 %, voices and seeds"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for cell in sorted(measured, key=[*cells].index):
         runs = measured[cell]
@@ -131,10 +131,11 @@ def _nats(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def difference_in_nats(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
-    """The mean over seeds of the difference of the cross-entropy, in nats a token, to other runs, and its interval of
-    95 % by Student's t.
+    """The mean of the cross-entropy, in nats a token, less that of other runs of the same seeds, and its interval of
+    95 %; "-" for one seed.
 
-    The interval is "-" for one seed, and where all seeds have the same test voices, since it would be of these alone.
+    Where each seed has its own test voices, it is that of Student's t over the seeds. Else voices are drawn, and the
+    seeds of either side, as in `ratio_of_errors`.
     """
     theirs = {run["seed"]: run for run in others}
     pairs = [(run, theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
@@ -144,12 +145,28 @@ def difference_in_nats(runs: list[dict[str, Any]], others: list[dict[str, Any]])
         [run["test"]["nats_per_token"] - other["test"]["nats_per_token"] for run, other in pairs]
     )
     mean = f"{differences.mean():+.3f}"
-    if len(pairs) == 1 or not own_voices(runs):
+    if len(pairs) == 1:
         return [mean, "-"]
-    from scipy.stats import t
+    if own_voices(runs):
+        from scipy.stats import t
 
-    half = t.ppf(0.975, len(pairs) - 1) * differences.std(ddof=1) / np.sqrt(len(pairs))
-    return [mean, f"{differences.mean() - half:+.3f} to {differences.mean() + half:+.3f}"]
+        half = t.ppf(0.975, len(pairs) - 1) * differences.std(ddof=1) / np.sqrt(len(pairs))
+        return [mean, f"{differences.mean() - half:+.3f} to {differences.mean() + half:+.3f}"]
+    rng = np.random.default_rng(0)
+    sides = [np.array([of_units(run, nats_of(run)) for run in side]) for side in zip(*pairs, strict=True)]
+    voices = _times_drawn(rng, sides[0].shape[1])
+    drawn = []
+    for side in sides:  # (seeds, voices, 2)
+        nats, tokens = np.einsum("ds,svn,dv->nd", _times_drawn(rng, len(pairs)), side, voices)
+        drawn.append(nats / tokens)
+    low, high = np.quantile(drawn[0] - drawn[1], (0.025, 0.975))
+    return [mean, f"{low:+.3f} to {high:+.3f}"]
+
+
+def nats_of(run: dict[str, Any]) -> np.ndarray:
+    """The nats of each test clip, and its tokens, (num_clips, 2)."""
+    test = run["test"]
+    return np.array([test[f"{name}_of_clips"].split() for name in ("nats", "tokens")], float).T
 
 
 def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:

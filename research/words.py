@@ -91,7 +91,7 @@ class WordStrings(Dataset):
         self.language, self.split, self.size, self.seconds, self.seed = language, split, size, seconds, seed
         self.words = WORDS[:words]
         self.speeds = tuple(speeds) if split == "train" else (1.0,)
-        self.noises = _noises(SPLITS.index(split))
+        self.noises = noises(SPLITS.index(split))
         self.voices: dict[str, dict[str, list[np.ndarray]]] = defaultdict(dict)
         for voice, word, audio in _read(folder, language, _voices(folder, language, voices_seed)[split]):
             self.voices[voice][word] = [_at_speed(audio, speed) for speed in self.speeds]
@@ -222,7 +222,7 @@ def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
     return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
 
 
-def _noises(seed: int) -> list[np.ndarray]:
+def noises(seed: int) -> list[np.ndarray]:
     """Half a minute of white noise, and of noise that falls with frequency, both of standard deviation 1."""
     white = np.random.default_rng(seed).standard_normal(30 * SAMPLING_RATE)
     spectrum = np.fft.rfft(white)

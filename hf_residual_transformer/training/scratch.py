@@ -31,6 +31,8 @@ from transformers.utils import logging
 
 from ..classes import ResidualWhisperConfig, ResidualWhisperForConditionalGeneration
 from ..configuration import ResidualConfig
+from ..families import Stack
+from ..layers import ResidualLinear
 from ..modeling import forward_as
 from ..speech.collators import LABEL_PADDING
 from .checkpoints import checkpoints_in, fault_of
@@ -73,6 +75,9 @@ class EncoderSizes:
             if name in ("dropout", "mask_time", "mask_bands"):
                 if not is_number(value) or value >= 1:
                     raise ValueError(f"`{name}` must be a number from 0 to below 1, got {value!r}")
+            elif name == "small_branches":
+                if type(value) is not bool:
+                    raise ValueError(f"`{name}` must be true or false, got {value!r}")
             elif type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
         if self.d_model % self.attention_heads or self.d_model % 2:
@@ -232,6 +237,29 @@ def new_model(
         max_length=sizes.max_tokens,
     )
     return model
+
+
+@torch.no_grad()
+def start_small(layers: nn.ModuleList, stack: Stack) -> None:
+    """Makes the random weights at the end of each residual branch smaller, by the root of the number of branches, so
+    that a deep encoder begins close to the identity (Radford et al. 2019, "Language Models are Unsupervised Multitask
+    Learners", section 2.3).
+
+    Args:
+        layers: of an encoder that has just been made; a matrix that several share changes once.
+        stack: where their branches end.
+    """
+    modules = [layer.get_submodule(block.writer) for layer in layers for block in stack.blocks]
+    weights = {id(weight): weight for weight in map(_start_of, modules)}
+    for weight in weights.values():
+        weight.mul_(len(modules) ** -0.5)
+
+
+def _start_of(module: Any) -> Tensor:
+    """The parameter in proportion to which a matrix starts."""
+    if not isinstance(module, ResidualLinear):
+        return module.weight  # type: ignore[no-any-return]
+    return module.residual_B if module.shared is None else module.shared.weight  # type: ignore[return-value]
 
 
 def check_transcripts(

@@ -32,9 +32,9 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from ..classes import config_class_of
 from ..configuration import ResidualConfig
-from ..families import FAMILIES, family_of
+from ..families import FAMILIES, family_of, num_frames_of
 from ..speech.collators import LABEL_PADDING
-from .scratch import EncoderSizes, TokenMeanTrainer, train_bpe
+from .scratch import EncoderSizes, TokenMeanTrainer, start_small, train_bpe
 
 Head = Literal["ctc", "rnnt", "tdt"]
 CONFIGS: dict[str, Any] = {"ctc": ParakeetCTCConfig, "rnnt": ParakeetRNNTConfig, "tdt": ParakeetTDTConfig}
@@ -62,6 +62,13 @@ class ParakeetSizes(EncoderSizes):
         default=256, metadata={"help": "Channels of the convolutions that make these frames."}
     )
     num_mel_bins: int = field(default=80, metadata={"help": "Mel bands of the spectrogram."})
+    small_branches: bool = field(
+        default=True,
+        metadata={
+            "help": "Start each branch of a layer smaller, by the root of the number of branches; a deep encoder "
+            "learns sooner by it."
+        },
+    )
     decoder_layers: int = field(default=1, metadata={"help": "LSTM layers over the text, of RNN-T and TDT."})
     decoder_dim: int = field(default=640, metadata={"help": "Width of that LSTM and of what joins it."})
 
@@ -153,6 +160,8 @@ def new_parakeet(
         # The logits of durations come after those of tokens, and `generate` would take the largest of all.
         first = len(tokenizer)
         model.generation_config.suppress_tokens = list(range(first, first + len(model.config.durations)))
+    if sizes.small_branches:
+        start_small(family_of(model).find_encoder(model).layers, family_of(model).encoder)
     add_spec_augment(model, sizes)
     return model
 
@@ -192,25 +201,68 @@ def mask_features(features: Tensor, sizes: EncoderSizes) -> Tensor:
     return features
 
 
-class TransducerTrainer(TokenMeanTrainer):
-    """The loss of a transducer, RNN-T or TDT. A batch is one of `CTCCollator`, (batch_size, num_tokens) labels that are
-    padded with -100.
+class CTCTrainer(TokenMeanTrainer):
+    """The loss of CTC as a mean over the tokens. A batch is one of `CTCCollator`, (batch_size, num_tokens) labels that
+    are padded with -100.
 
     With `predict_with_generate` among its arguments, an evaluation gives greedy transcripts to `compute_metrics`.
 
     Raises:
-        ValueError: for label smoothing, which these losses do not have.
+        ValueError: for label smoothing, which this loss does not have.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
-                f"`label_smoothing_factor` must be 0 for a transducer, got {self.args.label_smoothing_factor}"
+                "`label_smoothing_factor` must be 0 for CTC and for a transducer, got "
+                f"{self.args.label_smoothing_factor}"
             )
 
     def _count(self, labels: Tensor) -> Tensor:
         return (labels != LABEL_PADDING).sum().float()
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
+        losses, outputs = ctc_losses(model, inputs)
+        return losses.sum() / counts, outputs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """The loss of a batch and, if they are asked for, its greedy transcripts and its labels."""
+        inputs = dict(self._prepare_inputs(inputs))
+        with torch.no_grad():
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only or not getattr(self.args, "predict_with_generate", False):
+                return loss, None, None
+            heard = {name: inputs[name] for name in ("input_features", "attention_mask")}
+            return loss, sequences_of(self.model.generate(**heard)), inputs["labels"]
+
+
+def sequences_of(generated: Any) -> Tensor:
+    """Token ids, (batch_size, num_tokens), from what `generate` of any of the three heads gives."""
+    return getattr(generated, "sequences", generated)
+
+
+def ctc_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    """CTC's loss of each clip, (batch_size,), summed over its tokens, and the outputs of the model.
+
+    A text that does not fit its frames has a loss of 0.
+    """
+    labels, mask = batch["labels"], batch["attention_mask"]
+    outputs = model(input_features=batch["input_features"], attention_mask=mask)
+    log_probs = outputs.logits.float().log_softmax(-1).transpose(0, 1)
+    lengths = (labels != LABEL_PADDING).sum(1)
+    num_frames = num_frames_of(model, mask.sum(1))
+    blank = model.config.pad_token_id
+    losses = F.ctc_loss(
+        log_probs, labels.clamp(min=0), num_frames, lengths, blank, reduction="none", zero_infinity=True
+    )
+    return losses, outputs
+
+
+class TransducerTrainer(CTCTrainer):
+    """The loss of a transducer, RNN-T or TDT, otherwise as in `CTCTrainer`."""
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
         labels, blank = inputs["labels"], self.model.config.blank_token_id
@@ -226,15 +278,3 @@ class TransducerTrainer(TokenMeanTrainer):
             reduction="sum",
         )
         return outputs.loss / counts, outputs
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any, Any]:
-        """The loss of a batch and, if they are asked for, its greedy transcripts and its labels."""
-        inputs = dict(self._prepare_inputs(inputs))
-        with torch.no_grad():
-            loss = self.compute_loss(model, inputs).detach()
-            if prediction_loss_only or not getattr(self.args, "predict_with_generate", False):
-                return loss, None, None
-            heard = {name: inputs[name] for name in ("input_features", "attention_mask")}
-            return loss, self.model.generate(**heard).sequences, inputs["labels"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from two_processes import run_together
@@ -35,9 +37,20 @@ from hf_residual_transformer.training.scratch import (
 
 RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
 sys.path.insert(0, str(RESEARCH))
-paper, paper_bits, paper_models, paper_summary, paper_table, words = map(
-    importlib.import_module, ("paper", "paper_bits", "paper_models", "paper_summary", "paper_table", "words")
+MODULES = (
+    "paper",
+    "paper_bits",
+    "paper_checks",
+    "paper_models",
+    "paper_summary",
+    "paper_table",
+    "words",
+    "sentences",
 )
+paper, paper_bits, paper_checks, paper_models, paper_summary, paper_table, words, spoken = map(
+    importlib.import_module, MODULES
+)
+SpokenSentences = spoken.SpokenSentences
 WordStrings, all_texts = words.WordStrings, words.all_texts
 
 TINY = {
@@ -246,7 +259,7 @@ def test_controls_are_as_large_as_the_paper_s_cell():
 def test_cyclic_layers_share_with_the_layer_a_period_later(tokenizer):
     sizes = replace(SIZES, encoder_layers=6)
     model = new_model(sizes, tokenizer, paper.make_cells(sizes)["k3-r2-cyclic"].residual)
-    small, _ = paper_bits.with_four_bits(model, torch.randn(8, 16, 100))
+    small, _ = paper_bits.with_four_bits(model, [{"input_features": torch.randn(8, 16, 100)}])
     for one in (model, small):
         banks = [linear.shared for path, linear in residual_linears(one) if path.endswith("fc1")]
         assert [bank is banks[0] for bank in banks] == [True, False, True, False, True, False]
@@ -258,7 +271,7 @@ def test_four_bits_keep_the_outputs_of_a_trained_encoder_nearly(residual, scale_
     torch.manual_seed(0)
     model = new_model(SIZES, tokenizer, residual).eval()
     features = torch.randn(8, 16, 100)
-    small, num_bytes = paper_bits.with_four_bits(model, features, scale_bits)
+    small, num_bytes = paper_bits.with_four_bits(model, [{"input_features": features}], scale_bits)
     with torch.no_grad():
         expected = model.get_encoder()(features).last_hidden_state
         found = small.get_encoder()(features).last_hidden_state
@@ -379,10 +392,25 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
         ({"runs": [RUN | {"task": "translation"}]}, "`task` must be one of recognition, got 'translation'"),
         ({"data": {"summary": DATA}}, "`data` must have fields of recognition, translation, got 'summary'"),
         ({"data": {"recognition": None}}, "`data` of recognition must hold fields by name, got None"),
-        ({"data": {"recognition": {}}}, "which has no `words`, must have the field 'train_split', got none"),
+        (
+            {"data": {"recognition": {}}},
+            "which has no `words` and no `sentences`, must have the field 'train_split', got none",
+        ),
         (
             {"data": {"recognition": {"words": {"vocabulary": 3, "test": 8}}}},
             "`words` of recognition must have the field 'validation', got test, vocabulary",
+        ),
+        (
+            {"data": {"recognition": {"sentences": {"folder": "a", "validation": 8}}}},
+            "`sentences` of recognition must have the field 'test', got folder, validation",
+        ),
+        (
+            {"data": {"recognition": {"sentences": {"folder": 1, "validation": 8, "test": 8}}}},
+            "`folder` in `sentences` of recognition must be the name of a folder, got 1",
+        ),
+        (
+            {"data": {"recognition": {"sentences": {"folder": "a", "validation": 0, "test": 8}}}},
+            "`validation` in `sentences` of recognition must be a whole number of at least 1, got 0",
         ),
         (
             {"model": "parakeet_tdt", "sizes": {"d_model": 32}},
@@ -621,10 +649,81 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
     assert values["model"] == "parakeet_tdt"
     assert values["test"]["words"] > 8
     assert values["validation"][-1][2] >= 0
-    assert "four_bits" not in values
+    assert values["four_bits"]["ratio"] < 0.5
     assert "nats_per_token" not in values["test"]
     dense = paper.encoder_size(scale.sizes_for("recognition"), None)
     assert values["encoder"]["parameters"] < 0.6 * dense
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    """Noise for speech: three voices, of which each split has one, and texts of one to three words."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(24):
+        split = ("train", "train", "validation", "test")[index % 4]
+        samples = 0.1 * rng.standard_normal(4_000 + 1_000 * (index % 7)).astype(np.float32)
+        soundfile.write(tmp_path / f"{index}.flac", samples, 16_000)
+        text = " ".join(["one", "two", "three"][: 1 + index % 3])
+        row = {"file_name": f"{index}.flac", "text": text, "split": split, "voice": f"{split}-voice"}
+        rows.append(row | {"duration": f"{len(samples) / 16_000:.2f}"})
+    with open(tmp_path / "recognition.csv", "w", newline="") as table:
+        writer = csv.DictWriter(table, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def test_sentences_begin_with_short_ones_and_have_neighbours_of_one_length(sentences):
+    spoken = SpokenSentences(sentences, "recognition", "train", 60, seed=1, batch_size=4)
+    durations = np.array([float(spoken.rows[row]["duration"]) for row in spoken.order])
+    assert len(spoken) == len(durations) == 60
+    assert set(durations[:12]) < set(durations)
+    assert durations[:12].mean() < durations[12:].mean()
+    # All come as often as one another, but for the last round.
+    assert set(np.bincount(spoken.order[12:], minlength=12)) == {4}
+    batches = durations.reshape(-1, 4)
+    assert np.ptp(batches, axis=1).mean() < 0.5 * np.ptp(durations)
+    again, other = (SpokenSentences(sentences, "recognition", "train", 60, seed, 4) for seed in (1, 2))
+    assert (spoken[5]["audio"]["array"] == again[5]["audio"]["array"]).all()
+    assert list(spoken.order) == list(again.order) != list(other.order)
+
+
+def test_sentences_to_measure_on_are_read_once_with_the_same_noise(sentences):
+    spoken = SpokenSentences(sentences, "recognition", "test", 6)
+    assert sorted(spoken.order) == [*range(6)]
+    assert spoken.voices == ["test-voice"] and spoken.voice(0) == "test-voice"
+    speech, _ = soundfile.read(sentences / spoken[0]["audio"]["path"], dtype="float32")
+    noise = spoken[0]["audio"]["array"] - speech
+    assert 1 < speech.std() / noise.std() < 1000
+    assert (spoken[0]["audio"]["array"] == spoken[0]["audio"]["array"]).all()
+
+
+def test_sentences_that_are_not_there_are_named(sentences):
+    for task, size, message in (
+        ("translation", 6, "`folder` must be one that .* has written, got .*, which has no translation.csv"),
+        ("recognition", 7, "must have 7 sentences of 'test', got 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpokenSentences(sentences, task, "test", size)
+
+
+def test_a_grid_trains_sentences_with_ctc_and_rounds_them_to_four_bits(scale, sentences, tmp_path):
+    sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
+    sizes |= {"subsampling": 4, "subsampling_channels": 4}
+    data = {"recognition": {"sentences": {"folder": str(sentences), "validation": 6, "test": 6}}}
+    scale = replace(scale, model="parakeet_ctc", sizes=sizes, data=data)
+    paper_checks.check_scale(scale)
+    for cell in ("dense", "k3-r2"):
+        result = tmp_path / f"{cell}.json"
+        paper.run(scale, "recognition", cell, 0, tmp_path / "work", result)
+        values = json.loads(result.read_text())
+        losses = [loss for _, loss in values["losses"]]
+        assert losses[-1] < 0.6 * losses[0]
+        assert values["test"]["voices"] == ["test-voice"]
+        assert 0 < values["test"]["nats_per_token"] < 20
+        assert values["four_bits_small_scales"]["test"]["clips"] == 6
+        assert values["four_bits"]["ratio"] < 0.4
 
 
 @pytest.mark.parametrize(
@@ -741,7 +840,12 @@ def test_the_cross_entropy_of_references_is_compared_seed_by_seed(tokenizer):
     assert paper_table.difference_in_nats(ours[:1], dense) == ["+0.100", "-"]
     assert paper_table.difference_in_nats(ours, []) == ["-", "-"]
     same = [run | {"test": run["test"] | {"voices": "a"}} for run in ours]
-    assert paper_table.difference_in_nats(same, dense) == ["+0.200", "-"]
+    # Of two voices that all seeds have, one is drawn for both sides, and a seed for either: from voice a, 0.1 of seed 0
+    # less 0.2 of seed 1, to voice b, 0.8 of seed 1 less 0.2 of seed 0.
+    for run, of_voices in zip([*same, *dense], ("1 3", "4 8", "0 2", "2 4"), strict=True):
+        run["test"] |= {"voices": ["a", "b"], "voices_of_clips": "0 1"}
+        run["test"] |= {"nats_of_clips": of_voices, "tokens_of_clips": "10 10"}
+    assert paper_table.difference_in_nats(same, dense) == ["+0.200", "-0.100 to +0.600"]
     old = [{"cell": "shallow", "title": "shallow", "seed": 0, "test": {}}]
     assert paper_table._nats({"dense": dense, "shallow": old, "k3-r2": ours})[2:] == [
         "| dense | 2 | 0.200 | - | - | - | - |",

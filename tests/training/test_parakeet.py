@@ -22,6 +22,7 @@ from hf_residual_transformer.training.scratch_parakeet import (
     ParakeetSizes,
     TransducerTrainer,
     check_head,
+    ctc_losses,
     mask_features,
     new_parakeet,
     new_parakeet_processor,
@@ -46,6 +47,45 @@ def rows():
         {"audio": {"array": torch.randn(length).numpy(), "sampling_rate": 16_000}, "text": text}
         for length, text in zip(lengths, TEXTS)
     ]
+
+
+@pytest.mark.parametrize(
+    "residual", [None, ResidualConfig.paper(3, 2), ResidualConfig(group_size=None, rank=4)], ids=str
+)
+def test_branches_start_small_and_what_several_layers_share_once(residual):
+    def start(**changes):
+        sizes = ParakeetSizes(**TINY | changes)
+        processor = new_parakeet_processor(TEXTS, 30, "ctc", sizes)
+        torch.manual_seed(0)
+        return new_parakeet(sizes, "ctc", processor.tokenizer, residual).encoder.layers
+
+    plain, small = start(small_branches=False), start()
+    ends = ("feed_forward1.linear2", "self_attn.o_proj", "conv.pointwise_conv2", "feed_forward2.linear2")
+    for before, after in zip(plain, small, strict=True):
+        others = dict(before.named_modules())
+        for path, module in after.named_modules():
+            if hasattr(module, "weight") and module.weight is not None:
+                factor = 12**-0.5 if path in ends else 1.0
+                torch.testing.assert_close(module.weight, others[path].weight * factor)
+
+
+def test_small_branches_are_true_or_false():
+    with pytest.raises(ValueError, match="`small_branches` must be true or false, got 1"):
+        ParakeetSizes(**TINY | {"small_branches": 1})
+
+
+def test_the_loss_of_each_clip_adds_up_to_that_of_the_model():
+    model, processor = made("ctc")
+    model.config.ctc_loss_reduction = "sum"
+    batch = CTCCollator(processor)(rows())
+    with torch.no_grad():
+        losses, _ = ctc_losses(model.eval(), batch)
+        padded = batch | {
+            "labels": torch.where(batch["labels"] < 0, model.config.pad_token_id, batch["labels"])
+        }
+        torch.testing.assert_close(losses.sum(), model(**padded).loss)
+        alone = [ctc_losses(model, CTCCollator(processor)([row]))[0] for row in rows()]
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("head", ["ctc", "tdt"])
@@ -163,7 +203,9 @@ def test_clips_without_words_are_learnt_as_silence(texts, tmp_path):
 
 def test_label_smoothing_is_refused(tmp_path):
     model, processor = made()
-    with pytest.raises(ValueError, match=r"`label_smoothing_factor` must be 0 for a transducer, got 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"`label_smoothing_factor` must be 0 for CTC and for a .*, got 0\.1"
+    ):
         trainer_of(model, processor, tmp_path, label_smoothing_factor=0.1)
 
 

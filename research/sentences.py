@@ -1,0 +1,99 @@
+"""Spoken sentences as `research/make_sentences.py` writes them, in noise that is drawn anew each time one is read.
+
+Item `index` of a split depends on the seed and on nothing else, as in `words.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from torch.utils.data import Dataset
+from words import NOISE_DECIBELS, SAMPLING_RATE, SPLITS, noises
+
+EARLY = 0.2  # the part of the training sentences, from the first on, that are short: aligning is learnt later
+SHORTEST = 0.3  # what part of all sentences these are drawn from
+POOL = 32  # batches, in which sentences are sorted by length, so that little of a batch is padding
+
+
+class SpokenSentences(Dataset):
+    """The sentences of one split, by voices that no other split has.
+
+    Args:
+        folder: as `make_sentences.py` writes it.
+        task: "recognition" or "translation".
+        split: one of `SPLITS`.
+        size: number of items. A split for training begins with short ones, and is read as often as that needs; of the
+            others, the first sentences are read once, from short to long.
+        seed: of the order and of the noise.
+        batch_size: items in a row that are about as long as one another.
+
+    Raises:
+        ValueError: for a folder without the table, a split without sentences, or a test with fewer than `size`.
+    """
+
+    def __init__(
+        self, folder: Path, task: str, split: str, size: int, seed: int = 0, batch_size: int = 1
+    ) -> None:
+        path = folder / f"{task}.csv"
+        if not path.is_file():
+            raise ValueError(
+                f"`folder` must be one that research/make_sentences.py has written, got {folder}, which has no "
+                f"{path.name}"
+            )
+        with open(path, encoding="utf-8", newline="") as table:
+            self.rows = [row for row in csv.DictReader(table) if row["split"] == split]
+        if not self.rows or (split != "train" and len(self.rows) < size):
+            raise ValueError(f"{path} must have {size} sentences of {split!r}, got {len(self.rows)}")
+        self.folder, self.split, self.size, self.seed = folder, split, size, seed
+        self.noises = noises(SPLITS.index(split))
+        durations = np.array([float(row["duration"]) for row in self.rows])
+        self.order = (
+            _order(durations, size, batch_size, np.random.default_rng(seed))
+            if split == "train"
+            else np.argsort(durations[:size], kind="stable")
+        )
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def voices(self) -> list[str]:
+        """The names of those who speak."""
+        return sorted({row["voice"] for row in self.rows[: self.size]})
+
+    def voice(self, index: int) -> str:
+        """The voice that speaks an item."""
+        return self.rows[self.order[index]]["voice"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[self.order[index]]
+        speech, _ = soundfile.read(self.folder / row["file_name"], dtype="float32")
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        noise = self.noises[rng.integers(len(self.noises))]
+        start = rng.integers(len(noise) - len(speech))
+        loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
+        array = speech + loudness * noise[start : start + len(speech)]
+        audio = {"array": array, "sampling_rate": SAMPLING_RATE, "path": row["file_name"]}
+        return {"audio": audio, "text": row["text"]}
+
+
+def _order(durations: np.ndarray, size: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Which row each item is. The first are short ones, and then all rows come once before any comes again. Those of a
+    batch are about as long as one another.
+    """
+    by_length = np.argsort(durations, kind="stable")
+    short = by_length[: max(1, int(SHORTEST * len(by_length)))]
+    num_early = int(EARLY * size) // batch_size * batch_size
+    batches: list[np.ndarray] = []
+    for rows, number in ((short, num_early), (by_length, size - num_early)):
+        order = np.concatenate([rng.permutation(rows) for _ in range(-(-number // len(rows)))])[:number]
+        for start in range(0, number, POOL * batch_size):
+            pool = order[start : start + POOL * batch_size]
+            pool = pool[np.argsort(durations[pool], kind="stable")]
+            own = [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
+            batches += [own[place] for place in rng.permutation(len(own))]
+    return np.concatenate(batches)
