@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jiwer
+import numpy as np
 import torch
 from accelerate import PartialState
 from paper_bits import with_four_bits
@@ -378,12 +379,20 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
 
 
 def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
+    """References and predictions. CTC writes a token in many frames, so that equal neighbours are one token in what is
+    predicted, and not in a reference, such as the two letters in "look".
+    """
     padding = processor.tokenizer.pad_token_id
+    sides = (predicted.label_ids, {"group_tokens": False}), (predicted.predictions, {})
     return tuple(  # type: ignore[return-value]
-        [text.strip() for text in processor.batch_decode(ids.clip(min=0) * (ids >= 0) + padding * (ids < 0),
-                                                         skip_special_tokens=True)]
-        for ids in (predicted.label_ids, predicted.predictions)
-    )  # fmt: skip
+        [
+            text.strip()
+            for text in processor.batch_decode(
+                np.where(ids >= 0, ids, padding), skip_special_tokens=True, **options
+            )
+        ]
+        for ids, options in sides
+    )
 
 
 @torch.inference_mode()
