@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -210,6 +211,12 @@ class Scale:
             "recipe": self.recipe,
         }
 
+    def items_to_train_on(self) -> int:
+        """How many synthetic clips a run reads, in all processes, so that none comes twice."""
+        clips = self.recipe["max_steps"] * self.recipe["per_device_train_batch_size"]
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        return int(clips * self.recipe.get("gradient_accumulation_steps", 1) * processes)
+
     def training_arguments(
         self, folder: Path, seed: int = 0, max_tokens: int | None = None
     ) -> Seq2SeqTrainingArguments:
@@ -278,7 +285,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
     if "words" in data:
         language, words = LANGUAGES[task], data["words"]
         seconds = words.get("seconds") or sizes.window_seconds
-        strings = scale.recipe["max_steps"] * scale.recipe["per_device_train_batch_size"]
+        strings = scale.items_to_train_on()
         splits = {
             split: WordStrings(
                 language,
@@ -296,9 +303,8 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
         named_texts = [(f"the string {text!r}", text) for text in longest]
         return Splits(all_texts(language, words["vocabulary"]), named_texts, **splits)
     if "sentences" in data:
-        options = data["sentences"]
+        options = data["sentences"] | {"train": scale.items_to_train_on()}
         batch_size = scale.recipe["per_device_train_batch_size"]
-        options = options | {"train": scale.recipe["max_steps"] * batch_size}
         found = {
             split: SpokenSentences(
                 Path(options["folder"]),
@@ -310,6 +316,9 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
             )
             for split in SPLITS
         }
+        if hasattr(sizes, "window_seconds"):
+            for split in found.values():
+                split.check_longest(sizes.window_seconds)
         texts = {split: [row["text"] for row in found[split].rows] for split in ("train", "validation")}
         named_texts = [(repr(text), text) for own in texts.values() for text in own]
         return Splits(texts["train"], named_texts, **found)
@@ -359,6 +368,8 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
     architecture.check_texts(splits.named_texts, processor, sizes, scale.ctc_weight)
     set_seed(seed)
     model = architecture.model(sizes, processor, cell.residual)
+    for rows in (splits.validation, splits.test):
+        architecture.check_rows(model, processor, rows)
     clock = StepClock()
     trainer = architecture.trainer(
         scale.ctc_weight,
@@ -519,6 +530,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
     }
     if cell.four_bits:
         collator = scale.architecture.collator(processor)
+        # The first of them, which are short where short ones come first.
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
         heard = [collator([{"audio": row["audio"]} for row in own]) for own in batched(rows, 16)]
         for entry, scale_bits in (("four_bits", 16), ("four_bits_small_scales", 8)):

@@ -39,19 +39,11 @@ def check_scale(scale: Any) -> None:
         if "words" in entry:
             _check_names(place, entry, ["words"])
             _check_words(f"`words` of {task}", entry["words"], getattr(sizes, "window_seconds", None))
-            _check_names("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
+            _check_synthetic(scale.recipe)
         elif "sentences" in entry:
             _check_names(place, entry, ["sentences"])
-            fields_of = ("folder", "validation", "test")
-            sentences, own = entry["sentences"], f"`sentences` of {task}"
-            _check_names(own, sentences, fields_of, fields_of)
-            if not isinstance(sentences["folder"], str):
-                raise ValueError(
-                    f"`folder` in {own} must be the name of a folder, got {sentences['folder']!r}"
-                )
-            for split in ("validation", "test"):
-                _check_whole(f"`{split}` in {own}", sentences[split])
-            _check_names("`recipe`", scale.recipe, needed=["max_steps", "per_device_train_batch_size"])
+            _check_sentences(f"`sentences` of {task}", entry["sentences"])
+            _check_synthetic(scale.recipe)
         else:
             splits = [f"{split}_split" for split in SPLITS]
             _check_names(
@@ -77,6 +69,25 @@ def _check_recipe(recipe: Any) -> None:
     for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if name in recipe:
             _check_whole(f"`{name}` of `recipe`", recipe[name])
+
+
+def _check_synthetic(recipe: dict[str, Any]) -> None:
+    """Checks what synthetic clips need, which are made for so many steps, the easy ones first."""
+    _check_names("`recipe`", recipe, needed=["max_steps", "per_device_train_batch_size"])
+    if recipe.get("train_sampling_strategy") != "sequential":
+        raise ValueError(
+            "`train_sampling_strategy` of `recipe` must be sequential for synthetic clips, which are in order already, "
+            f"got {recipe.get('train_sampling_strategy')!r}"
+        )
+
+
+def _check_sentences(place: str, sentences: Any) -> None:
+    needed = ("folder", "validation", "test")
+    _check_names(place, sentences, needed, needed)
+    if not isinstance(sentences["folder"], str):
+        raise ValueError(f"`folder` in {place} must be the name of a folder, got {sentences['folder']!r}")
+    for split in needed[1:]:
+        _check_whole(f"`{split}` in {place}", sentences[split])
 
 
 def _check_words(place: str, words: Any, window_seconds: int | None) -> None:

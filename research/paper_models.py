@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.speech.collators import LABEL_PADDING, CTCCollator, Seq2SeqCollator
+from hf_residual_transformer.training.clips import refuse_unfit_clips
 from hf_residual_transformer.training.scratch import (
     ModelSizes,
     ScratchTrainer,
@@ -64,6 +65,13 @@ class Architecture:
     def model(self, sizes: Any, processor: Any, residual: ResidualConfig | None) -> Any:
         """With random weights."""
         raise NotImplementedError
+
+    def check_rows(self, model: Any, processor: Any, rows: Any) -> None:
+        """Checks each clip that the model will be measured on, before training starts.
+
+        Raises:
+            ValueError: naming the clip, for a text that does not fit its frames.
+        """
 
     def collator(self, processor: Any) -> Any:
         """Makes batches of rows."""
@@ -135,15 +143,19 @@ class Parakeet(Architecture):
     ) -> None:
         """Checks that there are clips, and no characters but those of the training split.
 
-        The length of a text is not checked, since the loss of a transducer is finite for any, and that of CTC is made
-        so. What greedy search cannot write, at most one token at a frame or `max_symbols_per_step`, counts as word
-        errors.
+        The length of a text is not checked. The loss of a transducer is finite for any, and one that is longer than
+        greedy search writes, at most `max_symbols_per_step` tokens at a frame, counts as word errors. That of CTC is
+        infinite for a text that does not fit its frames, which ends a run by the name of the text.
         """
         tokenizer = processor.tokenizer
         for _ in with_known_characters(
             clips, lambda char: tokenizer.unk_token_id in tokenizer(char).input_ids
         ):
             pass
+
+    def check_rows(self, model: Any, processor: Any, rows: Any) -> None:
+        if self.head == "ctc":
+            refuse_unfit_clips(model, self.collator(processor), (rows[index] for index in range(len(rows))))
 
     def model(self, sizes: Any, processor: Any, residual: ResidualConfig | None) -> Any:
         return new_parakeet(sizes, self.head, processor.tokenizer, residual)

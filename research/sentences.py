@@ -1,6 +1,7 @@
-"""Spoken sentences as `research/make_sentences.py` writes them, in noise that is drawn anew each time one is read.
+"""Spoken sentences as `research/make_sentences.py` writes them, in noise that is drawn for each item.
 
-Item `index` of a split depends on the seed and on nothing else, as in `words.py`.
+An item depends on the arguments of its split and on its index alone, so that every cell of a grid reads the same, and a
+run that was stopped goes on with what it would have read. A sentence that comes again has other noise.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ POOL = 32  # batches, in which sentences are sorted by length, so that little of
 
 
 class SpokenSentences(Dataset):
-    """The sentences of one split, by voices that no other split has.
+    """The sentences of one split, by voices that no other split has, though some are near twins.
 
     Args:
         folder: as `make_sentences.py` writes it.
@@ -60,6 +61,19 @@ class SpokenSentences(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def check_longest(self, seconds: float) -> None:
+        """Checks that every sentence fits a window of `seconds`.
+
+        Raises:
+            ValueError: naming the longest.
+        """
+        longest = max(self.rows, key=lambda row: float(row["duration"]))
+        if float(longest["duration"]) > seconds:
+            raise ValueError(
+                f"`window_seconds` must hold every sentence, got {seconds}, and {longest['file_name']} has "
+                f"{longest['duration']} s"
+            )
+
     @property
     def voices(self) -> list[str]:
         """The names of those who speak."""
@@ -90,6 +104,8 @@ def _order(durations: np.ndarray, size: int, batch_size: int, rng: np.random.Gen
     num_early = int(EARLY * size) // batch_size * batch_size
     batches: list[np.ndarray] = []
     for rows, number in ((short, num_early), (by_length, size - num_early)):
+        if not number:
+            continue
         order = np.concatenate([rng.permutation(rows) for _ in range(-(-number // len(rows)))])[:number]
         for start in range(0, number, POOL * batch_size):
             pool = order[start : start + POOL * batch_size]

@@ -259,7 +259,9 @@ def _start_of(module: Any) -> Tensor:
     """The parameter in proportion to which a matrix starts."""
     if not isinstance(module, ResidualLinear):
         return module.weight  # type: ignore[no-any-return]
-    return module.residual_B if module.shared is None else module.shared.weight  # type: ignore[return-value]
+    if module.shared is None:
+        return module.residual_B  # type: ignore[return-value]
+    return getattr(module.shared, "weight_scale", module.shared.weight)
 
 
 def check_transcripts(

@@ -1,7 +1,8 @@
 """A new Parakeet, dense or residual, to train from scratch: Fast Conformer layers (https://arxiv.org/abs/2305.05084)
 with CTC, RNN-T (https://arxiv.org/abs/1211.3711) or TDT (https://arxiv.org/abs/2304.06795) over them.
 
-The Trainer that fine-tunes on transcripts (`trainers.py`) trains it with CTC. `TransducerTrainer` trains the other two.
+The Trainer that fine-tunes on transcripts (`trainers.py`) trains it with CTC, too, and averages over clips as the
+models of transformers do. `CTCTrainer` averages over tokens, as `TransducerTrainer` does, which trains the other two.
 RNN-T's loss is that of torchaudio, as in transformers, which has TDT's itself.
 """
 
@@ -223,7 +224,7 @@ class CTCTrainer(TokenMeanTrainer):
         return (labels != LABEL_PADDING).sum().float()
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
-        losses, outputs = ctc_losses(model, inputs)
+        losses, outputs = ctc_losses(self.model, inputs, forward=model)
         return losses.sum() / counts, outputs
 
     def prediction_step(
@@ -244,20 +245,21 @@ def sequences_of(generated: Any) -> Tensor:
     return getattr(generated, "sequences", generated)
 
 
-def ctc_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
+def ctc_losses(model: Any, batch: dict[str, Tensor], forward: Any = None) -> tuple[Tensor, Any]:
     """CTC's loss of each clip, (batch_size,), summed over its tokens, and the outputs of the model.
 
-    A text that does not fit its frames has a loss of 0.
+    Args:
+        model: a Parakeet with CTC.
+        batch: of `CTCCollator`. The loss of a text that does not fit its frames is infinite.
+        forward: what computes the outputs, such as `model` in a wrapper for many processes; by default `model`.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
-    outputs = model(input_features=batch["input_features"], attention_mask=mask)
+    outputs = (forward or model)(input_features=batch["input_features"], attention_mask=mask)
     log_probs = outputs.logits.float().log_softmax(-1).transpose(0, 1)
     lengths = (labels != LABEL_PADDING).sum(1)
     num_frames = num_frames_of(model, mask.sum(1))
     blank = model.config.pad_token_id
-    losses = F.ctc_loss(
-        log_probs, labels.clamp(min=0), num_frames, lengths, blank, reduction="none", zero_infinity=True
-    )
+    losses = F.ctc_loss(log_probs, labels.clamp(min=0), num_frames, lengths, blank, reduction="none")
     return losses, outputs
 
 

@@ -6,6 +6,7 @@ import csv
 import importlib
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def fake_espeak(calls):
         if "--voices=variant" in command:
             return type("Done", (), {"stdout": VARIANTS})
         folder = calls.folder
-        seconds = 0.1 if command[-1] == "short" else 1.0
+        seconds = 0.1 if command[-1] == "unsaid" else 1.0
         soundfile.write(folder / "spoken.wav", np.full(int(22_050 * seconds), 0.5), 22_050)
         return type("Done", (), {"stdout": (folder / "spoken.wav").read_bytes()})
 
@@ -115,7 +116,7 @@ class Calls(list):
     folder: Path
 
 
-def test_a_stopped_run_goes_on_and_short_files_are_left_out(make_sentences, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_and_another_sentence_is_spoken_anew(make_sentences, tmp_path, monkeypatch):
     calls = Calls()
     calls.folder = tmp_path
     monkeypatch.setattr(make_sentences.subprocess, "run", fake_espeak(calls))
@@ -126,7 +127,7 @@ def test_a_stopped_run_goes_on_and_short_files_are_left_out(make_sentences, tmp_
 
     def sentences():
         yield make_sentences.Sentence("hola", "hello", "train")
-        yield make_sentences.Sentence("short", "short", "train")
+        yield make_sentences.Sentence("adios", "bye", "train")
         yield make_sentences.Sentence("more than are wanted", "more", "train")
         yield make_sentences.Sentence("uno", "one", "validation")
         yield make_sentences.Sentence("dos", "two", "test")
@@ -136,15 +137,23 @@ def test_a_stopped_run_goes_on_and_short_files_are_left_out(make_sentences, tmp_
         rows = list(csv.DictReader(table))
     assert [(row["text"], row["split"], row["voice"], row["duration"]) for row in rows] == [
         ("hello", "train", "train-voice", "1.00"),
+        ("bye", "train", "train-voice", "1.00"),
         ("one", "validation", "validation-voice", "1.00"),
         ("two", "test", "test-voice", "1.00"),
     ]
     audio, rate = soundfile.read(tmp_path / rows[0]["file_name"])
     assert (len(audio), rate) == (16_000, 16_000)
     spoken = len(calls)
-    (tmp_path / rows[2]["file_name"]).unlink()
+    (tmp_path / rows[3]["file_name"]).unlink()
     make_sentences.write_task(tmp_path, "translation", sentences(), sizes)
     assert [command[-1] for command in calls[spoken:]] == ["dos"]
+    spoken = len(calls)
+    others = [replace(one, said="tres") if one.said == "dos" else one for one in sentences()]
+    make_sentences.write_task(tmp_path, "translation", iter(others), sizes)
+    assert [command[-1] for command in calls[spoken:]] == ["tres"]
+    others = [replace(one, said="unsaid") if one.said == "dos" else one for one in sentences()]
+    with pytest.raises(ValueError, match=r"must say 'unsaid' in at least 0\.3 s, got 0\.10 s for"):
+        make_sentences.write_task(tmp_path, "translation", iter(others), sizes)
     with pytest.raises(ValueError, match="translation must have 3 sentences of 'test', got 1"):
         make_sentences.write_task(tmp_path, "translation", sentences(), sizes | {"test": 3})
 

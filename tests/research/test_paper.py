@@ -24,6 +24,7 @@ from two_processes import run_together
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.modeling import residual_linears
+from hf_residual_transformer.training import scratch_parakeet
 from hf_residual_transformer.training.clips import ctc_frames
 from hf_residual_transformer.training.scratch import (
     ModelSizes,
@@ -265,6 +266,37 @@ def test_cyclic_layers_share_with_the_layer_a_period_later(tokenizer):
         assert [bank is banks[0] for bank in banks] == [True, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("residual", [None, ResidualConfig.paper(3, 2)])
+def test_four_bits_keep_the_outputs_of_a_parakeet_nearly(residual, monkeypatch):
+    sizes = scratch_parakeet.ParakeetSizes(
+        encoder_layers=3,
+        d_model=32,
+        encoder_ffn_dim=64,
+        attention_heads=2,
+        num_mel_bins=16,
+        subsampling_channels=4,
+    )
+    architecture = paper_models.ARCHITECTURES["parakeet_ctc"]
+    processor = architecture.processor(["one two"], 20, sizes)
+    torch.manual_seed(0)
+    model = architecture.model(sizes, processor, residual).eval()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(1.0 if parameter.ndim < 2 else 2.0)  # so that branches count
+    heard = {
+        "input_features": torch.randn(4, 160, 16),
+        "attention_mask": torch.ones(4, 160, dtype=torch.long),
+    }
+    errors = []
+    for bits in (4, 8):
+        monkeypatch.setattr(paper_bits, "BITS", bits)
+        small, _ = paper_bits.with_four_bits(model, [heard])
+        with torch.no_grad():
+            found, expected = (one.encoder(**heard).last_hidden_state for one in (small, model))
+        errors.append(((found - expected).square().mean() / expected.var()).item())
+    assert 0 < 20 * errors[1] < errors[0] < 0.1
+
+
 @pytest.mark.parametrize("scale_bits", [16, 8])
 @pytest.mark.parametrize("residual", [None, ResidualConfig.paper(3, 2)])
 def test_four_bits_keep_the_outputs_of_a_trained_encoder_nearly(residual, scale_bits, tokenizer):
@@ -419,6 +451,10 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
         ({"sizes": {"width": 32}}, "`sizes` must have fields of encoder_layers, .*got 'width'"),
         ({"sizes_of": {"recognition": {"width": 32}}}, "`sizes` must have fields of .*got 'width'"),
         ({"recipe": {}}, "`recipe` must have the field 'max_steps', got none"),
+        (
+            {"recipe": {**TINY["recipe"], "train_sampling_strategy": "random"}},
+            "`train_sampling_strategy` of `recipe` must be sequential for synthetic clips, .*, got 'random'",
+        ),
         ({"recipe": None}, "`recipe` must hold fields by name, got None"),
         ({"model": ["whisper"]}, r"`model` must be one of .*, got \['whisper'\]"),
         ({"runs": None}, "`runs` must be a list of tasks with their seeds and cells, got None"),
@@ -657,7 +693,7 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
 
 @pytest.fixture
 def sentences(tmp_path):
-    """Noise for speech: three voices, of which each split has one, and texts of one to three words."""
+    """Noise for speech: voices that each split has two of, and texts of one to three words."""
     rng = np.random.default_rng(0)
     rows = []
     for index in range(24):
@@ -665,7 +701,12 @@ def sentences(tmp_path):
         samples = 0.1 * rng.standard_normal(4_000 + 1_000 * (index % 7)).astype(np.float32)
         soundfile.write(tmp_path / f"{index}.flac", samples, 16_000)
         text = " ".join(["one", "two", "three"][: 1 + index % 3])
-        row = {"file_name": f"{index}.flac", "text": text, "split": split, "voice": f"{split}-voice"}
+        row = {
+            "file_name": f"{index}.flac",
+            "text": text,
+            "split": split,
+            "voice": f"{split}-{'ab'[index % 3 == 0]}",
+        }
         rows.append(row | {"duration": f"{len(samples) / 16_000:.2f}"})
     with open(tmp_path / "recognition.csv", "w", newline="") as table:
         writer = csv.DictWriter(table, [*rows[0]])
@@ -692,7 +733,14 @@ def test_sentences_begin_with_short_ones_and_have_neighbours_of_one_length(sente
 def test_sentences_to_measure_on_are_read_once_with_the_same_noise(sentences):
     spoken = SpokenSentences(sentences, "recognition", "test", 6)
     assert sorted(spoken.order) == [*range(6)]
-    assert spoken.voices == ["test-voice"] and spoken.voice(0) == "test-voice"
+    assert spoken.voices == ["test-a", "test-b"]
+    durations = [len(spoken[index]["audio"]["array"]) for index in range(6)]
+    assert durations == sorted(durations)
+    voices = {row["file_name"]: row["voice"] for row in spoken.rows}
+    assert [voices[spoken[index]["audio"]["path"]] for index in range(6)] == [*map(spoken.voice, range(6))]
+    names = paper.voices(spoken)
+    of_clips = [names["voices"][int(number)] for number in names["voices_of_clips"].split()]
+    assert of_clips == [*map(spoken.voice, range(6))]
     speech, _ = soundfile.read(sentences / spoken[0]["audio"]["path"], dtype="float32")
     noise = spoken[0]["audio"]["array"] - speech
     assert 1 < speech.std() / noise.std() < 1000
@@ -706,6 +754,41 @@ def test_sentences_that_are_not_there_are_named(sentences):
     ):
         with pytest.raises(ValueError, match=message):
             SpokenSentences(sentences, task, "test", size)
+    with pytest.raises(
+        ValueError, match=r"`window_seconds` must hold every sentence, got 0\.5, and .*flac has"
+    ):
+        SpokenSentences(sentences, "recognition", "test", 6).check_longest(0.5)
+    assert len(SpokenSentences(sentences, "recognition", "train", 4, batch_size=4).order) == 4
+
+
+def test_references_of_ctc_keep_their_double_letters(sentences):
+    sizes = scratch_parakeet.ParakeetSizes(num_mel_bins=16)
+    processor = paper_models.ARCHITECTURES["parakeet_ctc"].processor(["all dress"], 11, sizes)
+    ids = processor.tokenizer("all dress").input_ids
+    blank = processor.tokenizer.pad_token_id
+    frames = [frame for token in ids for frame in (token, token, blank)]
+    predicted = SimpleNamespace(
+        label_ids=np.array([[*ids, -100, -100]]), predictions=np.array([[*frames, -100]])
+    )
+    assert paper._texts(processor, predicted) == (["all dress"], ["all dress"])
+
+
+def test_a_run_reads_as_many_synthetic_clips_as_its_steps_need(scale, monkeypatch):
+    assert scale.items_to_train_on() == 40 * 8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    more = replace(scale, recipe=scale.recipe | {"gradient_accumulation_steps": 3})
+    assert more.items_to_train_on() == 40 * 8 * 3 * 2
+
+
+def test_a_test_text_that_does_not_fit_its_frames_is_named_before_training(scale, sentences, tmp_path):
+    table = sentences / "recognition.csv"
+    table.write_text(table.read_text().replace("one two,test", f"{'one two ' * 30},test", 1))
+    sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
+    data = {"recognition": {"sentences": {"folder": str(sentences), "validation": 6, "test": 6}}}
+    scale = replace(scale, model="parakeet_ctc", sizes=sizes | {"subsampling": 4}, data=data)
+    cell = paper.make_cells(scale.sizes_for("recognition"))["dense"]
+    with pytest.raises(ValueError, match=r"flac .* cannot be learnt from: its transcript needs .* frames"):
+        paper.train(scale, "recognition", cell, 0, tmp_path / "work")
 
 
 def test_a_grid_trains_sentences_with_ctc_and_rounds_them_to_four_bits(scale, sentences, tmp_path):
@@ -720,7 +803,7 @@ def test_a_grid_trains_sentences_with_ctc_and_rounds_them_to_four_bits(scale, se
         values = json.loads(result.read_text())
         losses = [loss for _, loss in values["losses"]]
         assert losses[-1] < 0.6 * losses[0]
-        assert values["test"]["voices"] == ["test-voice"]
+        assert values["test"]["voices"] == ["test-a", "test-b"]
         assert 0 < values["test"]["nats_per_token"] < 20
         assert values["four_bits_small_scales"]["test"]["clips"] == 6
         assert values["four_bits"]["ratio"] < 0.4

@@ -19,6 +19,7 @@ from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.speech.collators import CTCCollator
 from hf_residual_transformer.training.clips import _frames_of, refuse_unfit_clips
 from hf_residual_transformer.training.scratch_parakeet import (
+    CTCTrainer,
     ParakeetSizes,
     TransducerTrainer,
     check_head,
@@ -50,11 +51,18 @@ def rows():
 
 
 @pytest.mark.parametrize(
-    "residual", [None, ResidualConfig.paper(3, 2), ResidualConfig(group_size=None, rank=4)], ids=str
+    "residual",
+    [
+        None,
+        ResidualConfig.paper(3, 2),
+        ResidualConfig(group_size=None, rank=4),
+        ResidualConfig(group_size=3, rank=2, shared_bits=4),
+    ],
+    ids=str,
 )
 def test_branches_start_small_and_what_several_layers_share_once(residual):
     def start(**changes):
-        sizes = ParakeetSizes(**TINY | changes)
+        sizes = ParakeetSizes(**TINY | {"d_model": 32} | changes)
         processor = new_parakeet_processor(TEXTS, 30, "ctc", sizes)
         torch.manual_seed(0)
         return new_parakeet(sizes, "ctc", processor.tokenizer, residual).encoder.layers
@@ -131,11 +139,23 @@ def test_masks_cover_their_part_while_the_model_trains_and_nothing_afterwards():
     assert torch.equal(seen[1], batch["input_features"])
 
 
+class Wrapped(nn.Module):
+    """A model as many processes have it: what it knows beside its forward pass is out of reach."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
 def trainer_of(model, processor, folder, **options):
     args = Seq2SeqTrainingArguments(
         output_dir=str(folder), use_cpu=True, remove_unused_columns=False, report_to=[], **options
     )
-    return TransducerTrainer(
+    trainer_class = CTCTrainer if hasattr(model, "ctc_head") else TransducerTrainer
+    return trainer_class(
         model=model,
         args=args,
         data_collator=CTCCollator(processor),
@@ -146,8 +166,9 @@ def trainer_of(model, processor, folder, **options):
     )
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut(tmp_path):
-    model, processor = made(mask_time=0.0, mask_bands=0.0)
+@pytest.mark.parametrize("head", ["ctc", "tdt"])
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut(head, tmp_path):
+    model, processor = made(head, mask_time=0.0, mask_bands=0.0)
     trainer = trainer_of(model, processor, tmp_path)
     model.train()
     for module in model.modules():
@@ -160,6 +181,17 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut(tmp_pa
     one = trainer.compute_loss(model, whole, num_items_in_batch=number)
     two = sum(trainer.compute_loss(model, part, num_items_in_batch=number) for part in parts)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    several = trainer.compute_loss(Wrapped(model), whole, num_items_in_batch=number)
+    torch.testing.assert_close(several, one)
+
+
+def test_ctc_names_a_text_that_does_not_fit_its_frames(tmp_path):
+    model, processor = made("ctc")
+    row = rows()[0] | {"text": "one two three seven nine " * 4}
+    with pytest.raises(
+        ValueError, match=r"loss must be finite, got inf .* texts .*'one two three seven nine"
+    ):
+        trainer_of(model, processor, tmp_path).compute_loss(model, CTCCollator(processor)([row]))
 
 
 def test_an_evaluation_gives_greedy_transcripts_and_a_bad_loss_names_its_texts(tmp_path):
@@ -190,9 +222,10 @@ def test_a_tdt_writes_tokens_alone_whatever_its_weights_and_after_a_reload(tmp_p
         assert recogniser.generate(**heard).sequences.max() < len(processor.tokenizer)
 
 
+@pytest.mark.parametrize("head", ["ctc", "tdt"])
 @pytest.mark.parametrize("texts", [["", "one two"], ["", ""]])
-def test_clips_without_words_are_learnt_as_silence(texts, tmp_path):
-    model, processor = made()
+def test_clips_without_words_are_learnt_as_silence(texts, head, tmp_path):
+    model, processor = made(head)
     trainer = trainer_of(model, processor, tmp_path)
     batch = CTCCollator(processor)([row | {"text": text} for row, text in zip(rows(), texts)])
     loss = trainer.compute_loss(model, batch)
