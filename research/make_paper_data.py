@@ -1,10 +1,13 @@
 """Writes speech to train on without the Hub, for `research/paper.py --scale acted`: human telephone prompts and the
-acted dialogue of two games, all from Debian, and for training alone also synthetic strings of words (`sample/words`).
+acted dialogue of two games, all from Debian, and for training alone also synthetic speech: strings of words
+(`sample/words`) and sentences.
 
     apt-get install ffmpeg asterisk-core-sounds-{en,es,fr,it,ru}{,-g722} fillets-ng-data{,-cs,-nl} \
-        flight-of-the-amazon-queen
+        flight-of-the-amazon-queen wordnet-base espeak-ng
+    python research/make_sentences.py --out outputs/acted/sentences
     python research/make_paper_data.py --out outputs/acted
 
+The sentences are those that espeak-ng speaks, about ten hours for each task; they are left out if they are not there.
 `recognition.csv` has English with its transcripts. `translation.csv` has Spanish, French, Italian, Russian, Czech and
 Dutch with English text. Texts are in lower case without punctuation. The splits are those of `make_sample.py` and
 `make_actors.py`: characters of the actors' game and texts of prompts are in one split each. Validation and test are
@@ -52,6 +55,18 @@ def write_synthetic(folder: Path, number: int) -> Iterator[Clip]:
             yield Clip(path, path.name, text, language, speaker, SYNTHETIC_SECONDS, english, "train")
 
 
+def read_sentences(folder: Path) -> Iterator[Clip]:
+    """The sentences for training that `make_sentences.py` has written into a folder; none if there is no such folder."""
+    for task, language in (("recognition", "en"), ("translation", "es")) if folder.is_dir() else ():
+        with open(folder / f"{task}.csv", encoding="utf-8", newline="") as table:
+            for row in csv.DictReader(table):
+                if row["split"] == "train":
+                    path = folder / row["file_name"]
+                    text, english = (row["text"], "") if language == "en" else ("", row["text"])
+                    seconds = float(row["duration"])
+                    yield Clip(path, path.name, text, language, row["voice"], seconds, english, "train")
+
+
 def write_tasks(folder: Path, clips: Iterable[Clip]) -> dict[str, int]:
     """Writes a table of each task beside the folders of the clips' audio; returns their numbers of clips.
 
@@ -88,6 +103,7 @@ def main() -> None:
     out = args.out
     clips = [
         *write_synthetic(out / "synthetic", args.synthetic),
+        *read_sentences(out / "sentences"),
         *make_actors.write_actors(out / "actors")[0],
         *make_sample.write_full(out / "prompts"),
     ]

@@ -55,6 +55,20 @@ def test_synthetic_speech_is_added_for_training_alone(make_paper_data, tmp_path)
     assert len({clip.source for clip in clips}) == 6
 
 
+def test_sentences_that_are_there_are_added_for_training_alone(make_paper_data, tmp_path):
+    folder = tmp_path / "sentences"
+    assert list(make_paper_data.read_sentences(folder)) == []
+    folder.mkdir()
+    for task, text in (("recognition", "an example"), ("translation", "the old dog")):
+        rows = [f"{task}/a.flac,{text},train,adam,1.50", f"{task}/b.flac,another,test,rob,1.00"]
+        (folder / f"{task}.csv").write_text("\n".join(["file_name,text,split,voice,duration", *rows]))
+    clips = list(make_paper_data.read_sentences(folder))
+    assert make_paper_data.write_tasks(tmp_path, clips) == {"recognition": 1, "translation": 1}
+    with open(tmp_path / "translation.csv", encoding="utf-8") as file:
+        row = {"file_name": "sentences/translation/a.flac", "text": "the old dog", "split": "train"}
+        assert list(csv.DictReader(file)) == [row | {"duration": "1.50"}]
+
+
 def test_a_task_without_clips_is_refused(make_paper_data, tmp_path):
     with pytest.raises(ValueError, match="translation must have clips, got none"):
         make_paper_data.write_tasks(tmp_path, [clip(make_paper_data, tmp_path, "a.flac", "Hello", "en")])
