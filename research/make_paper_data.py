@@ -56,7 +56,7 @@ def write_synthetic(folder: Path, number: int) -> Iterator[Clip]:
 
 
 def read_sentences(folder: Path) -> Iterator[Clip]:
-    """The sentences for training that `make_sentences.py` has written into a folder; none if there is no such folder."""
+    """The sentences for training that `make_sentences.py` has written; none if there is no such folder."""
     for task, language in (("recognition", "en"), ("translation", "es")) if folder.is_dir() else ():
         with open(folder / f"{task}.csv", encoding="utf-8", newline="") as table:
             for row in csv.DictReader(table):
