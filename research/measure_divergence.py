@@ -28,6 +28,7 @@ from compare_runtimes import (
     digest,
     settings_of,
 )
+from plots import label_points
 from pretrained import resolve_pretrained
 from runtimes import SAMPLING_RATE, TorchRuntime, create
 from runtimes_report import DENSE, MB, SAMPLES, bootstrap_samples, with_interval
@@ -115,9 +116,6 @@ def write_report(path: Path, settings: Mapping[str, Any], figures: Sequence[Mapp
         y, low, high = (np.array([f["divergence"][n] for f in points]) for n in ("value", "low", "high"))
         x = [f["file_mb"] for f in points]
         axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", capsize=3, label=label)
-        for f, height in zip(points, y):
-            name = f["system"].removeprefix("ours:").removesuffix("-rounded")
-            axes.annotate(name, (f["file_mb"], height), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.margins(x=0.12)  # for the names
     axes.set_xlim(left=0)
     axes.set_yscale("log")
@@ -125,6 +123,9 @@ def write_report(path: Path, settings: Mapping[str, Any], figures: Sequence[Mapp
     axes.set_ylabel("divergence from dense, nats for each token")
     axes.set_title(title)
     axes.legend(frameon=False)
+    names = [f["system"].removeprefix("ours:").removesuffix("-rounded") for f in figures]
+    places = [(f["file_mb"], f["divergence"]["value"]) for f in figures]
+    label_points(axes, dict(zip(names, places, strict=True)))
     figure.savefig(path.with_suffix(".png"), dpi=120)
 
 

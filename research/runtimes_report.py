@@ -12,6 +12,7 @@ from typing import Any
 
 import jiwer
 import numpy as np
+from plots import label_points
 
 DENSE = "torch-dense"
 SAMPLES = 2000
@@ -161,6 +162,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
 def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Plots the disagreement over the file's size, with intervals, in a colour for each runtime."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -171,18 +173,21 @@ def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
             100 * np.array([f["disagreement"][name] for f in points]) for name in ("value", "low", "high")
         )
         axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", capsize=3, label=kind)
-        for f, height in zip(points, y):
-            label = (f["system"].partition(":")[2] or f["system"]).removesuffix("-rounded")
-            axes.annotate(
-                label, (f["file_mb"], height), xytext=(5, 5), textcoords="offset points", fontsize=8
-            )
-    axes.set_xlim(left=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("file, MB")
     axes.set_ylabel("words that differ from the dense transcript, %")
     axes.set_title(title)
     axes.legend(frameon=False)
+    label_points(axes, {_label_of(f): (f["file_mb"], 100 * f["disagreement"]["value"]) for f in figures})
     figure.savefig(path, dpi=120)
+
+
+def _label_of(figure: Mapping[str, Any]) -> str:
+    return (figure["system"].partition(":")[2] or figure["system"]).removesuffix("-rounded")
 
 
 def _kind(figure: Mapping[str, Any]) -> str:
