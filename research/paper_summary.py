@@ -6,7 +6,7 @@ runs.
     python research/paper_summary.py
 
 `--seeds 3 4 5 6` only prints the tables, of these seeds alone, such as those that were added after a look at the
-others.
+others. `--without_voices iven2 klatt5 steph3` only prints them too, as if these voices were in no test.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 from paper_table import of_units, own_voices, ratio_of_errors, read_runs, word_errors, words_of
 
+Grid = tuple[
+    Path, str, dict[tuple[str, str], list[dict[str, Any]]]
+]  # folder, task, and runs by task and cell
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 COLUMNS = {
     "K=3, R=2": ("k3-r2", "dense"),
@@ -39,20 +42,20 @@ ORDER = {
 }
 
 
-def summary(results: Path, seeds: Collection[int] | None = None) -> str:
-    """The tables, of all seeds or some."""
-    tables = [_table(results, columns, seeds) for columns in (COLUMNS, ORDER)]
-    return "\n".join([*tables, _voices(results, seeds)])
+def summary(results: Path, seeds: Collection[int] | None = None, without_voices: Collection[str] = ()) -> str:
+    """The tables, of all seeds or some, and of all voices or all but some."""
+    grids = list(_grids(results, seeds, without_voices))
+    return "\n".join([_table(grids, COLUMNS), _table(grids, ORDER), _voices(grids)])
 
 
-def _voices(results: Path, seeds: Collection[int] | None) -> str:
+def _voices(grids: list[Grid]) -> str:
     """The hardest voice of each test: its share of dense's word errors, and the WER with it and with the others."""
-    rows = [["grid", "task", "hardest voice of six", "its share of dense's errors, %"]]
+    rows = [["grid", "task", "hardest test voice", "its share of dense's errors, %"]]
     rows[0] += [
         f"{name}, WER % {who}" for name in ("dense", "K=3, R=2") for who in ("with it", "with the others")
     ]
     rows.append(["---"] * 3 + ["---:"] * (len(rows[0]) - 3))
-    for folder, task, runs in _grids(results, seeds):
+    for folder, task, runs in grids:
         dense, shared = (runs.get((task, cell), []) for cell in ("dense", "k3-r2"))
         if not dense or "voices" not in dense[0]["test"] or own_voices(dense):
             continue
@@ -78,27 +81,43 @@ def _wer_with(runs: list[dict[str, Any]], voice: int) -> tuple[float, float]:
     return errors[voice] / words[voice], np.delete(errors, voice).sum() / np.delete(words, voice).sum()
 
 
-def _grids(
-    results: Path, seeds: Collection[int] | None
-) -> Iterator[tuple[Path, str, dict[tuple[str, str], list[dict[str, Any]]]]]:
+def _grids(results: Path, seeds: Collection[int] | None, without_voices: Collection[str]) -> Iterator[Grid]:
     """The folder of each grid, each of its tasks, and its runs."""
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         runs = {
-            key: [run for run in found if seeds is None or run["seed"] in seeds]
+            key: [
+                _without_voices(run, without_voices) for run in found if seeds is None or run["seed"] in seeds
+            ]
             for key, found in read_runs(folder).items()
         }
         for task in sorted({task for task, _ in runs}):
             yield folder, task, runs
 
 
-def _table(results: Path, columns: dict[str, tuple[str, str]], seeds: Collection[int] | None) -> str:
+def _without_voices(run: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A run whose test is without the clips of some voices."""
+    test = run["test"]
+    if not set(names) & set(test.get("voices", ())):
+        return run
+    clips = [int(number) for number in test["voices_of_clips"].split()]
+    kept = [place for place, number in enumerate(clips) if test["voices"][number] not in names]
+    voices = [name for name in test["voices"] if name not in names]
+    values: dict[str, Any] = {"voices": voices}
+    values["voices_of_clips"] = " ".join(str(voices.index(test["voices"][clips[place]])) for place in kept)
+    for name in ("word_errors_of_clips", "words_of_clips"):
+        counts = test[name].split()
+        values[name] = " ".join(counts[place] for place in kept)
+    return run | {"test": test | values}
+
+
+def _table(grids: list[Grid], columns: dict[str, tuple[str, str]]) -> str:
     """A row for each grid and task that has any of the ratios. A cell has the ratio of the word errors, and the
     interval with 95 % of the draws of the test's voices and of seeds; of one seed, it has the interval of voices
     alone, and says so.
     """
     head = ["grid", "task", *columns]
     rows = [head, ["---", "---", *["---:"] * len(columns)]]
-    for folder, task, runs in _grids(results, seeds):
+    for folder, task, runs in grids:
         cells = [
             _cell(runs.get((task, own), []), runs.get((task, other), [])) for own, other in columns.values()
         ]
@@ -122,9 +141,12 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="prints the tables of these seeds, and writes nothing"
     )
+    parser.add_argument(
+        "--without_voices", nargs="+", default=[], help="prints the tables without these, and writes nothing"
+    )
     args = parser.parse_args()
-    text = summary(args.results, args.seeds)
-    if args.seeds is None:
+    text = summary(args.results, args.seeds, args.without_voices)
+    if args.seeds is None and not args.without_voices:
         (args.results / "summary.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -992,6 +992,16 @@ def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
     assert paper_table.interval_of_bleu([run, perfect]) == "-"
 
 
+def test_voices_are_left_out_of_the_errors_and_words_of_a_run():
+    test = {"voices": ["a", "b", "c"], "voices_of_clips": "2 0 1 2", "wer": 0.5}
+    run = {"test": test | {"word_errors_of_clips": "1 2 3 4", "words_of_clips": "5 6 7 8"}}
+    assert paper_summary._without_voices(run, ["d"]) is run
+    left = paper_summary._without_voices(run, ["a"])
+    assert paper_table.of_units(left, paper_table.word_errors(left)).tolist() == [3, 5]
+    assert paper_table.of_units(left, paper_table.words_of(left)).tolist() == [7, 13]
+    assert left["test"]["voices"] == ["b", "c"]
+
+
 RESULTS = RESEARCH.parent / "results" / "paper"
 
 
@@ -1004,11 +1014,20 @@ def test_a_table_is_what_the_runs_beside_it_give(scale, tmp_path, monkeypatch):
     assert table == (RESULTS / scale / "table.md").read_text()
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu-long", "cpu-narrow", "cpu-rnnt"])
+@pytest.mark.parametrize(
+    ("page", "scale"),
+    [
+        *(
+            ("paper-words.md", scale)
+            for scale in ("cpu", "cpu-long", "cpu-narrow", "cpu-rnnt", "cpu-voices", "cpu-wide")
+        ),
+        *(("paper.md", scale) for scale in ("cpu-sentences", "cpu-sentences-4800", "cpu-sentences-long")),
+    ],
+)
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
-def test_the_page_has_the_tables_of_the_results(scale):
+def test_the_pages_have_the_tables_of_the_results(page, scale):
     table = (RESULTS / scale / "table.md").read_text()
-    page = (RESEARCH.parent / "docs" / "paper.md").read_text()
+    page = (RESEARCH.parent / "docs" / page).read_text()
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) > 8
     assert [row for row in rows if row not in page] == []
@@ -1020,4 +1039,5 @@ def test_the_page_has_the_table_over_all_grids():
     assert text == (RESULTS / "summary.md").read_text()
     rows = text.splitlines()
     assert len(rows) > 5
-    assert [row for row in rows if row not in (RESEARCH.parent / "docs" / "paper.md").read_text()] == []
+    pages = "".join((RESEARCH.parent / "docs" / name).read_text() for name in ("paper.md", "paper-words.md"))
+    assert [row for row in rows if row not in pages] == []
