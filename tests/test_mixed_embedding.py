@@ -122,6 +122,13 @@ def test_errors_of_ranges_add_up_to_that_of_the_table_and_follow_their_use():
     assert errors[40, 3] + errors[300, 3] == pytest.approx(whole.errors[0], rel=0.3)
 
 
+def test_a_table_that_cannot_be_factorised_is_named(monkeypatch):
+    statistics = EmbeddingStatistics(64, 32, torch.device("cpu"))
+    monkeypatch.setattr(statistics, "metric", lambda start, end: -torch.eye(32, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the weights of embed_tokens, or what it reads, are of sizes"):
+        embedding_curves(torch.randn(64, 32), statistics, [(64, (4,))], 32)
+
+
 def test_given_ranges_are_kept_whether_ranks_are_given_or_chosen():
     for options in ({}, {"budget": 0.6}):
         model = Whisper.from_dense(

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..families import Block, LayerStack
+from .fitting import naming
 from .inputs import set_frozen
 from .statistics import TINY, Group, Statistics, importance_of, parallel_sum
 
@@ -38,7 +39,8 @@ def match_neurons(source: LayerStack, groups: Sequence[Group], statistics: Stati
                 if (layer, block) not in orders and all(
                     (layer, path) in statistics for path in block.readers
                 ):
-                    orders[layer, block] = _order(source, first, layer, block, statistics)
+                    with naming(f"{source.stack.name} layers.{layer}.{block.writer}"):
+                        orders[layer, block] = _order(source, first, layer, block, statistics)
     return orders
 
 

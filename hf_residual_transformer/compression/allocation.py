@@ -395,7 +395,9 @@ def embedding_curves(
         errors: dict[int, float] = {}
         for bits in [number for number in numbers if number <= MOST_MEASURED_BITS] or numbers[:1]:
             rounded = table.clone()
-            rounded[start:end] = quantize_for(rows, metric, bits, block_size, sweeps=0).weight() + mean
+            with naming(EMBEDDING):
+                rounding = quantize_for(rows, metric, bits, block_size, sweeps=0)
+            rounded[start:end] = rounding.weight() + mean
             errors[bits] = measure(rounded) if measure else statistics.errors(rounded - table).sum().item()
         last = max(errors)
         others = [last, *(bits for bits in numbers if bits not in errors)]

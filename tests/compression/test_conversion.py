@@ -556,6 +556,21 @@ def test_neurons_of_layers_that_share_are_put_into_the_order_in_which_they_agree
     assert errors[1] < 1e-3 < errors[3]
 
 
+def test_a_matrix_whose_neurons_cannot_be_matched_is_named(monkeypatch):
+    dense, inputs = with_the_same_neurons(torch.randperm(64)), whisper_inputs()
+
+    def fail(*_):
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    monkeypatch.setattr(symmetry_module, "parallel_sum", fail)
+    with pytest.raises(
+        ValueError, match=r"the weights of encoder layers\.1\.fc2, or what it reads, are of sizes"
+    ):
+        hrt.ResidualWhisperForConditionalGeneration.from_dense(
+            dense, hrt.ResidualConfig(group_size=2, rank=1), calibration=inputs, progress=False
+        )
+
+
 def test_neurons_keep_their_order_where_only_one_of_their_matrices_is_shared():
     dense, inputs = with_the_same_neurons(torch.randperm(64)), whisper_inputs()
     config = hrt.ResidualConfig(group_size=2, rank=32, diagonal="none", target_modules=("fc2",))
