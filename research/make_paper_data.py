@@ -7,7 +7,8 @@ acted dialogue of two games, all from Debian, and for training alone also synthe
     python research/make_sentences.py --out outputs/acted/sentences
     python research/make_paper_data.py --out outputs/acted
 
-The sentences are those that espeak-ng speaks, about ten hours for each task; they are left out if they are not there.
+The sentences are those that espeak-ng speaks, eight hours to recognise and ten to translate. They are left out if they
+are not there.
 `recognition.csv` has English with its transcripts. `translation.csv` has Spanish, French, Italian, Russian, Czech and
 Dutch with English text. Texts are in lower case without punctuation. The splits are those of `make_sample.py` and
 `make_actors.py`: characters of the actors' game and texts of prompts are in one split each. Validation and test are

@@ -124,8 +124,9 @@ def write_report(path: Path, settings: Mapping[str, Any], figures: Sequence[Mapp
     axes.set_title(title)
     axes.legend(frameon=False)
     names = [f["system"].removeprefix("ours:").removesuffix("-rounded") for f in figures]
-    places = [(f["file_mb"], f["divergence"]["value"]) for f in figures]
-    label_points(axes, dict(zip(names, places, strict=True)))
+    label_points(
+        axes, [(name, f["file_mb"], f["divergence"]["value"]) for name, f in zip(names, figures, strict=True)]
+    )
     figure.savefig(path.with_suffix(".png"), dpi=120)
 
 

@@ -530,7 +530,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
     }
     if cell.four_bits:
         collator = scale.architecture.collator(processor)
-        # The first of them, which are short where short ones come first.
+        # The first clips that were trained on. They are short ones where these come first.
         rows = [splits.train[index] for index in range(min(128, len(splits.train)))]
         heard = [collator([{"audio": row["audio"]} for row in own]) for own in batched(rows, 16)]
         for entry, scale_bits in (("four_bits", 16), ("four_bits_small_scales", 8)):

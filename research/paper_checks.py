@@ -72,7 +72,7 @@ def _check_recipe(recipe: Any) -> None:
 
 
 def _check_synthetic(recipe: dict[str, Any]) -> None:
-    """Checks what synthetic clips need, which are made for so many steps, the easy ones first."""
+    """Checks the options that synthetic clips need. They are made for the steps of a run, the easy ones first."""
     _check_names("`recipe`", recipe, needed=["max_steps", "per_device_train_batch_size"])
     if recipe.get("train_sampling_strategy") != "sequential":
         raise ValueError(

@@ -145,7 +145,7 @@ class Parakeet(Architecture):
 
         The length of a text is not checked. The loss of a transducer is finite for any, and one that is longer than
         greedy search writes, at most `max_symbols_per_step` tokens at a frame, counts as word errors. That of CTC is
-        infinite for a text that does not fit its frames, which ends a run by the name of the text.
+        infinite for a text that does not fit its frames, which stops a run with an error that names the text.
         """
         tokenizer = processor.tokenizer
         for _ in with_known_characters(

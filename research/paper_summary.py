@@ -6,12 +6,13 @@ runs.
     python research/paper_summary.py
 
 `--seeds 3 4 5 6` only prints the tables, of these seeds alone, such as those that were added after a look at the
-others. `--without_voices iven2 klatt5 steph3` only prints them too, as if these voices were in no test.
+others. `--without_voices iven2 klatt5 steph3` only prints the tables, too, as if these voices were in no test.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from typing import Any
 import numpy as np
 from paper_table import of_units, own_voices, ratio_of_errors, read_runs, word_errors, words_of
 
-Grid = tuple[
-    Path, str, dict[tuple[str, str], list[dict[str, Any]]]
-]  # folder, task, and runs by task and cell
+# The folder of a grid, a task of it, and its runs by task and cell.
+Grid = tuple[Path, str, dict[tuple[str, str], list[dict[str, Any]]]]
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 COLUMNS = {
     "K=3, R=2": ("k3-r2", "dense"),
@@ -43,7 +43,12 @@ ORDER = {
 
 
 def summary(results: Path, seeds: Collection[int] | None = None, without_voices: Collection[str] = ()) -> str:
-    """The tables, of all seeds or some, and of all voices or all but some."""
+    """The tables, of all seeds or some, and of all voices or all but some.
+
+    Raises:
+        ValueError: for a voice that is in no test, in the tests of some seeds alone, or the last of one.
+    """
+    _check_voices(results, without_voices)
     grids = list(_grids(results, seeds, without_voices))
     return "\n".join([_table(grids, COLUMNS), _table(grids, ORDER), _voices(grids)])
 
@@ -92,6 +97,22 @@ def _grids(results: Path, seeds: Collection[int] | None, without_voices: Collect
         }
         for task in sorted({task for task, _ in runs}):
             yield folder, task, runs
+
+
+def _check_voices(results: Path, names: Collection[str]) -> None:
+    unknown, left_out = set(names), set(names)
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        for task, runs in itertools.groupby(sorted(read_runs(folder).items()), key=lambda entry: entry[0][0]):
+            tests = {frozenset(run["test"].get("voices", ())) for _, own in runs for run in own}
+            unknown -= frozenset().union(*tests)
+            if len(tests) > 1 and left_out & frozenset().union(*tests):
+                raise ValueError(
+                    f"`without_voices` must be of tests that all seeds have, and those of {folder.name}, {task}, differ"
+                )
+            if any(voices and voices <= left_out for voices in tests):
+                raise ValueError(f"`without_voices` must leave a voice in the test of {folder.name}, {task}")
+    if unknown:
+        raise ValueError(f"`without_voices` must name voices of the tests, got {', '.join(sorted(unknown))}")
 
 
 def _without_voices(run: dict[str, Any], names: Collection[str]) -> dict[str, Any]:

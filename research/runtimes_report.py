@@ -182,7 +182,7 @@ def plot(figures: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     axes.set_ylabel("words that differ from the dense transcript, %")
     axes.set_title(title)
     axes.legend(frameon=False)
-    label_points(axes, {_label_of(f): (f["file_mb"], 100 * f["disagreement"]["value"]) for f in figures})
+    label_points(axes, [(_label_of(f), f["file_mb"], 100 * f["disagreement"]["value"]) for f in figures])
     figure.savefig(path, dpi=120)
 
 

@@ -67,7 +67,7 @@ class SpokenSentences(Dataset):
         Raises:
             ValueError: naming the longest.
         """
-        longest = max(self.rows, key=lambda row: float(row["duration"]))
+        longest = max((self.rows[place] for place in self.order), key=lambda row: float(row["duration"]))
         if float(longest["duration"]) > seconds:
             raise ValueError(
                 f"`window_seconds` must hold every sentence, got {seconds}, and {longest['file_name']} has "

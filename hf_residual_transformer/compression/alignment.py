@@ -39,8 +39,7 @@ def match_neurons(source: LayerStack, groups: Sequence[Group], statistics: Stati
                 if (layer, block) not in orders and all(
                     (layer, path) in statistics for path in block.readers
                 ):
-                    with naming(f"{source.stack.name} layers.{layer}.{block.writer}"):
-                        orders[layer, block] = _order(source, first, layer, block, statistics)
+                    orders[layer, block] = _order(source, first, layer, block, statistics)
     return orders
 
 
@@ -68,12 +67,14 @@ def _order(source: LayerStack, first: int, layer: int, block: Block, statistics:
     cost: Any = 0.0
     for path in block.readers:
         weights, entries = _pair(source, first, layer, path, statistics)
-        root = torch.linalg.cholesky(parallel_sum(*(entry.metric() for entry in entries)))
+        with naming(f"{source.stack.name} layers.{first}.{path} and layers.{layer}.{path}"):
+            root = torch.linalg.cholesky(parallel_sum(*(entry.metric() for entry in entries)))
         importance = [entry.gradients.diagonal() / entry.weight.clamp_min(TINY) for entry in entries]
         distance = torch.cdist(*(weight @ root for weight in weights)).square()
         cost = cost + distance * ((importance[0][:, None] + importance[1]) / 2)
     weights, entries = _pair(source, first, layer, block.writer, statistics)
-    root = torch.linalg.cholesky(importance_of(entries)).T
+    with naming(f"{source.stack.name} layers.{first}.{block.writer} and layers.{layer}.{block.writer}"):
+        root = torch.linalg.cholesky(importance_of(entries)).T
     one, other = (entry.metric().diagonal() for entry in entries)
     parallel = one[:, None] * other / (one[:, None] + other)
     cost = cost + torch.cdist(*((root @ weight).T for weight in weights)).square() * parallel

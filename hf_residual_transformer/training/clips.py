@@ -39,7 +39,7 @@ def refuse_unfit_clips(model: Any, collator: SpeechCollator, rows: Iterable[Mapp
         rows = rows.remove_columns([name for name in ("audio",) if name in rows.column_names])
     for number, row in enumerate(rows):
         audio = row.get("audio") or {}
-        place = f"row {number}" if isinstance(rows, Dataset) else "a row of the stream"
+        place = "a row of the stream" if isinstance(rows, list | tuple) else f"row {number}"
         clip = f"{audio['path']} ({place})" if audio.get("path") else f"the clip of {place}"
         try:
             labels = collator.encode([row])[0]

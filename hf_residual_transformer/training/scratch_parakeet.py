@@ -9,6 +9,7 @@ RNN-T's loss is that of torchaudio, as in transformers, which has TDT's itself.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -225,6 +226,13 @@ class CTCTrainer(TokenMeanTrainer):
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor) -> tuple[Tensor, Any]:
         losses, outputs = ctc_losses(self.model, inputs, forward=model)
+        unfit = [index for index, loss in enumerate(losses.tolist()) if loss == math.inf]
+        if unfit:
+            texts = self._texts_of({"labels": inputs["labels"][unfit]})
+            raise ValueError(
+                f"each text must fit the frames of its clip, got {texts} at step {self.state.global_step}, which do "
+                "not; check them against the recordings, leave them out, or lower `subsampling`"
+            )
         return losses.sum() / counts, outputs
 
     def prediction_step(

@@ -564,7 +564,7 @@ def test_a_matrix_whose_neurons_cannot_be_matched_is_named(monkeypatch):
 
     monkeypatch.setattr(symmetry_module, "parallel_sum", fail)
     with pytest.raises(
-        ValueError, match=r"the weights of encoder layers\.1\.fc2, or what it reads, are of sizes"
+        ValueError, match=r"the weights of encoder layers\.0\.fc1 and layers\.1\.fc1, or what"
     ):
         hrt.ResidualWhisperForConditionalGeneration.from_dense(
             dense, hrt.ResidualConfig(group_size=2, rank=1), calibration=inputs, progress=False

@@ -446,3 +446,27 @@ def test_a_process_that_fails_is_reported_with_what_it_said(scripts):
         scripts.compare_runtimes.run_in_fresh_process(
             [sys.executable, "-c", "raise SystemExit('no such luck')"], 1
         )
+
+
+def test_names_of_points_lie_over_no_other_name_or_point_and_inside(tmp_path):
+    from matplotlib.figure import Figure
+
+    plots = importlib.import_module("plots")
+    axes = Figure(figsize=(4, 3)).subplots()
+    points = [
+        ("one", 1.0, 1.0),
+        ("two", 1.02, 1.0),
+        ("two", 1.0, 1.02),
+        ("at the edge", 10.0, 9.9),
+        ("last", 9.9, 9.9),
+    ]
+    axes.plot(*zip(*(point[1:] for point in points)), "o")
+    axes.set(xlim=(1, 10), ylim=(0, 10))
+    plots.label_points(axes, points)
+    assert sorted(text.get_text() for text in axes.texts) == sorted(point[0] for point in points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for index, box in enumerate(boxes):
+        assert axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        for x, y in axes.transData.transform([point[1:] for point in points]):
+            assert not box.contains(x, y)

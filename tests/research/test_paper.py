@@ -831,7 +831,8 @@ def test_a_grid_of_another_model_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump(TINY | {"model": "moonshine"}))
     with pytest.raises(
-        ValueError, match="`model` must be one of whisper, parakeet_rnnt, parakeet_tdt, got 'moonshine'"
+        ValueError,
+        match="`model` must be one of whisper, parakeet_ctc, parakeet_rnnt, parakeet_tdt, got 'moonshine'",
     ):
         paper.Scale.read(path)
 
@@ -1000,6 +1001,43 @@ def test_voices_are_left_out_of_the_errors_and_words_of_a_run():
     assert paper_table.of_units(left, paper_table.word_errors(left)).tolist() == [3, 5]
     assert paper_table.of_units(left, paper_table.words_of(left)).tolist() == [7, 13]
     assert left["test"]["voices"] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["nobody", "af_bella"], "must name voices of the tests, got nobody"),
+        (["zm_yunxi"], "must be of tests that all seeds have, and those of cpu-voices, translation, differ"),
+        (
+            ["af_bella", "af_sky", "am_liam", "am_onyx", "bf_lily", "bm_lewis"],
+            "must leave a voice in the test of cpu,",
+        ),
+    ],
+)
+def test_voices_that_cannot_be_left_out_are_named(names, message):
+    with pytest.raises(ValueError, match=f"`without_voices` {message}"):
+        paper_summary.summary(RESULTS, without_voices=names)
+
+
+@pytest.mark.parametrize("strategy", ["random", None])
+def test_sentences_are_read_in_order(strategy):
+    data = {"recognition": {"sentences": {"folder": "a", "validation": 8, "test": 8}}}
+    recipe = {name: value for name, value in TINY["recipe"].items() if name != "train_sampling_strategy"}
+    recipe |= {} if strategy is None else {"train_sampling_strategy": strategy}
+    sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
+    scale = paper.Scale("a", data, sizes, recipe, [RUN], model="parakeet_ctc")
+    with pytest.raises(ValueError, match="`train_sampling_strategy` of `recipe` must be sequential"):
+        paper_checks.check_scale(scale)
+
+
+def test_sentences_are_as_many_as_all_processes_read_and_fit_the_window(scale, sentences, monkeypatch):
+    data = {"recognition": {"sentences": {"folder": str(sentences), "validation": 6, "test": 6}}}
+    scale = replace(scale, data=data)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(paper.load_splits(scale, "recognition", 0).train) == 2 * 40 * 8
+    monkeypatch.setattr(paper.Scale, "sizes_for", lambda *_: SimpleNamespace(window_seconds=0.3))
+    with pytest.raises(ValueError, match=r"`window_seconds` must hold every sentence, got 0\.3"):
+        paper.load_splits(scale, "recognition", 0)
 
 
 RESULTS = RESEARCH.parent / "results" / "paper"
