@@ -394,7 +394,7 @@ def _texts(processor: Any, predicted: Any) -> tuple[list[str], list[str]]:
     predicted, and not in a reference, such as the two letters in "look".
     """
     padding = processor.tokenizer.pad_token_id
-    sides = (predicted.label_ids, {"group_tokens": False}), (predicted.predictions, {})
+    sides: Any = (predicted.label_ids, {"group_tokens": False}), (predicted.predictions, {})
     return tuple(  # type: ignore[return-value]
         [
             text.strip()

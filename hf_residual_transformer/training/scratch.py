@@ -261,8 +261,8 @@ def _start_of(module: Any) -> Tensor:
         return module.weight  # type: ignore[no-any-return]
     if module.shared is None:
         return module.residual_B  # type: ignore[return-value]
-    shared = module.shared
-    return shared.weight_scale if hasattr(shared, "weight_scale") else shared.weight
+    shared: Any = module.shared
+    return shared.weight_scale if hasattr(shared, "weight_scale") else shared.weight  # type: ignore[no-any-return]
 
 
 def check_transcripts(
