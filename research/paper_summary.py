@@ -104,8 +104,9 @@ def _check_voices(results: Path, names: Collection[str]) -> None:
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for task, runs in itertools.groupby(sorted(read_runs(folder).items()), key=lambda entry: entry[0][0]):
             tests = {frozenset(run["test"].get("voices", ())) for _, own in runs for run in own}
-            unknown -= frozenset().union(*tests)
-            if len(tests) > 1 and left_out & frozenset().union(*tests):
+            speakers = frozenset().union(*tests)
+            unknown -= speakers
+            if len(tests) > 1 and left_out & speakers:
                 raise ValueError(
                     f"`without_voices` must be of tests that all seeds have, and those of {folder.name}, {task}, differ"
                 )

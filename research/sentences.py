@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 from torch.utils.data import Dataset
-from words import NOISE_DECIBELS, SAMPLING_RATE, SPLITS, noises
+from words import SAMPLING_RATE, SPLITS, in_noise, noises
 
 EARLY = 0.2  # the part of the training sentences, from the first on, that are short: aligning is learnt later
 SHORTEST = 0.3  # what part of all sentences these are drawn from
@@ -87,10 +87,7 @@ class SpokenSentences(Dataset):
         row = self.rows[self.order[index]]
         speech, _ = soundfile.read(self.folder / row["file_name"], dtype="float32")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        noise = self.noises[rng.integers(len(self.noises))]
-        start = rng.integers(len(noise) - len(speech))
-        loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
-        array = speech + loudness * noise[start : start + len(speech)]
+        array = in_noise(rng, speech, speech, self.noises)
         audio = {"array": array, "sampling_rate": SAMPLING_RATE, "path": row["file_name"]}
         return {"audio": audio, "text": row["text"]}
 

@@ -140,10 +140,7 @@ class WordStrings(Dataset):
         if self.language == "en":
             text = " ".join(words[:said])
         path = f"{voice}-{self.split}-{index}"
-        noise = self.noises[rng.integers(len(self.noises))]
-        start = rng.integers(len(noise) - len(audio))
-        loudness = np.sqrt((audio[audio != 0] ** 2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
-        array = audio + loudness * noise[start : start + len(audio)]
+        array = in_noise(rng, audio, audio[audio != 0], self.noises)
         return {"audio": {"array": array, "sampling_rate": SAMPLING_RATE, "path": path}, "text": text}
 
     def _words(self, rng: np.random.Generator, index: int) -> tuple[list[str], str]:
@@ -220,6 +217,16 @@ def _read(folder: Path, language: str, voices: list[str]) -> Iterator[tuple[str,
 def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
     places = np.arange(0, len(audio) - 1, speed)
     return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
+
+
+def in_noise(
+    rng: np.random.Generator, audio: np.ndarray, speech: np.ndarray, kinds: list[np.ndarray]
+) -> np.ndarray:
+    """The audio in one of some kinds of noise, whose loudness is drawn beside that of `speech`, a part of it or all."""
+    noise = kinds[rng.integers(len(kinds))]
+    start = rng.integers(len(noise) - len(audio))
+    loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
+    return audio + loudness * noise[start : start + len(audio)]
 
 
 def noises(seed: int) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -42,6 +43,7 @@ gc.freeze()  # What is imported by now is not searched for garbage again, which 
 
 SAMPLING_RATE = 16_000
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
+RESEARCH = SAMPLE.parent / "research"
 # Six short clips, and two quick steps on a CPU, as options of a command or script.
 CLIPS = ["--language", "en", "--max_seconds", "1.0", "--max_samples", "6"]
 TRAINING = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "3", "--logging_steps", "1"]
@@ -209,6 +211,13 @@ def moved(before: Path, after: Path) -> set[str]:
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
     assert old.keys() == new.keys()
     return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.fixture
+def research(monkeypatch):
+    """Imports a script of `research/` by its name."""
+    monkeypatch.syspath_prepend(str(RESEARCH))
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

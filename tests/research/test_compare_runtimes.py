@@ -448,10 +448,10 @@ def test_a_process_that_fails_is_reported_with_what_it_said(scripts):
         )
 
 
-def test_names_of_points_lie_over_no_other_name_or_point_and_inside(tmp_path):
+def test_names_of_points_lie_over_no_other_name_or_point_and_inside(research):
     from matplotlib.figure import Figure
 
-    plots = importlib.import_module("plots")
+    plots = research("plots")
     axes = Figure(figsize=(4, 3)).subplots()
     points = [
         ("one", 1.0, 1.0),

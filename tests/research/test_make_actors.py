@@ -14,13 +14,10 @@ import soundfile
 from conftest import SAMPLE
 from test_make_sample import archive, mp3
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
-
 
 @pytest.fixture
-def make_actors(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = importlib.import_module("make_actors")
+def make_actors(research, monkeypatch, tmp_path):
+    module = research("make_actors")
     monkeypatch.setattr(module.make_sample, "ADVENTURE", tmp_path / "queen.1c")
     return module
 

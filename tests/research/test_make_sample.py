@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "research"
-
 
 @pytest.fixture
-def make_sample(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("make_sample")
+def make_sample(research):
+    return research("make_sample")
 
 
 def mp3(seconds: float) -> bytes:

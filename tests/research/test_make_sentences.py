@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import itertools
 import re
 from dataclasses import replace
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 
-RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
 VARIANTS = """Pty Language       Age/Gender VoiceName          File                 Other Languages
  5  variant         --/M      Adam               !v/adam
  5  variant         --/M      Mr serious         !v/Mr serious
@@ -23,15 +21,13 @@ VARIANTS = """Pty Language       Age/Gender VoiceName          File             
 
 
 @pytest.fixture
-def make_sentences(monkeypatch):
-    monkeypatch.syspath_prepend(str(RESEARCH))
-    return importlib.import_module("make_sentences")
+def make_sentences(research):
+    return research("make_sentences")
 
 
 @pytest.fixture
-def spanish(monkeypatch):
-    monkeypatch.syspath_prepend(str(RESEARCH))
-    return importlib.import_module("spanish")
+def spanish(research):
+    return research("spanish")
 
 
 def test_adjectives_and_verbs_agree_and_adjectives_change_places(spanish):

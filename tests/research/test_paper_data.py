@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib
-from pathlib import Path
 
 import pytest
 import soundfile
 
-RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
-
 
 @pytest.fixture
-def make_paper_data(monkeypatch):
-    monkeypatch.syspath_prepend(str(RESEARCH))
-    return importlib.import_module("make_paper_data")
+def make_paper_data(research):
+    return research("make_paper_data")
 
 
 def clip(module, folder, name, text, language, translation="", split="train"):

@@ -19,9 +19,8 @@ RESEARCH = Path(__file__).resolve().parent.parent.parent / "research"
 
 
 @pytest.fixture
-def translation(monkeypatch):
-    monkeypatch.syspath_prepend(str(RESEARCH))
-    return importlib.import_module("translation")
+def translation(research):
+    return research("translation")
 
 
 @pytest.fixture
