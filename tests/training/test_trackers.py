@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import uuid4
+
 import numpy as np
 import pytest
 from conftest import SAMPLE
@@ -72,6 +74,9 @@ def test_batches_of_a_run_have_clips_of_like_lengths(tmp_path):
 def test_tensorboard_gets_the_losses(command, compressed, dense_wav2vec2, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    # The evaluation after training opens a file of its own, named by the second and the host. A run this short would
+    # overwrite the file of its training.
+    monkeypatch.setattr("tensorboardX.event_file_writer.socket.gethostname", lambda: uuid4().hex)
     words = [command, compressed["wav2vec2"], *CLIPS, *TRAINING, "--report_to", "tensorboard"]
     words += SPELLING if command == "finetune" else ["--teacher", dense_wav2vec2, "--keep", "always"]
     assert hrt(*words, "--out", tmp_path / "out") == 0
