@@ -63,16 +63,20 @@ class Cell:
         residual: what the encoder shares; None for a dense one.
         sizes: sizes that differ from the scale's.
         four_bits: whether `U`, or each dense matrix, is also measured in four bits after training.
+        divide_shared_rate: as in `GuardedTrainer`.
     """
 
     title: str
     residual: ResidualConfig | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     four_bits: bool = True
+    divide_shared_rate: bool = False
 
 
 def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
-    """The rows by name. The controls have the parameters of K=3, R=2, as near as whole numbers allow."""
+    """The rows by name. The controls have the parameters of K=3, R=2, as near as whole numbers allow. Each that shares
+    has a twin, `...-divided`, whose shared matrices have a smaller learning rate.
+    """
     paper = ResidualConfig.paper
     target = encoder_size(sizes, paper(3, 2))
     layers = max(1, round(sizes.encoder_layers / 3))
@@ -86,7 +90,7 @@ def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
     low_rank = [
         ResidualConfig(group_size=None, rank=rank, diagonal="square") for rank in range(1, sizes.d_model + 1)
     ]
-    return {
+    cells = {
         "dense": Cell("dense"),
         "k3-r2": Cell("K=3, R=2", paper(3, 2)),
         "shallow": Cell("dense, fewer layers", sizes=_nearest(shallow, lambda s: _size(sizes, s), target)),
@@ -109,6 +113,12 @@ def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
         "k6-r16": Cell("K=6, R=16", paper(6, 16)),
         "k9-r16": Cell("K=9, R=16", paper(9, 16)),
     }
+    divided = {
+        f"{name}-divided": replace(cell, title=f"{cell.title}, divided rate", divide_shared_rate=True)
+        for name, cell in cells.items()
+        if cell.residual and cell.residual.group_size
+    }
+    return cells | divided
 
 
 def _nearest(choices: Sequence[Any], size: Callable[[Any], int], target: int) -> Any:
@@ -382,6 +392,7 @@ def train(scale: Scale, task: str, cell: Cell, seed: int, folder: Path) -> tuple
         compute_metrics=lambda predicted: {"wer": jiwer.wer(*_texts(processor, predicted))},
         callbacks=[clock],
         run_data=scale.settings(task),
+        divide_shared_rate=cell.divide_shared_rate,
     )
     complete = [path for path in checkpoints_in(folder) if fault_of(path) is None]
     trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
@@ -515,6 +526,7 @@ def run(scale: Scale, task: str, name: str, seed: int, work: Path, result: Path)
         "steps": trainer.state.global_step,
         "settings": scale.settings(task),
         "residual_config": cell.residual and cell.residual.to_dict(),
+        "divide_shared_rate": cell.divide_shared_rate,
         "sizes": asdict(replace(scale.sizes_for(task), **cell.sizes)),
         "encoder": {"parameters": parameters, "ratio": parameters / dense, "bytes": 2 * parameters},
         **clock.means(),

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
@@ -20,6 +21,7 @@ from ..folders import UNFINISHED, adopt
 from ..speech.collators import LABEL_PADDING
 from ..speech.datasets import clip_samples
 from .checkpoints import RUN_FILE, check_run, check_steps, fault_of, last_checkpoint, run_of
+from .rates import divide_shared_rates
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")  # sampling strategies of Trainer
 
@@ -30,6 +32,8 @@ class GuardedTrainer(Trainer):
     Args:
         run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
             does not resume from these.
+        divide_shared_rate: whether the learning rate of a matrix that `n` layers share is divided by the root of `n`. A
+            step of it moves `n` layers at once, and at a rate that suits matrices of one layer it can stop learning.
         kwargs: the arguments of `Trainer`.
 
     Raises:
@@ -39,7 +43,13 @@ class GuardedTrainer(Trainer):
     args: Any
     model: Any
 
-    def __init__(self, *args: Any, run_data: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        run_data: dict[str, Any] | None = None,
+        divide_shared_rate: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -47,12 +57,21 @@ class GuardedTrainer(Trainer):
                 "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
             )
         self.run_data = run_data
+        self.divide_shared_rate = divide_shared_rate
         self._remembered: dict[str, Any] = {}
         self._staging: Path | None = None
 
     def run_settings(self) -> dict[str, Any]:
         """What changes the result of a run beside its student, its data and the options of `Trainer`."""
-        return {}
+        return {"divide_shared_rate": True} if self.divide_shared_rate else {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer as `Trainer` does, with smaller rates for what layers share if they are divided."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and self.divide_shared_rate:
+            divide_shared_rates(optimizer, self.model if model is None else model)
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `Trainer` does. `resume_from_checkpoint` may be "last", the newest complete checkpoint.

@@ -395,7 +395,7 @@ class ScratchTrainer(TokenMeanTrainer, Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
 
     def run_settings(self) -> dict[str, Any]:
-        return {"ctc_weight": self.ctc_weight}
+        return super().run_settings() | {"ctc_weight": self.ctc_weight}
 
     def _count(self, labels: Tensor) -> Tensor:
         """The tokens that the decoder learns, and those that CTC does: without the special ones."""

@@ -139,7 +139,7 @@ class DistillationTrainer(GuardedTrainer):
             )
 
     def run_settings(self) -> dict[str, Any]:
-        return vars(self.distillation)
+        return super().run_settings() | vars(self.distillation)
 
     @property
     def family(self) -> Family:
