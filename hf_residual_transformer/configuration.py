@@ -32,8 +32,16 @@ MEAN_FORMAT = 4  # the first in which a token table has a mean
 # the rotations of its matrices. No shape of a tensor would tell if these were wrong.
 FILE_FIELDS = ("residual_format", "residual_sharing", "residual_rotations")
 # The first of these fields that a dense config class checks is a text in the file. So the dense classes refuse the
-# checkpoint, whose compact matrices they would leave random.
-GUARD_FIELDS = ("init_std", "initializer_range", "vocab_size", "hidden_size", "durations")
+# checkpoint, whose compact matrices they would leave random. None is a field that the class of all configs checks, as
+# which the Trainer reads the file when it resumes.
+GUARD_FIELDS = (
+    "init_std",
+    "initializer_range",
+    "hidden_size",
+    "decoder_hidden_size",
+    "ctc_zero_infinity",
+    "durations",
+)
 GUARD = " (this checkpoint is compact: import hf_residual_transformer, and load it with an Auto class)"
 # A number of bits for all tokens, or for each range of tokens the id at which it ends, exclusive, and its bits.
 EmbeddingBits = int | list[list[int]] | None

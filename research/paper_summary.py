@@ -25,6 +25,7 @@ Grid = tuple[Path, str, dict[tuple[str, str], list[dict[str, Any]]]]
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 COLUMNS = {
     "K=3, R=2": ("k3-r2", "dense"),
+    "the same, divided rate": ("k3-r2-divided", "dense"),
     "K=3, R=2, cyclic": ("k3-r2-cyclic", "dense"),
     "fewer layers": ("shallow", "dense"),
     "low rank": ("low-rank", "dense"),

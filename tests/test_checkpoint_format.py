@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_whisper_config
 from test_contract import build
 from test_family_contract import NAMES, residual
-from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, WhisperModel
+from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, PreTrainedConfig, WhisperModel
 
 from hf_residual_transformer import (
     ResidualConfig,
@@ -118,6 +118,7 @@ def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_w
     config = json.loads((tmp_path / "config.json").read_text())
     (guarded,) = [key for key, value in config.items() if isinstance(value, str) and value.endswith(GUARD)]
     assert guarded in GUARD_FIELDS
+    PreTrainedConfig.from_json_file(tmp_path / "config.json")  # as the Trainer reads it when it resumes
     loaded = AutoConfig.from_pretrained(tmp_path)
     number = getattr(loaded, guarded)
     assert json.dumps(number) == json.dumps(getattr(residual(name).config, guarded))
@@ -127,6 +128,11 @@ def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_w
     # Files of versions that wrote no such text load as before.
     (tmp_path / "config.json").write_text(json.dumps({**config, guarded: number}))
     assert type(type(residual(name)).from_pretrained(tmp_path).config) is type(loaded)
+    # So do files that say it in the size of the vocabulary, as those of some families did.
+    if "vocab_size" in config:
+        size = f"{config['vocab_size']}{GUARD}"
+        (tmp_path / "config.json").write_text(json.dumps({**config, guarded: number, "vocab_size": size}))
+        assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.to_dict()
 
 
 def test_what_the_file_says_of_itself_reaches_no_dense_model(tmp_path):

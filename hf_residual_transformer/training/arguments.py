@@ -143,6 +143,13 @@ class ScratchArguments:
     average_checkpoints: int = field(
         default=1, metadata={"help": "The model is the mean of the last so many checkpoints."}
     )
+    divide_shared_rate: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the learning rate of what n layers share by the root of n; a deep encoder that shares may "
+            "stop learning otherwise."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})
 
 

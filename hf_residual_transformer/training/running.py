@@ -263,6 +263,7 @@ def run_ctc_training(
     text_case: str = "keep",
     remove: str = "",
     average_checkpoints: int = 1,
+    divide_shared_rate: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Trains a wav2vec2 with CTC from scratch, and saves it in `args.output_dir`.
@@ -271,7 +272,7 @@ def run_ctc_training(
         sizes: of the model.
         data: clips with transcripts; streamed data is not read here.
         args: `TrainingArguments`.
-        residual, average_checkpoints, overwrite: as in `run_training`.
+        residual, average_checkpoints, divide_shared_rate, overwrite: as in `run_training`.
         text_case, remove: as in `run_ctc_finetuning`; the vocabulary is the characters that are left in the training
             split.
 
@@ -283,7 +284,7 @@ def run_ctc_training(
         processor = new_ctc_processor(texts)
         return processor, new_ctc_model(sizes, processor.tokenizer, residual_config)
 
-    options = residual, text_case, remove, average_checkpoints, overwrite
+    options = residual, text_case, remove, average_checkpoints, divide_shared_rate, overwrite
     rate = Wav2Vec2FeatureExtractor().sampling_rate
     _train_along_frames(CTCDistillationTrainer, make, rate, sizes, data, args, *options)
 
@@ -299,6 +300,7 @@ def run_parakeet_training(
     text_case: str = "keep",
     remove: str = "",
     average_checkpoints: int = 1,
+    divide_shared_rate: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Trains a Parakeet from scratch, and saves it in `args.output_dir`.
@@ -308,7 +310,7 @@ def run_parakeet_training(
         data: clips with transcripts; streamed data is not read here.
         args: `TrainingArguments`.
         head: "ctc", "rnnt" or "tdt".
-        residual, vocab_size, average_checkpoints, overwrite: as in `run_training`.
+        residual, vocab_size, average_checkpoints, divide_shared_rate, overwrite: as in `run_training`.
         text_case, remove: as in `run_ctc_finetuning`.
 
     Raises:
@@ -321,7 +323,7 @@ def run_parakeet_training(
         return processor, new_parakeet(sizes, head, processor.tokenizer, residual_config)
 
     trainer_class = CTCDistillationTrainer if head == "ctc" else TransducerTrainer
-    options = residual, text_case, remove, average_checkpoints, overwrite
+    options = residual, text_case, remove, average_checkpoints, divide_shared_rate, overwrite
     rate = ParakeetFeatureExtractor().sampling_rate
     _train_along_frames(trainer_class, make, rate, sizes, data, args, *options)
 
@@ -337,6 +339,7 @@ def _train_along_frames(
     text_case: str,
     remove: str,
     average_checkpoints: int,
+    divide_shared_rate: bool,
     overwrite: bool,
 ) -> None:
     """Trains and saves a new model that writes a text along its frames; `make` makes its processor and itself from the
@@ -350,7 +353,16 @@ def _train_along_frames(
     processor, model = make([normalize(text) for text in splits[0]["text"]], residual_config)
     run_data = _run_data(data, sizes, text_case, remove)
     collator = CTCCollator(processor, normalize)
-    trainer = _labels_trainer(trainer_class, model, processor, collator, splits, run_data, args)
+    trainer = _labels_trainer(
+        trainer_class,
+        model,
+        processor,
+        collator,
+        splits,
+        run_data,
+        args,
+        divide_shared_rate=divide_shared_rate,
+    )
     train_and_save(trainer, partial(load_average, model, Path(args.output_dir), average_checkpoints))
 
 
@@ -363,6 +375,7 @@ def run_training(
     vocab_size: int = 1024,
     ctc_weight: float = 0.3,
     average_checkpoints: int = 1,
+    divide_shared_rate: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Trains a Whisper-type model from scratch, and saves it in `args.output_dir`.
@@ -375,6 +388,7 @@ def run_training(
         vocab_size: tokens of the vocabulary, which is trained on the texts of the training split.
         ctc_weight: as in `ScratchTrainer`.
         average_checkpoints: the model is the mean of the last so many checkpoints.
+        divide_shared_rate: as in `GuardedTrainer`.
         overwrite: writes into a folder that already holds files.
 
     Raises:
@@ -402,6 +416,7 @@ def run_training(
         data_collator=Seq2SeqCollator(processor, multilingual=False),
         processing_class=processor,
         run_data=_run_data(data, sizes),
+        divide_shared_rate=divide_shared_rate,
     )
     train_and_save(trainer, partial(trainer.finish, average_checkpoints))
 
@@ -520,6 +535,7 @@ def _labels_trainer(
     run_data: dict[str, Any],
     args: Any,
     learning_rates: str | None = None,
+    divide_shared_rate: bool = False,
 ) -> Any:
     """A Trainer on labels alone, of a class that distils or of another."""
     train_dataset, eval_dataset = splits
@@ -538,6 +554,7 @@ def _labels_trainer(
         data_collator=collator,
         processing_class=processor,
         run_data=run_data,
+        divide_shared_rate=divide_shared_rate,
         **losses,
     )
 

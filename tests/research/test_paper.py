@@ -115,7 +115,7 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
         assert 0 < values["seconds_per_step"] < 60
     table = (results / "table.md").read_text()
     assert "| K=3, R=2 | 1 |" in table
-    assert "| WER of K=3, R=2 over that of |" in table
+    assert "| K=3, R=2 | dense | 1 | " in table
     assert (results / "recognition.png").stat().st_size > 1000
 
     # What was killed while it wrote its second checkpoint ends where the whole run ended.
@@ -1038,6 +1038,18 @@ def test_sentences_are_as_many_as_all_processes_read_and_fit_the_window(scale, s
     monkeypatch.setattr(paper.Scale, "sizes_for", lambda *_: SimpleNamespace(window_seconds=0.3))
     with pytest.raises(ValueError, match=r"`window_seconds` must hold every sentence, got 0\.3"):
         paper.load_splits(scale, "recognition", 0)
+
+
+def test_each_row_that_shares_has_a_twin_with_a_divided_rate(scale, tmp_path):
+    cells = paper.make_cells(SIZES)
+    twins = {name: cell for name, cell in cells.items() if name.endswith("-divided")}
+    assert {name.removesuffix("-divided") for name in twins} == {
+        name for name in cells if name[:2] in ("k3", "k6", "k9")
+    } - set(twins)
+    short = replace(scale, recipe=scale.recipe | {"max_steps": 2})
+    for name, rates in (("dense", {3e-3}), ("k3-r2", {3e-3}), ("k3-r2-divided", {3e-3, 3e-3 / 3**0.5})):
+        trainer, _, _ = paper.train(short, "recognition", cells[name], 0, tmp_path / name)
+        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == rates
 
 
 RESULTS = RESEARCH.parent / "results" / "paper"

@@ -82,6 +82,62 @@ def test_small_branches_are_true_or_false():
         ParakeetSizes(**TINY | {"small_branches": 1})
 
 
+@pytest.mark.parametrize(
+    ("residual", "rates"),
+    [
+        (ResidualConfig.paper(3, 2), {1e-3, 1e-3 / 3**0.5}),
+        (ResidualConfig.paper(2, 2), {1e-3, 1e-3 / 2**0.5}),  # the third layer is a group of its own
+        (ResidualConfig(group_size=None, rank=4), {1e-3}),
+        (None, {1e-3}),
+    ],
+    ids=str,
+)
+def test_what_several_layers_share_has_its_rate_divided_by_the_root_of_their_number(
+    residual, rates, tmp_path
+):
+    sizes = ParakeetSizes(**TINY)
+    processor = new_parakeet_processor(TEXTS, 30, "ctc", sizes)
+
+    def trainer(**options):
+        torch.manual_seed(0)
+        return CTCTrainer(
+            model=new_parakeet(sizes, "ctc", processor.tokenizer, residual),
+            args=Seq2SeqTrainingArguments(
+                str(tmp_path),
+                max_steps=4,
+                learning_rate=1e-3,
+                use_cpu=True,
+                report_to=[],
+                save_steps=2,
+                remove_unused_columns=False,
+            ),
+            train_dataset=rows(),
+            data_collator=CTCCollator(processor),
+            **options,
+        )
+
+    divided = trainer(divide_shared_rate=True)
+    divided.train()
+    rate_of = {
+        id(parameter): group["initial_lr"]
+        for group in divided.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    weights = dict(divided.model.named_parameters())
+    assert rate_of.keys() == {id(parameter) for parameter in weights.values()}
+    assert set(rate_of.values()) == rates
+    own = [parameter for name, parameter in weights.items() if ".shared." not in name]
+    assert {rate_of[id(parameter)] for parameter in own} == {1e-3}
+    # A checkpoint remembers it, and goes on in the same way alone.
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="divide_shared_rate"):
+        trainer().train(resume_from_checkpoint=checkpoint)
+    again = trainer(divide_shared_rate=True)
+    again.train(resume_from_checkpoint=checkpoint)
+    for name, parameter in again.model.named_parameters():
+        torch.testing.assert_close(parameter, weights[name], rtol=0, atol=0)
+
+
 def test_the_loss_of_each_clip_adds_up_to_that_of_the_model():
     model, processor = made("ctc")
     model.config.ctc_loss_reduction = "sum"
