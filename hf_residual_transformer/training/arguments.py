@@ -146,8 +146,8 @@ class ScratchArguments:
     divide_shared_rate: bool = field(
         default=False,
         metadata={
-            "help": "Divide the learning rate of what n layers share by the root of n; a deep encoder that shares may "
-            "stop learning otherwise."
+            "help": "Divide the learning rate of what n layers share by the root of n; where a deep encoder stops "
+            "learning, try it, a lower rate, or a longer warm-up."
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that already holds files."})

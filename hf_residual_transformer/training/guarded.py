@@ -32,8 +32,8 @@ class GuardedTrainer(Trainer):
     Args:
         run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
             does not resume from these.
-        divide_shared_rate: whether the learning rate of a matrix that `n` layers share is divided by the root of `n`. A
-            step of it moves `n` layers at once, and at a rate that suits matrices of one layer it can stop learning.
+        divide_shared_rate: whether the learning rate of a matrix that `n` layers share is divided by the root of `n`; see
+            `divide_shared_rates`.
         kwargs: the arguments of `Trainer`.
 
     Raises:

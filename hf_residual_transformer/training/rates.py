@@ -13,9 +13,8 @@ from ..modeling import residual_linears
 def divide_shared_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Divides the rate of each parameter that `n` layers share by the root of `n`.
 
-    A step of such a parameter moves `n` layers at once. Its gradient is the sum of theirs, which Adam scales to the
-    same step as that of one layer. So a rate that suits the matrices of one layer is too high for it: a deep encoder
-    that shares may then stop learning, as docs/paper.md shows.
+    A step of such a parameter moves `n` layers at once, and Adam makes it as large as a step of one layer's. At a high
+    rate a deep encoder may stop learning; docs/paper.md has a run in which this let one that shares go on.
 
     Args:
         optimizer: whose groups are split, before its first step and before a schedule reads their rates.
