@@ -32,7 +32,7 @@ class GuardedTrainer(Trainer):
     Args:
         run_data: plain values that say which data the run reads. Its checkpoints remember them, and a run with others
             does not resume from these.
-        divide_shared_rate: whether the learning rate of a matrix that `n` layers share is divided by the root of `n`; see
+        divide_shared_rate: whether the learning rate of what `n` layers share is divided by the root of `n`; see
             `divide_shared_rates`.
         kwargs: the arguments of `Trainer`.
 

@@ -19,6 +19,9 @@ def divide_shared_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> N
     Args:
         optimizer: whose groups are split, before its first step and before a schedule reads their rates.
         model: whose parameters it has.
+
+    Raises:
+        ValueError: if none of them is shared by several layers, as in a dense model.
     """
     num_layers = Counter(
         id(parameter)
@@ -31,5 +34,11 @@ def divide_shared_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> N
         parts = defaultdict(list)
         for parameter in group["params"]:
             parts[num_layers.get(id(parameter), 1)].append(parameter)
-        groups += [{**group, "params": params, "lr": group["lr"] / n**0.5} for n, params in parts.items()]
-    optimizer.param_groups = groups
+        groups += [
+            (n, {**group, "params": params, "lr": group["lr"] / n**0.5}) for n, params in parts.items()
+        ]
+    if all(n == 1 for n, _ in groups):
+        raise ValueError(
+            "`divide_shared_rate` must be false for a model whose trained parameters are of one layer each, got true"
+        )
+    optimizer.param_groups = [group for _, group in groups]

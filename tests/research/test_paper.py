@@ -1071,7 +1071,7 @@ def test_a_table_is_what_the_runs_beside_it_give(scale, tmp_path, monkeypatch):
             ("paper-words.md", scale)
             for scale in ("cpu", "cpu-long", "cpu-narrow", "cpu-rnnt", "cpu-voices", "cpu-wide")
         ),
-        *(("paper.md", scale) for scale in ("cpu-sentences", "cpu-sentences-2400", "cpu-sentences-long")),
+        *(("paper.md", scale) for scale in ("cpu-sentences-warm", "cpu-sentences-warm-rate")),
     ],
 )
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")

@@ -82,41 +82,36 @@ def test_small_branches_are_true_or_false():
         ParakeetSizes(**TINY | {"small_branches": 1})
 
 
+def ctc_trainer(residual, folder, **options):
+    sizes = ParakeetSizes(**TINY)
+    processor = new_parakeet_processor(TEXTS, 30, "ctc", sizes)
+    args = Seq2SeqTrainingArguments(
+        str(folder),
+        max_steps=4,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to=[],
+        save_steps=2,
+        remove_unused_columns=False,
+    )
+    torch.manual_seed(0)
+    model = new_parakeet(sizes, "ctc", processor.tokenizer, residual)
+    collator = CTCCollator(processor)
+    return CTCTrainer(model=model, args=args, train_dataset=rows(), data_collator=collator, **options)
+
+
 @pytest.mark.parametrize(
     ("residual", "rates"),
     [
         (ResidualConfig.paper(3, 2), {1e-3, 1e-3 / 3**0.5}),
         (ResidualConfig.paper(2, 2), {1e-3, 1e-3 / 2**0.5}),  # the third layer is a group of its own
-        (ResidualConfig(group_size=None, rank=4), {1e-3}),
-        (None, {1e-3}),
     ],
     ids=str,
 )
 def test_what_several_layers_share_has_its_rate_divided_by_the_root_of_their_number(
     residual, rates, tmp_path
 ):
-    sizes = ParakeetSizes(**TINY)
-    processor = new_parakeet_processor(TEXTS, 30, "ctc", sizes)
-
-    def trainer(**options):
-        torch.manual_seed(0)
-        return CTCTrainer(
-            model=new_parakeet(sizes, "ctc", processor.tokenizer, residual),
-            args=Seq2SeqTrainingArguments(
-                str(tmp_path),
-                max_steps=4,
-                learning_rate=1e-3,
-                use_cpu=True,
-                report_to=[],
-                save_steps=2,
-                remove_unused_columns=False,
-            ),
-            train_dataset=rows(),
-            data_collator=CTCCollator(processor),
-            **options,
-        )
-
-    divided = trainer(divide_shared_rate=True)
+    divided = ctc_trainer(residual, tmp_path, divide_shared_rate=True)
     divided.train()
     rate_of = {
         id(parameter): group["initial_lr"]
@@ -131,11 +126,17 @@ def test_what_several_layers_share_has_its_rate_divided_by_the_root_of_their_num
     # A checkpoint remembers it, and goes on in the same way alone.
     checkpoint = str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="divide_shared_rate"):
-        trainer().train(resume_from_checkpoint=checkpoint)
-    again = trainer(divide_shared_rate=True)
+        ctc_trainer(residual, tmp_path).train(resume_from_checkpoint=checkpoint)
+    again = ctc_trainer(residual, tmp_path, divide_shared_rate=True)
     again.train(resume_from_checkpoint=checkpoint)
     for name, parameter in again.model.named_parameters():
         torch.testing.assert_close(parameter, weights[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("residual", [None, ResidualConfig(group_size=None, rank=4)], ids=str)
+def test_a_divided_rate_is_refused_where_nothing_is_shared(residual, tmp_path):
+    with pytest.raises(ValueError, match=r"`divide_shared_rate` must be false for a model whose .* got true"):
+        ctc_trainer(residual, tmp_path, divide_shared_rate=True).train()
 
 
 def test_the_loss_of_each_clip_adds_up_to_that_of_the_model():
