@@ -32,16 +32,12 @@ MEAN_FORMAT = 4  # the first in which a token table has a mean
 # the rotations of its matrices. No shape of a tensor would tell if these were wrong.
 FILE_FIELDS = ("residual_format", "residual_sharing", "residual_rotations")
 # The first of these fields that a dense config class checks is a text in the file. So the dense classes refuse the
-# checkpoint, whose compact matrices they would leave random. None is a field that the class of all configs checks, as
-# which the Trainer reads the file when it resumes.
-GUARD_FIELDS = (
-    "init_std",
-    "initializer_range",
-    "hidden_size",
-    "decoder_hidden_size",
-    "ctc_zero_infinity",
-    "durations",
-)
+# checkpoint, whose compact matrices they would leave random. `PreTrainedConfig` itself checks none of them: the Trainer
+# reads the file as that class when it resumes.
+GUARD_FIELDS = ("init_std", "initializer_range", "hidden_size")
+# A family that has none of these has one of the next, and each is a text in its file, null where it has no such field,
+# since the classes of its siblings, which have other heads on the same encoder, read the file too.
+HEAD_GUARD_FIELDS = ("decoder_hidden_size", "ctc_zero_infinity", "durations")
 GUARD = " (this checkpoint is compact: import hf_residual_transformer, and load it with an Auto class)"
 # A number of bits for all tokens, or for each range of tokens the id at which it ends, exclusive, and its bits.
 EmbeddingBits = int | list[list[int]] | None
@@ -346,6 +342,7 @@ class ResidualConfigMixin(DenseConfig):
                 if isinstance(value, str) and value.endswith(GUARD)
                 else value
                 for name, value in config_dict.items()
+                if value != f"null{GUARD}"
             }
             if plain.get("embedding_bits") and "residual_sharing" in plain:
                 # Of a saved model. Before 0.2, merging an adapter of PEFT into it wrote false.
@@ -411,9 +408,9 @@ class ResidualConfigMixin(DenseConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What the file of the config has."""
         checked = vars(self.dense_class()).get("__annotations__", {})
-        field_name = next(name for name in GUARD_FIELDS if name in checked)
-        guarded = f"{json.dumps(getattr(self, field_name))}{GUARD}"
-        values = super().to_diff_dict() | {"residual_format": FORMAT, field_name: guarded}
+        names = next(((name,) for name in GUARD_FIELDS if name in checked), HEAD_GUARD_FIELDS)
+        guarded = {name: f"{json.dumps(getattr(self, name, None))}{GUARD}" for name in names}
+        values = super().to_diff_dict() | {"residual_format": FORMAT} | guarded
         return values | {"auto_map": dict(self.code_map)} if self.carries_code else values
 
     def residual_config_of(self, stack_name: str) -> ResidualConfig | None:

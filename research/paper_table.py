@@ -92,7 +92,9 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
     for name in ("k3-r2", "k3-r2-divided"):
         ours = cells.get(name, [])
-        for other in ("dense", "shallow", "narrow", "low-rank", "k3-r2-cyclic"):
+        for other in ("dense", "shallow", "narrow", "low-rank", "k3-r2-cyclic", "k3-r2"):
+            if other == name:
+                continue
             theirs = cells.get(other, [])
             seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
             if seeds:

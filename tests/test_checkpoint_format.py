@@ -16,7 +16,7 @@ from hf_residual_transformer import (
     ResidualWhisperModel,
     classes,
 )
-from hf_residual_transformer.configuration import FORMAT, GUARD, GUARD_FIELDS
+from hf_residual_transformer.configuration import FORMAT, GUARD, GUARD_FIELDS, HEAD_GUARD_FIELDS
 from hf_residual_transformer.families import FAMILIES
 
 
@@ -116,8 +116,9 @@ def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_w
         with pytest.raises(Exception, match="this checkpoint is compact: import hf_residual_transformer"):
             cls.dense_class().from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (guarded,) = [key for key, value in config.items() if isinstance(value, str) and value.endswith(GUARD)]
-    assert guarded in GUARD_FIELDS
+    notes = [key for key, value in config.items() if isinstance(value, str) and value.endswith(GUARD)]
+    assert (len(notes) == 1 and notes[0] in GUARD_FIELDS) or set(notes) == {*HEAD_GUARD_FIELDS}
+    (guarded, *_) = [key for key in notes if config[key] != f"null{GUARD}"]
     PreTrainedConfig.from_json_file(tmp_path / "config.json")  # as the Trainer reads it when it resumes
     loaded = AutoConfig.from_pretrained(tmp_path)
     number = getattr(loaded, guarded)
@@ -133,6 +134,18 @@ def test_the_plain_classes_of_every_family_refuse_a_compact_checkpoint_and_say_w
         size = f"{config['vocab_size']}{GUARD}"
         (tmp_path / "config.json").write_text(json.dumps({**config, guarded: number, "vocab_size": size}))
         assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.to_dict()
+
+
+@pytest.mark.parametrize("saved_as", ["parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"])
+@pytest.mark.parametrize("read_as", ["parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"])
+def test_the_plain_classes_of_other_heads_refuse_a_compact_checkpoint_too(saved_as, read_as, tmp_path):
+    residual(saved_as).save_pretrained(tmp_path)
+    dense = classes.config_class_of(FAMILIES[read_as]).dense_class()
+    with pytest.raises(Exception, match="this checkpoint is compact: import hf_residual_transformer"):
+        dense.from_pretrained(tmp_path)
+    loaded, saved = AutoConfig.from_pretrained(tmp_path).to_dict(), residual(saved_as).config.to_dict()
+    assert {name for name in loaded if loaded[name] != saved.get(name)} <= {"_name_or_path", "dtype"}
+    assert loaded.keys() == saved.keys()
 
 
 def test_what_the_file_says_of_itself_reaches_no_dense_model(tmp_path):

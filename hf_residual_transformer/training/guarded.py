@@ -37,7 +37,8 @@ class GuardedTrainer(Trainer):
         kwargs: the arguments of `Trainer`.
 
     Raises:
-        ValueError: for several GPUs in one process, over which the losses here are no means.
+        ValueError: for several GPUs in one process, over which the losses here are no means, and for a divided rate
+            beside an optimizer in `optimizers`.
     """
 
     args: Any
@@ -57,6 +58,8 @@ class GuardedTrainer(Trainer):
                 "`accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
             )
         self.run_data = run_data
+        if divide_shared_rate and self.optimizer is not None:
+            raise ValueError("`divide_shared_rate` must be false beside an optimizer of one's own, got true")
         self.divide_shared_rate = divide_shared_rate
         self._remembered: dict[str, Any] = {}
         self._staging: Path | None = None
@@ -70,7 +73,11 @@ class GuardedTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created and self.divide_shared_rate:
-            divide_shared_rates(optimizer, self.model if model is None else model)
+            try:
+                divide_shared_rates(optimizer, self.model if model is None else model)
+            except ValueError:
+                self.optimizer = None
+                raise
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

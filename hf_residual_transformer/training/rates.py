@@ -14,7 +14,8 @@ def divide_shared_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> N
     """Divides the rate of each parameter that `n` layers share by the root of `n`.
 
     A step of such a parameter moves `n` layers at once, and Adam makes it as large as a step of one layer's. At a high
-    rate a deep encoder may stop learning; docs/paper.md has a run in which this let one that shares go on.
+    rate a deep encoder may stop learning; docs/paper.md has a run in which this let one that shares go on. AdamW
+    scales its weight decay by the rate, so that this becomes smaller too.
 
     Args:
         optimizer: whose groups are split, before its first step and before a schedule reads their rates.

@@ -74,7 +74,7 @@ class DistillationTrainer(GuardedTrainer):
 
     Raises:
         ValueError: if the teacher is missing or does not fit the student, or if an argument of `Trainer` would replace
-            these losses.
+            these losses, or a divided rate would meet `learning_rates`.
     """
 
     losses_on_labels: ClassVar[set[str]]
@@ -91,6 +91,10 @@ class DistillationTrainer(GuardedTrainer):
     ) -> None:
         super().__init__(**kwargs)
         self.distillation = DistillationArguments() if distillation is None else distillation
+        if self.divide_shared_rate and self.distillation.learning_rates:
+            raise ValueError(
+                "`divide_shared_rate` must be false beside `learning_rates`, which may have that of 'shared', got true"
+            )
         self.weights = self.distillation.weights
         self.label_free = "labels" not in self.weights
         self.states_alone = self.weights.keys() <= {"hidden", "final"}

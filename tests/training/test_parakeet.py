@@ -13,10 +13,12 @@ from transformers import (
     AutoProcessor,
     SeamlessM4TFeatureExtractor,
     Seq2SeqTrainingArguments,
+    TrainingArguments,
 )
 
 from hf_residual_transformer import ResidualConfig
 from hf_residual_transformer.speech.collators import CTCCollator
+from hf_residual_transformer.training.arguments import DistillationArguments
 from hf_residual_transformer.training.clips import _frames_of, refuse_unfit_clips
 from hf_residual_transformer.training.scratch_parakeet import (
     CTCTrainer,
@@ -28,6 +30,7 @@ from hf_residual_transformer.training.scratch_parakeet import (
     new_parakeet,
     new_parakeet_processor,
 )
+from hf_residual_transformer.training.trainers import CTCDistillationTrainer
 
 TEXTS = ["one two", "three", "seven nine"]
 TINY = {"encoder_layers": 3, "d_model": 16, "encoder_ffn_dim": 32, "attention_heads": 2, "num_mel_bins": 16}
@@ -121,6 +124,8 @@ def test_what_several_layers_share_has_its_rate_divided_by_the_root_of_their_num
     weights = dict(divided.model.named_parameters())
     assert rate_of.keys() == {id(parameter) for parameter in weights.values()}
     assert set(rate_of.values()) == rates
+    shared = [parameter for name, parameter in weights.items() if ".shared." in name and ".1." not in name]
+    assert {rate_of[id(parameter)] for parameter in shared} == {min(rates)}
     own = [parameter for name, parameter in weights.items() if ".shared." not in name]
     assert {rate_of[id(parameter)] for parameter in own} == {1e-3}
     # A checkpoint remembers it, and goes on in the same way alone.
@@ -137,6 +142,22 @@ def test_what_several_layers_share_has_its_rate_divided_by_the_root_of_their_num
 def test_a_divided_rate_is_refused_where_nothing_is_shared(residual, tmp_path):
     with pytest.raises(ValueError, match=r"`divide_shared_rate` must be false for a model whose .* got true"):
         ctc_trainer(residual, tmp_path, divide_shared_rate=True).train()
+
+
+def test_a_divided_rate_is_refused_beside_other_rates(tmp_path):
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1e-3)
+    with pytest.raises(
+        ValueError, match="`divide_shared_rate` must be false beside an optimizer of one's own"
+    ):
+        ctc_trainer(ResidualConfig.paper(3, 2), tmp_path, divide_shared_rate=True, optimizers=(sgd, None))
+    rates = DistillationArguments(learning_rates={"shared": 5e-4})
+    with pytest.raises(ValueError, match="`divide_shared_rate` must be false beside `learning_rates`"):
+        CTCDistillationTrainer(
+            model=ctc_trainer(ResidualConfig.paper(3, 2), tmp_path).model,
+            args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+            distillation=rates,
+            divide_shared_rate=True,
+        )
 
 
 def test_the_loss_of_each_clip_adds_up_to_that_of_the_model():
