@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +91,16 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         "WER of | over that of | seeds | ratio | 95 %, voices | 95 %, voices and seeds | ratio of each seed",
         "---|---|---:|---:|---:|---:|---",
     ]
-    for name in ("k3-r2", "k3-r2-divided"):
-        ours = cells.get(name, [])
-        for other in ("dense", "shallow", "narrow", "low-rank", "k3-r2-cyclic", "k3-r2"):
-            if other == name:
-                continue
-            theirs = cells.get(other, [])
-            seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
-            if seeds:
-                by_seed = [
-                    ratio_of_errors([run for run in ours if run["seed"] == seed], theirs)[0] for seed in seeds
-                ]
-                row = [ours[0]["title"], theirs[0]["title"], str(len(seeds)), *ratio_of_errors(ours, theirs)]
-                lines.append(" | ".join([*row, ", ".join(by_seed)]))
+    others = ("dense", "shallow", "narrow", "low-rank", "k3-r2-cyclic", "k3-r2")
+    for name, other in product(("k3-r2", "k3-r2-divided"), others):
+        ours, theirs = cells.get(name, []), cells.get(other, [])
+        seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
+        if seeds and name != other:
+            by_seed = [
+                ratio_of_errors([run for run in ours if run["seed"] == seed], theirs)[0] for seed in seeds
+            ]
+            row = [ours[0]["title"], theirs[0]["title"], str(len(seeds)), *ratio_of_errors(ours, theirs)]
+            lines.append(" | ".join([*row, ", ".join(by_seed)]))
     return [f"| {line} |" for line in lines]
 
 
