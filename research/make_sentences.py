@@ -1,11 +1,12 @@
 r"""Writes sentences that espeak-ng speaks, for the grids of `research/paper.py` that need many of them: English ones to
-recognise, and Spanish ones to translate into English.
+recognise, and Spanish ones to translate into English, or to recognise.
 
     apt-get install espeak-ng wordnet-base
     python research/make_sentences.py --out outputs/sentences
 
 The English sentences are the examples of WordNet, of three to eight words. The Spanish ones are random
-(`research/spanish.py`). Each is spoken once, by a variant of espeak-ng's voice with an accent, a pitch and a speed at
+(`research/spanish.py`), and are in two tables: `translation.csv` has them with English text, `spanish.csv` as they are
+said. Each is spoken once, by a variant of espeak-ng's voice with an accent, a pitch and a speed at
 random. No variant is in two splits, and no sentence; a fifth of the pairs of noun and adjective are in no Spanish
 sentence for training, and in each for validation and test. This is **synthetic speech**, and simpler than that of
 people: espeak-ng makes it from formants. Its variants are more alike than people are, and some are near twins: `iven2`,
@@ -145,8 +146,10 @@ def speak(sentence: Sentence, task: str, voices: list[str], number: int, folder:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def write_task(folder: Path, task: str, sentences: Iterator[Sentence], sizes: dict[str, int]) -> None:
-    """Writes the sentences of a task and then its table.
+def write_task(
+    folder: Path, task: str, sentences: Iterator[Sentence], sizes: dict[str, int], said: str | None = None
+) -> None:
+    """Writes the sentences of a task and then its table, and with the name `said` another one, whose texts are as said.
 
     Raises:
         ValueError: if there are too few of a split.
@@ -167,12 +170,19 @@ def write_task(folder: Path, task: str, sentences: Iterator[Sentence], sizes: di
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = pool.map(lambda pair: speak(pair[1], task, voices[pair[1].split], pair[0], folder), numbered)
         found = list(tqdm(rows, task, len(numbered), unit="sentence"))
-    with open(folder / f"{task}.csv", "w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    _write_table(folder / f"{task}.csv", found)
+    if said:
+        spoken = [sentence.said for _, sentence in numbered]
+        _write_table(folder / f"{said}.csv", [row | {"text": text} for row, text in zip(found, spoken)])
     hours = sum(float(row["duration"]) for row in found) / 3600
     print(f"{task}: {len(found)} sentences, {hours:.1f} h, {[len(voices[split]) for split in SPLITS]} voices")
+
+
+def _write_table(path: Path, rows: list[dict[str, str]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -187,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = {split: getattr(args, split) for split in SIZES}
     write_task(args.out, "recognition", english_sentences(), sizes)
-    write_task(args.out, "translation", spanish_sentences(), sizes)
+    write_task(args.out, "translation", spanish_sentences(), sizes, said="spanish")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,9 @@ def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
         "k3-r2-cyclic": Cell("K=3, R=2, cyclic", replace(paper(3, 2), cyclic=True)),
         "k6-r16": Cell("K=6, R=16", paper(6, 16)),
         "k9-r16": Cell("K=9, R=16", paper(9, 16)),
+        # The rank 16 of the paper's 512 features, for encoders of a fifth of the width.
+        "k6-r2": Cell("K=6, R=2", paper(6, 2)),
+        "k9-r2": Cell("K=9, R=2", paper(9, 2)),
     }
     divided = {
         f"{name}-divided": replace(cell, title=f"{cell.title}, divided rate", divide_shared_rate=True)
@@ -318,7 +321,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
         found = {
             split: SpokenSentences(
                 Path(options["folder"]),
-                task,
+                options.get("table", task),
                 split,
                 options[split],
                 seed if split == "train" else 0,

@@ -83,9 +83,10 @@ def _check_synthetic(recipe: dict[str, Any]) -> None:
 
 def _check_sentences(place: str, sentences: Any) -> None:
     needed = ("folder", "validation", "test")
-    _check_names(place, sentences, needed, needed)
-    if not isinstance(sentences["folder"], str):
-        raise ValueError(f"`folder` in {place} must be the name of a folder, got {sentences['folder']!r}")
+    _check_names(place, sentences, [*needed, "table"], needed)
+    for name in ("folder", "table"):
+        if not isinstance(sentences.get(name, ""), str):
+            raise ValueError(f"`{name}` in {place} must be the name of a {name}, got {sentences[name]!r}")
     for split in needed[1:]:
         _check_whole(f"`{split}` in {place}", sentences[split])
 

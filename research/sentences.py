@@ -25,7 +25,7 @@ class SpokenSentences(Dataset):
 
     Args:
         folder: as `make_sentences.py` writes it.
-        task: "recognition" or "translation".
+        table: "recognition" or "translation", or "spanish", which has the sentences of the latter as they are said.
         split: one of `SPLITS`.
         size: number of items. A split for training begins with short ones, and is read as often as that needs; of the
             others, the first sentences are read once, from short to long.
@@ -37,16 +37,16 @@ class SpokenSentences(Dataset):
     """
 
     def __init__(
-        self, folder: Path, task: str, split: str, size: int, seed: int = 0, batch_size: int = 1
+        self, folder: Path, table: str, split: str, size: int, seed: int = 0, batch_size: int = 1
     ) -> None:
-        path = folder / f"{task}.csv"
+        path = folder / f"{table}.csv"
         if not path.is_file():
             raise ValueError(
                 f"`folder` must be one that research/make_sentences.py has written, got {folder}, which has no "
                 f"{path.name}"
             )
-        with open(path, encoding="utf-8", newline="") as table:
-            self.rows = [row for row in csv.DictReader(table) if row["split"] == split]
+        with open(path, encoding="utf-8", newline="") as lines:
+            self.rows = [row for row in csv.DictReader(lines) if row["split"] == split]
         if not self.rows or (split != "train" and len(self.rows) < size):
             raise ValueError(f"{path} must have {size} sentences of {split!r}, got {len(self.rows)}")
         self.folder, self.split, self.size, self.seed = folder, split, size, seed

@@ -128,9 +128,13 @@ def test_a_stopped_run_goes_on_and_another_sentence_is_spoken_anew(make_sentence
         yield make_sentences.Sentence("uno", "one", "validation")
         yield make_sentences.Sentence("dos", "two", "test")
 
-    make_sentences.write_task(tmp_path, "translation", sentences(), sizes)
-    with open(tmp_path / "translation.csv", encoding="utf-8") as table:
-        rows = list(csv.DictReader(table))
+    make_sentences.write_task(tmp_path, "translation", sentences(), sizes, said="spanish")
+    rows, said = (
+        list(csv.DictReader((tmp_path / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
+        for name in ("translation", "spanish")
+    )
+    assert [row.pop("text") for row in said] == ["hola", "adios", "uno", "dos"]
+    assert said == [{name: row[name] for name in row if name != "text"} for row in rows]
     assert [(row["text"], row["split"], row["voice"], row["duration"]) for row in rows] == [
         ("hello", "train", "train-voice", "1.00"),
         ("bye", "train", "train-voice", "1.00"),

@@ -441,6 +441,10 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
             "`folder` in `sentences` of recognition must be the name of a folder, got 1",
         ),
         (
+            {"data": {"recognition": {"sentences": {"folder": "a", "table": 1, "validation": 8, "test": 8}}}},
+            "`table` in `sentences` of recognition must be the name of a table, got 1",
+        ),
+        (
             {"data": {"recognition": {"sentences": {"folder": "a", "validation": 0, "test": 8}}}},
             "`validation` in `sentences` of recognition must be a whole number of at least 1, got 0",
         ),
@@ -1038,6 +1042,18 @@ def test_sentences_are_as_many_as_all_processes_read_and_fit_the_window(scale, s
     monkeypatch.setattr(paper.Scale, "sizes_for", lambda *_: SimpleNamespace(window_seconds=0.3))
     with pytest.raises(ValueError, match=r"`window_seconds` must hold every sentence, got 0\.3"):
         paper.load_splits(scale, "recognition", 0)
+
+
+def test_sentences_of_another_table_have_its_texts(scale, sentences):
+    table = (sentences / "recognition.csv").read_text()
+    (sentences / "spanish.csv").write_text(table.replace("one", "uno").replace("two", "dos"))
+    folder = {"folder": str(sentences), "validation": 6, "test": 6}
+    texts = []
+    for data in (folder, folder | {"table": "spanish"}):
+        scale = replace(scale, data={"recognition": {"sentences": data}})
+        paper_checks.check_scale(scale)
+        texts.append([row["text"] for row in paper.load_splits(scale, "recognition", 0).test])
+    assert texts[1] == [text.replace("one", "uno").replace("two", "dos") for text in texts[0]] != texts[0]
 
 
 def test_each_row_that_shares_has_a_twin_with_a_divided_rate(scale, tmp_path):
