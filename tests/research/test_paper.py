@@ -41,16 +41,31 @@ sys.path.insert(0, str(RESEARCH))
 MODULES = (
     "paper",
     "paper_bits",
+    "paper_cells",
     "paper_checks",
+    "paper_measures",
     "paper_models",
+    "paper_scale",
+    "paper_splits",
     "paper_summary",
     "paper_table",
     "words",
     "sentences",
 )
-paper, paper_bits, paper_checks, paper_models, paper_summary, paper_table, words, spoken = map(
-    importlib.import_module, MODULES
-)
+(
+    paper,
+    paper_bits,
+    paper_cells,
+    paper_checks,
+    paper_measures,
+    paper_models,
+    paper_scale,
+    paper_splits,
+    paper_summary,
+    paper_table,
+    words,
+    spoken,
+) = map(importlib.import_module, MODULES)
 SpokenSentences = spoken.SpokenSentences
 WordStrings, all_texts = words.WordStrings, words.all_texts
 
@@ -79,7 +94,7 @@ WHISPERS_OWN = ("decoder_ffn_dim", "hop_length", "window_seconds", "max_tokens")
 def scale(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
-    return paper.Scale.read(path)
+    return paper_scale.Scale.read(path)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +134,7 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
     assert (results / "recognition.png").stat().st_size > 1000
 
     # What was killed while it wrote its second checkpoint ends where the whole run ended.
-    cell = paper.make_cells(SIZES)["k3-r2"]
+    cell = paper_cells.make_cells(SIZES)["k3-r2"]
     whole = tmp_path / "work" / "tiny" / "recognition-k3-r2-0"
     killed = tmp_path / "killed"
     (killed / "checkpoint-40").mkdir(parents=True)
@@ -146,7 +161,7 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
 def test_a_checkpoint_of_another_recipe_or_other_data_is_refused(scale, tmp_path):
     few = scale.recipe | {"max_steps": 2, "eval_strategy": "no", "save_steps": 2}
     scale = replace(scale, recipe=few)
-    cell = paper.make_cells(SIZES)["shallow"]
+    cell = paper_cells.make_cells(SIZES)["shallow"]
     paper.train(scale, "recognition", cell, 0, tmp_path)
     data = deepcopy(TINY["data"])
     data["recognition"]["words"]["speeds"] = [1.0]
@@ -250,16 +265,16 @@ def test_steps_are_measured_alone(monkeypatch):
 
 def test_controls_are_as_large_as_the_paper_s_cell():
     sizes = replace(SIZES, encoder_layers=6, d_model=128, encoder_ffn_dim=512, attention_heads=4)
-    cells = paper.make_cells(sizes)
-    target = paper.encoder_size(sizes, cells["k3-r2"].residual)
+    cells = paper_cells.make_cells(sizes)
+    target = paper_cells.encoder_size(sizes, cells["k3-r2"].residual)
     for name in ("shallow", "narrow", "low-rank"):
-        size = paper.encoder_size(replace(sizes, **cells[name].sizes), cells[name].residual)
+        size = paper_cells.encoder_size(replace(sizes, **cells[name].sizes), cells[name].residual)
         assert 0.95 * target < size < 1.05 * target, name
 
 
 def test_cyclic_layers_share_with_the_layer_a_period_later(tokenizer):
     sizes = replace(SIZES, encoder_layers=6)
-    model = new_model(sizes, tokenizer, paper.make_cells(sizes)["k3-r2-cyclic"].residual)
+    model = new_model(sizes, tokenizer, paper_cells.make_cells(sizes)["k3-r2-cyclic"].residual)
     small, _ = paper_bits.with_four_bits(model, [{"input_features": torch.randn(8, 16, 100)}])
     for one in (model, small):
         banks = [linear.shared for path, linear in residual_linears(one) if path.endswith("fc1")]
@@ -309,7 +324,7 @@ def test_four_bits_keep_the_outputs_of_a_trained_encoder_nearly(residual, scale_
         found = small.get_encoder()(features).last_hidden_state
     error = (found - expected).square().mean() / expected.var()
     assert 0 < error < 0.1
-    assert num_bytes < (0.5 if residual is None else 0.9) * 2 * paper.count_encoder(model)
+    assert num_bytes < (0.5 if residual is None else 0.9) * 2 * paper_cells.count_encoder(model)
 
 
 def test_a_dense_model_as_a_residual_one_that_shares_nothing_is_the_same(tokenizer):
@@ -404,10 +419,10 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | {"runs": [{"task": "recognition", "seeds": [0], "cells": ["k4"]}]}))
     with pytest.raises(ValueError, match=r"`cells` must be of dense, .* got 'k4'"):
-        list(paper.Scale.read(path).all_runs())
+        list(paper_scale.Scale.read(path).all_runs())
     path.write_text(yaml.safe_dump(TINY | {"colour": 1}))
     with pytest.raises(ValueError, match=r"must hold the fields of a scale: .*colour"):
-        paper.Scale.read(path)
+        paper_scale.Scale.read(path)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +497,7 @@ def test_faults_of_a_scale_are_named(change, message, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | change))
     with pytest.raises(ValueError, match=message):
-        list(paper.Scale.read(path).all_runs())
+        list(paper_scale.Scale.read(path).all_runs())
 
 
 @pytest.mark.parametrize(
@@ -549,7 +564,7 @@ def test_values_in_a_scale_that_cannot_be_are_named_when_it_is_read(place, chang
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=message):
-        paper.Scale.read(path)
+        paper_scale.Scale.read(path)
 
 
 @pytest.mark.parametrize(
@@ -609,8 +624,8 @@ def test_data_sets_that_a_grid_cannot_use_are_named_before_training(change, mess
     data = {"recognition": {"dataset": "sample", "language": "en", **splits, **change}}
     with pytest.raises(ValueError, match=message):
         other = replace(scale, data=data)
-        paper.check_scale(other)
-        paper.load_splits(other, "recognition", 0)
+        paper_checks.check_scale(other)
+        paper_splits.load_splits(other, "recognition", 0)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +649,7 @@ def test_strings_that_cannot_be_learnt_are_named_before_training(
     monkeypatch.setattr(ScratchTrainer, "train", None)
     scale = replace(scale, sizes=scale.sizes | changes, vocab_size=vocab_size)
     with pytest.raises(ValueError, match=message):
-        paper.train(scale, "recognition", paper.make_cells(SIZES)["dense"], 0, tmp_path)
+        paper.train(scale, "recognition", paper_cells.make_cells(SIZES)["dense"], 0, tmp_path)
 
 
 @pytest.mark.parametrize("vocab_size", [25, 40, 60])
@@ -691,7 +706,7 @@ def test_a_grid_trains_transducers_too(scale, tmp_path):
     assert values["validation"][-1][2] >= 0
     assert values["four_bits"]["ratio"] < 0.5
     assert "nats_per_token" not in values["test"]
-    dense = paper.encoder_size(scale.sizes_for("recognition"), None)
+    dense = paper_cells.encoder_size(scale.sizes_for("recognition"), None)
     assert values["encoder"]["parameters"] < 0.6 * dense
 
 
@@ -742,7 +757,7 @@ def test_sentences_to_measure_on_are_read_once_with_the_same_noise(sentences):
     assert durations == sorted(durations)
     voices = {row["file_name"]: row["voice"] for row in spoken.rows}
     assert [voices[spoken[index]["audio"]["path"]] for index in range(6)] == [*map(spoken.voice, range(6))]
-    names = paper.voices(spoken)
+    names = paper_measures.voices(spoken)
     of_clips = [names["voices"][int(number)] for number in names["voices_of_clips"].split()]
     assert of_clips == [*map(spoken.voice, range(6))]
     speech, _ = soundfile.read(sentences / spoken[0]["audio"]["path"], dtype="float32")
@@ -774,7 +789,7 @@ def test_references_of_ctc_keep_their_double_letters(sentences):
     predicted = SimpleNamespace(
         label_ids=np.array([[*ids, -100, -100]]), predictions=np.array([[*frames, -100]])
     )
-    assert paper._texts(processor, predicted) == (["all dress"], ["all dress"])
+    assert paper_measures.texts_of(processor, predicted) == (["all dress"], ["all dress"])
 
 
 def test_a_run_reads_as_many_synthetic_clips_as_its_steps_need(scale, monkeypatch):
@@ -790,7 +805,7 @@ def test_a_test_text_that_does_not_fit_its_frames_is_named_before_training(scale
     sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
     data = {"recognition": {"sentences": {"folder": str(sentences), "validation": 6, "test": 6}}}
     scale = replace(scale, model="parakeet_ctc", sizes=sizes | {"subsampling": 4}, data=data)
-    cell = paper.make_cells(scale.sizes_for("recognition"))["dense"]
+    cell = paper_cells.make_cells(scale.sizes_for("recognition"))["dense"]
     with pytest.raises(ValueError, match=r"flac .* cannot be learnt from: its transcript needs .* frames"):
         paper.train(scale, "recognition", cell, 0, tmp_path / "work")
 
@@ -824,7 +839,7 @@ def test_a_grid_trains_sentences_with_ctc_and_rounds_them_to_four_bits(scale, se
     ],
 )
 def test_texts_that_a_transducer_cannot_learn_are_named(clips, message):
-    parakeet = paper.ARCHITECTURES["parakeet_tdt"]
+    parakeet = paper_models.ARCHITECTURES["parakeet_tdt"]
     processor = parakeet.processor(all_texts("en"), 40, parakeet.sizes_class())
     parakeet.check_texts([("a.wav", "one two"), ("b.wav", "")], processor, None, 0.0)
     with pytest.raises(ValueError, match=message):
@@ -838,17 +853,19 @@ def test_a_grid_of_another_model_is_named(tmp_path):
         ValueError,
         match="`model` must be one of whisper, parakeet_ctc, parakeet_rnnt, parakeet_tdt, got 'moonshine'",
     ):
-        paper.Scale.read(path)
+        paper_scale.Scale.read(path)
 
 
 @pytest.mark.parametrize(
     "name", [path.stem for path in (RESEARCH / "paper").glob("*.yaml") if path.stem != "accelerate"]
 )
 def test_the_scales_can_be_read_and_have_sizes_that_can_be(name, monkeypatch, tmp_path):
-    scale = paper.Scale.read(RESEARCH / "paper" / f"{name}.yaml")
-    cells = dict.fromkeys(paper.make_cells(SIZES), paper.Cell("dense"))
-    monkeypatch.setattr(paper, "make_cells", lambda sizes: cells)  # their sizes take seconds for 18 layers
-    monkeypatch.setattr(paper, "_check_sizes", lambda *_: None)
+    scale = paper_scale.Scale.read(RESEARCH / "paper" / f"{name}.yaml")
+    cells = dict.fromkeys(paper_cells.make_cells(SIZES), paper_cells.Cell("dense"))
+    monkeypatch.setattr(
+        paper_scale, "make_cells", lambda sizes: cells
+    )  # their sizes take seconds for 18 layers
+    monkeypatch.setattr(paper_scale, "check_sizes", lambda *_: None)
     assert list(scale.all_runs())
     for task in scale.data:
         assert scale.sizes_for(task).encoder_layers > 0
@@ -869,7 +886,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(scale, tmp_
     with pytest.raises(
         ValueError, match=r"loss must be finite, got nan at step 0 for the batch of the texts \["
     ):
-        paper.train(scale, "recognition", paper.make_cells(SIZES)["dense"], 0, tmp_path / "nan")
+        paper.train(scale, "recognition", paper_cells.make_cells(SIZES)["dense"], 0, tmp_path / "nan")
 
 
 def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
@@ -947,7 +964,7 @@ def test_the_cross_entropy_is_of_the_tokens_of_each_reference(tokenizer):
     processor = new_processor(tokenizer, SIZES)
     model = architecture.model(SIZES, processor, None).eval()
     rows = [WordStrings("en", "test", 3, 2, 0, 3)[index] for index in range(3)]
-    found = paper.measure_nats(architecture, model, processor, rows, 2)
+    found = paper_measures.measure_nats(architecture, model, processor, rows, 2)
     tokens = [int(number) for number in found["tokens_of_clips"].split()]
     for row, nats, number in zip(rows, found["nats_of_clips"].split(), tokens, strict=True):
         batch = architecture.collator(processor)([row])
@@ -974,7 +991,7 @@ def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
     texts = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(80)]
     predictions = ["", "a", *(text[:5] + text[7:] for text in texts[2:])]
     speakers = {"voices": [*"abcdefgh"], "voices_of_clips": " ".join(str(index % 8) for index in range(80))}
-    run = {"test": paper.measure("translation", texts, predictions) | speakers}
+    run = {"test": paper_measures.measure("translation", texts, predictions) | speakers}
     counts = paper_table.bleu_counts(run)
     assert counts.shape == (80, 10)
     expected = sacrebleu.corpus_bleu(predictions, [texts]).score
@@ -988,7 +1005,7 @@ def test_the_bleu_of_a_translation_is_that_of_its_clips_together():
     low, high = map(float, interval.split(" to "))
     assert 2 < run["test"]["bleu"] - low < 20
     assert 2 < high - run["test"]["bleu"] < 20
-    perfect = {"test": paper.measure("translation", texts, texts) | speakers}
+    perfect = {"test": paper_measures.measure("translation", texts, texts) | speakers}
     assert paper_table.interval_of_bleu([perfect]) == "100.0 to 100.0"
     # The mean of two seeds, of which one is perfect in every draw, varies by half as much.
     ends = map(float, paper_table.interval_of_bleu([run, perfect]).split(" to "))
@@ -1029,7 +1046,7 @@ def test_sentences_are_read_in_order(strategy):
     recipe = {name: value for name, value in TINY["recipe"].items() if name != "train_sampling_strategy"}
     recipe |= {} if strategy is None else {"train_sampling_strategy": strategy}
     sizes = {name: value for name, value in TINY["sizes"].items() if name not in WHISPERS_OWN}
-    scale = paper.Scale("a", data, sizes, recipe, [RUN], model="parakeet_ctc")
+    scale = paper_scale.Scale("a", data, sizes, recipe, [RUN], model="parakeet_ctc")
     with pytest.raises(ValueError, match="`train_sampling_strategy` of `recipe` must be sequential"):
         paper_checks.check_scale(scale)
 
@@ -1038,10 +1055,10 @@ def test_sentences_are_as_many_as_all_processes_read_and_fit_the_window(scale, s
     data = {"recognition": {"sentences": {"folder": str(sentences), "validation": 6, "test": 6}}}
     scale = replace(scale, data=data)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert len(paper.load_splits(scale, "recognition", 0).train) == 2 * 40 * 8
-    monkeypatch.setattr(paper.Scale, "sizes_for", lambda *_: SimpleNamespace(window_seconds=0.3))
+    assert len(paper_splits.load_splits(scale, "recognition", 0).train) == 2 * 40 * 8
+    monkeypatch.setattr(paper_scale.Scale, "sizes_for", lambda *_: SimpleNamespace(window_seconds=0.3))
     with pytest.raises(ValueError, match=r"`window_seconds` must hold every sentence, got 0\.3"):
-        paper.load_splits(scale, "recognition", 0)
+        paper_splits.load_splits(scale, "recognition", 0)
 
 
 def test_sentences_of_another_table_have_its_texts(scale, sentences):
@@ -1052,12 +1069,12 @@ def test_sentences_of_another_table_have_its_texts(scale, sentences):
     for data in (folder, folder | {"table": "spanish"}):
         scale = replace(scale, data={"recognition": {"sentences": data}})
         paper_checks.check_scale(scale)
-        texts.append([row["text"] for row in paper.load_splits(scale, "recognition", 0).test])
+        texts.append([row["text"] for row in paper_splits.load_splits(scale, "recognition", 0).test])
     assert texts[1] == [text.replace("one", "uno").replace("two", "dos") for text in texts[0]] != texts[0]
 
 
 def test_each_row_that_shares_has_a_twin_with_a_divided_rate(scale, tmp_path):
-    cells = paper.make_cells(SIZES)
+    cells = paper_cells.make_cells(SIZES)
     twins = {name: cell for name, cell in cells.items() if name.endswith("-divided")}
     assert {name.removesuffix("-divided") for name in twins} == {
         name for name in cells if name[:2] in ("k3", "k6", "k9")
