@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -83,12 +84,17 @@ def _check_synthetic(recipe: dict[str, Any]) -> None:
 
 def _check_sentences(place: str, sentences: Any) -> None:
     needed = ("folder", "validation", "test")
-    _check_names(place, sentences, [*needed, "table"], needed)
+    _check_names(place, sentences, [*needed, "table", "decibels"], needed)
     for name in ("folder", "table"):
         if not isinstance(sentences.get(name, ""), str):
             raise ValueError(f"`{name}` in {place} must be the name of a {name}, got {sentences[name]!r}")
     for split in needed[1:]:
         _check_whole(f"`{split}` in {place}", sentences[split])
+    decibels = sentences.get("decibels", [0, 0])
+    if not isinstance(decibels, list) or len(decibels) != 2 or not all(map(_is_finite, decibels)):
+        raise ValueError(f"`decibels` in {place} must be a list of two numbers, got {decibels!r}")
+    if decibels[0] > decibels[1]:
+        raise ValueError(f"`decibels` in {place} must have the lower number first, got {decibels}")
 
 
 def _check_words(place: str, words: Any, window_seconds: int | None) -> None:
@@ -143,6 +149,10 @@ def _check_whole(place: str, value: Any, least: int = 1, most: int | None = None
     if type(value) is not int or value < least or (most is not None and value > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{place} must be a whole number {bounds}, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_positive(value: Any) -> bool:

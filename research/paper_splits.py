@@ -9,7 +9,7 @@ from typing import Any
 from paper_checks import LANGUAGES
 from paper_scale import Scale
 from sentences import SpokenSentences
-from words import SPLITS, TRAINING_SPEEDS, WordStrings, all_texts, longest_texts
+from words import NOISE_DECIBELS, SPLITS, TRAINING_SPEEDS, WordStrings, all_texts, longest_texts
 
 from hf_residual_transformer.speech.datasets import refuse_long_clips
 from hf_residual_transformer.training.arguments import TrainingDataArguments
@@ -66,6 +66,7 @@ def load_splits(scale: Scale, task: str, seed: int) -> Splits:
                 options[split],
                 seed if split == "train" else 0,
                 batch_size,
+                options.get("decibels", NOISE_DECIBELS),
             )
             for split in SPLITS
         }

@@ -7,13 +7,14 @@ run that was stopped goes on with what it would have read. A sentence that comes
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 from torch.utils.data import Dataset
-from words import SAMPLING_RATE, SPLITS, in_noise, noises
+from words import NOISE_DECIBELS, SAMPLING_RATE, SPLITS, in_noise, noises
 
 EARLY = 0.2  # the part of the training sentences, from the first on, that are short: aligning is learnt later
 SHORTEST = 0.3  # what part of all sentences these are drawn from
@@ -31,13 +32,21 @@ class SpokenSentences(Dataset):
             others, the first sentences are read once, from short to long.
         seed: of the order and of the noise.
         batch_size: items in a row that are about as long as one another.
+        decibels: by how much the speech is louder than the noise, from and to.
 
     Raises:
         ValueError: for a folder without the table, a split without sentences, or a test with fewer than `size`.
     """
 
     def __init__(
-        self, folder: Path, table: str, split: str, size: int, seed: int = 0, batch_size: int = 1
+        self,
+        folder: Path,
+        table: str,
+        split: str,
+        size: int,
+        seed: int = 0,
+        batch_size: int = 1,
+        decibels: Sequence[float] = NOISE_DECIBELS,
     ) -> None:
         path = folder / f"{table}.csv"
         if not path.is_file():
@@ -50,7 +59,7 @@ class SpokenSentences(Dataset):
         if not self.rows or (split != "train" and len(self.rows) < size):
             raise ValueError(f"{path} must have {size} sentences of {split!r}, got {len(self.rows)}")
         self.folder, self.split, self.size, self.seed = folder, split, size, seed
-        self.noises = noises(SPLITS.index(split))
+        self.noises, self.decibels = noises(SPLITS.index(split)), decibels
         durations = np.array([float(row["duration"]) for row in self.rows])
         self.order = (
             _order(durations, size, batch_size, np.random.default_rng(seed))
@@ -87,7 +96,7 @@ class SpokenSentences(Dataset):
         row = self.rows[self.order[index]]
         speech, _ = soundfile.read(self.folder / row["file_name"], dtype="float32")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        array = in_noise(rng, speech, speech, self.noises)
+        array = in_noise(rng, speech, speech, self.noises, self.decibels)
         audio = {"array": array, "sampling_rate": SAMPLING_RATE, "path": row["file_name"]}
         return {"audio": audio, "text": row["text"]}
 

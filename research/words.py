@@ -220,12 +220,18 @@ def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
 
 
 def in_noise(
-    rng: np.random.Generator, audio: np.ndarray, speech: np.ndarray, kinds: list[np.ndarray]
+    rng: np.random.Generator,
+    audio: np.ndarray,
+    speech: np.ndarray,
+    kinds: list[np.ndarray],
+    decibels: Sequence[float] = NOISE_DECIBELS,
 ) -> np.ndarray:
-    """The audio in one of some kinds of noise, whose loudness is drawn beside that of `speech`, a part of it or all."""
+    """The audio in one of some kinds of noise, whose loudness is drawn: that of `speech`, a part of the audio or all,
+    is above it by from the first to the last of `decibels`.
+    """
     noise = kinds[rng.integers(len(kinds))]
     start = rng.integers(len(noise) - len(audio))
-    loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(*NOISE_DECIBELS) / 20)
+    loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(*decibels) / 20)
     return audio + loudness * noise[start : start + len(audio)]
 
 
