@@ -459,6 +459,24 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
             {"data": {"recognition": {"sentences": {"folder": "a", "table": 1, "validation": 8, "test": 8}}}},
             "`table` in `sentences` of recognition must be the name of a table, got 1",
         ),
+        *(
+            (
+                {
+                    "data": {
+                        "recognition": {
+                            "sentences": {"folder": "a", "decibels": value, "validation": 8, "test": 8}
+                        }
+                    }
+                },
+                f"`decibels` in `sentences` of recognition must {message}",
+            )
+            for value, message in (
+                (3, "be a list of two numbers, got 3"),
+                ([1, "2"], r"be a list of two numbers, got \[1, '2'\]"),
+                ([1, float("nan")], r"be a list of two numbers, got \[1, nan\]"),
+                ([10, -5], r"have the lower number first, got \[10, -5\]"),
+            )
+        ),
         (
             {"data": {"recognition": {"sentences": {"folder": "a", "validation": 0, "test": 8}}}},
             "`validation` in `sentences` of recognition must be a whole number of at least 1, got 0",
@@ -764,6 +782,18 @@ def test_sentences_to_measure_on_are_read_once_with_the_same_noise(sentences):
     noise = spoken[0]["audio"]["array"] - speech
     assert 1 < speech.std() / noise.std() < 1000
     assert (spoken[0]["audio"]["array"] == spoken[0]["audio"]["array"]).all()
+
+
+def test_the_noise_of_sentences_is_as_loud_as_is_said(sentences):
+    for low, high in ((-5, 0), (30, 30)):
+        spoken = SpokenSentences(sentences, "recognition", "test", 6, decibels=[low, high])
+        for row in spoken:
+            speech, _ = soundfile.read(sentences / row["audio"]["path"], dtype="float32")
+            noise = row["audio"]["array"] - speech
+            decibels = 10 * np.log10((speech**2).mean() / (noise**2).mean())
+            assert (
+                low - 3 < decibels < high + 3
+            )  # a part of falling noise is louder or quieter than all of it
 
 
 def test_sentences_that_are_not_there_are_named(sentences):
