@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_table import of_units, own_voices, ratio_of_errors, read_runs, word_errors, words_of
+from paper_table import of_units, own_voices, ratio_of_errors, read_runs, word_errors, words_of, written_ratio
 
 # The folder of a grid, a task of it, and its runs by task and cell.
 Grid = tuple[Path, str, dict[tuple[str, str], list[dict[str, Any]]]]
@@ -152,7 +152,7 @@ def _table(grids: list[Grid], columns: dict[str, tuple[str, str]]) -> str:
 
 
 def _cell(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
-    ratio, of_voices, of_both = ratio_of_errors(runs, others)
+    ratio, of_voices, of_both = written_ratio(ratio_of_errors(runs, others))
     if ratio == "-":
         return "-"
     return f"{ratio} ({of_voices}, one seed)" if of_both == "-" else f"{ratio} ({of_both})"

@@ -1,9 +1,10 @@
-"""The table and the curves of `research/paper.py`, from the JSON files of its runs."""
+"""The table and the figures of `research/paper.py`, from the JSON files of its runs."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ PERCENT = ("wer", "cer")
 
 
 def write_table(folder: Path) -> str:
-    """Writes `table.md`, and a figure of the curves for each task, beside the JSON files; returns the table."""
+    """Writes `table.md`, and for each task a figure of the curves and one of the ratios to dense, beside the JSON
+    files; returns the table.
+    """
     runs = read_runs(folder)
     parts = []
     for task in METRICS:
@@ -27,6 +30,7 @@ def write_table(folder: Path) -> str:
             if nats := _nats(own):
                 parts.append("\n".join(nats))
             plot(own, folder / f"{task}.png")
+            plot_ratios(own, folder / f"{task}-ratios.png")
     text = "\n\n".join(parts) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text
@@ -69,7 +73,7 @@ def _rows(task: str, cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         row += [_written(metric, float(np.mean([run["test"][metric] for run in runs]))) for metric in metrics]
         row += [f"{_written(metrics[0], min(spread))} to {_written(metrics[0], max(spread))}"]
         row += [interval_of_bleu(runs)] if task == "translation" else []
-        row += ratio_of_errors(runs, cells.get("dense", []))
+        row += written_ratio(ratio_of_errors(runs, cells.get("dense", [])))
         bits = [run["four_bits"] for run in runs if "four_bits" in run]
         row += [f"{100 * bits[0]['ratio']:.1f}"] if bits else ["-"]
         row += [_written("wer", float(np.mean([entry["test"]["wer"] for entry in bits])))] if bits else ["-"]
@@ -97,9 +101,11 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
         seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
         if seeds and name != other:
             by_seed = [
-                ratio_of_errors([run for run in ours if run["seed"] == seed], theirs)[0] for seed in seeds
+                written_ratio(ratio_of_errors([run for run in ours if run["seed"] == seed], theirs))[0]
+                for seed in seeds
             ]
-            row = [ours[0]["title"], theirs[0]["title"], str(len(seeds)), *ratio_of_errors(ours, theirs)]
+            ratio = written_ratio(ratio_of_errors(ours, theirs))
+            row = [ours[0]["title"], theirs[0]["title"], str(len(seeds)), *ratio]
             lines.append(" | ".join([*row, ", ".join(by_seed)]))
     return [f"| {line} |" for line in lines]
 
@@ -172,43 +178,61 @@ def nats_of(run: dict[str, Any]) -> np.ndarray:
     return np.array([test[f"{name}_of_clips"].split() for name in ("nats", "tokens")], float).T
 
 
-def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
-    """The ratio of the word errors to those of other runs of the same seeds, and two intervals with 95 % of the
-    bootstrap's draws: of the test's voices alone, and of its voices and of the seeds of either side. The latter is "-"
-    for one seed. Where each seed has its own test voices, the first is "-", and seeds are drawn, the same for both
-    sides.
+@dataclass(frozen=True)
+class Ratio:
+    """The ratio of the word errors of some runs to those of others, and its intervals with 95 % of the bootstrap's
+    draws: of the test's voices alone, and of voices and seeds. None stands for one that the runs do not give.
+    """
+
+    value: float
+    of_voices: tuple[float, float] | None
+    of_voices_and_seeds: tuple[float, float] | None
+
+
+def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> Ratio | None:
+    """The ratio of the word errors to those of other runs of the same seeds. Without such seeds, or errors of the
+    others, there is none.
 
     The strings of a voice are alike: a model that knows it knows most of them. So voices are drawn, with all of their
-    strings, and where speakers are not known, clips are. There are few voices and seeds, for which drawing `n` of `n`
-    gives intervals that are too narrow; drawing `n - 1` gives the right variance (Rao and Wu 1988,
+    strings, and where speakers are not known, clips are; in the second interval the seeds of either side are drawn,
+    too, which needs two of them. Where each seed has its own test voices, there is no first interval, and seeds are
+    drawn, the same for both sides. There are few voices and seeds, for which drawing `n` of `n` gives intervals that
+    are too narrow; drawing `n - 1` gives the right variance (Rao and Wu 1988,
     https://doi.org/10.1080/01621459.1988.10478591). Half an error is added to both sides of each draw, so that draws
     with none have a ratio, too.
     """
     seeds = sorted({run["seed"] for run in runs} & {run["seed"] for run in others})
     if not seeds:
-        return ["-", "-", "-"]
+        return None
     sides = [[run for seed in seeds for run in group if run["seed"] == seed] for group in (runs, others)]
     errors = [np.array([of_units(run, word_errors(run)) for run in side]) for side in sides]
     if not errors[1].sum():
-        return ["-", "-", "-"]
-    ratio = f"{errors[0].sum() / errors[1].sum():.2f}"
+        return None
+    ratio = errors[0].sum() / errors[1].sum()
     rng = np.random.default_rng(0)
     voices = _times_drawn(rng, errors[0].shape[1])
     all_of = np.ones((RESAMPLES, len(seeds)))
     of_voices = _interval_of_ratio(errors, [all_of, all_of], voices)
     if len(seeds) == 1:
-        return [ratio, of_voices, "-"]
+        return Ratio(ratio, of_voices, None)
     if own_voices(sides[0]):
         together = _times_drawn(rng, len(seeds))
-        return [ratio, "-", _interval_of_ratio(errors, [together, together], np.ones_like(voices))]
-    return [
-        ratio,
-        of_voices,
-        _interval_of_ratio(errors, [_times_drawn(rng, len(seeds)) for _ in range(2)], voices),
-    ]
+        return Ratio(ratio, None, _interval_of_ratio(errors, [together, together], np.ones_like(voices)))
+    drawn = [_times_drawn(rng, len(seeds)) for _ in range(2)]
+    return Ratio(ratio, of_voices, _interval_of_ratio(errors, drawn, voices))
 
 
-def _interval_of_ratio(errors: list[np.ndarray], of_seeds: list[np.ndarray], of_voices: np.ndarray) -> str:
+def written_ratio(ratio: Ratio | None) -> list[str]:
+    """The ratio and its two intervals; "-" for what there is not."""
+    if ratio is None:
+        return ["-", "-", "-"]
+    intervals = (ratio.of_voices, ratio.of_voices_and_seeds)
+    return [f"{ratio.value:.2f}", *(_written_interval(*ends) if ends else "-" for ends in intervals)]
+
+
+def _interval_of_ratio(
+    errors: list[np.ndarray], of_seeds: list[np.ndarray], of_voices: np.ndarray
+) -> tuple[float, float]:
     """The interval of the ratio of the errors of two sides, (seeds, voices), each seed and voice drawn so often."""
     sums = [
         np.einsum("ds,sv,dv->d", times, side, of_voices) + 0.5
@@ -237,8 +261,12 @@ def of_units(run: dict[str, Any], of_clips: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _interval(values: np.ndarray, digits: int = 2) -> str:
+def _interval(values: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _written_interval(low: float, high: float, digits: int = 2) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
@@ -251,7 +279,8 @@ def interval_of_bleu(runs: list[dict[str, Any]]) -> str:
         return "-"
     counts = np.array([of_units(run, bleu_counts(run)) for run in runs])
     times = _times_drawn(np.random.default_rng(0), counts.shape[1])
-    return _interval(np.mean([[bleu(sums) for sums in times @ of_seed] for of_seed in counts], 0), digits=1)
+    drawn = np.mean([[bleu(sums) for sums in times @ of_seed] for of_seed in counts], 0)
+    return _written_interval(*_interval(drawn), digits=1)
 
 
 def bleu_counts(run: dict[str, Any]) -> np.ndarray:
@@ -297,3 +326,48 @@ def plot(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
     right.set(xlabel="step", ylabel="WER on validation strings", ylim=(0, 1.05))
     right.legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def plot_ratios(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """The word errors of each row over those of dense, with 95 % of the draws of voices and seeds, or of voices alone
+    for one seed; none are drawn without a row that has a ratio.
+    """
+    from matplotlib.figure import Figure
+
+    ratios = {
+        cell: ratio_of_errors(runs, cells.get("dense", [])) for cell, runs in cells.items() if cell != "dense"
+    }
+    found = sorted(
+        ((cell, ratio) for cell, ratio in ratios.items() if ratio), key=lambda entry: -entry[1].value
+    )
+    if not found:
+        return
+    figure = Figure(figsize=(8, 1.2 + 0.34 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for place, (cell, ratio) in enumerate(found):
+        low, high = ratio.of_voices_and_seeds or ratio.of_voices or (ratio.value, ratio.value)
+        shares = cells[cell][0]["residual_config"] and cells[cell][0]["residual_config"]["group_size"]
+        colour = "tab:blue" if shares else "tab:orange"
+        axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
+        axes.plot(ratio.value, place, "o", color=colour, markersize=5)
+    names = [
+        f"{runs[0]['title']}, {100 * runs[0]['encoder']['ratio']:.0f} %, {_written_seeds(runs, cells['dense'])}"
+        for runs in (cells[cell] for cell, _ in found)
+    ]
+    axes.set_yticks(range(len(found)), names, fontsize=8)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1.02, color="black", linewidth=0.8, linestyle=":")
+    axes.set(
+        xscale="log",
+        xlabel="word errors over those of dense (dotted: the paper's 1.02); blue shares matrices",
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _written_seeds(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    number = len({run["seed"] for run in runs} & {run["seed"] for run in others})
+    return "1 seed" if number == 1 else f"{number} seeds"

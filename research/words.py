@@ -231,7 +231,7 @@ def in_noise(
     """
     noise = kinds[rng.integers(len(kinds))]
     start = rng.integers(len(noise) - len(audio))
-    loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(*decibels) / 20)
+    loudness = np.sqrt((speech**2).mean()) * 10 ** (-rng.uniform(decibels[0], decibels[1]) / 20)
     return audio + loudness * noise[start : start + len(audio)]
 
 

@@ -131,7 +131,8 @@ def test_a_grid_trains_resumes_exactly_and_writes_its_table(scale, tmp_path, mon
     table = (results / "table.md").read_text()
     assert "| K=3, R=2 | 1 |" in table
     assert "| K=3, R=2 | dense | 1 | " in table
-    assert (results / "recognition.png").stat().st_size > 1000
+    for figure in ("recognition", "recognition-ratios"):
+        assert (results / f"{figure}.png").stat().st_size > 1000
 
     # What was killed while it wrote its second checkpoint ends where the whole run ended.
     cell = paper_cells.make_cells(SIZES)["k3-r2"]
@@ -919,20 +920,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(scale, tmp_
         paper.train(scale, "recognition", paper_cells.make_cells(SIZES)["dense"], 0, tmp_path / "nan")
 
 
+def written(*sides):
+    return paper_table.written_ratio(paper_table.ratio_of_errors(*sides))
+
+
 def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
     def run(seed, errors, **test):
         return {"seed": seed, "test": {"word_errors_of_clips": errors, **test}}
 
     one = [run(0, "1 1 1 1")]
-    assert paper_table.ratio_of_errors([run(0, "2 2 2 2"), run(1, "9 9 9 9")], one) == [
+    assert written([run(0, "2 2 2 2"), run(1, "9 9 9 9")], one) == [
         "2.00",
         "1.86 to 1.86",  # 3 of 4 clips, and half an error
         "-",
     ]
     two = [run(0, "2 2 2 2"), run(1, "4 4 4 4")]
-    ratio, of_clips, of_both = paper_table.ratio_of_errors(two, two)
+    ratio, of_clips, of_both = written(two, two)
     assert (ratio, of_clips, of_both) == ("1.00", "1.00 to 1.00", "0.52 to 1.92")
-    assert paper_table.ratio_of_errors(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
+    assert written(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
 
 
 def test_the_strings_of_a_voice_are_drawn_together():
@@ -942,7 +947,7 @@ def test_the_strings_of_a_voice_are_drawn_together():
 
     # One voice has twice the errors of the other side, one has half.
     ours, theirs = run(0, "2 2 2 2 2 2 1 1 1 1 1 1"), run(0, "1 1 1 1 1 1 2 2 2 2 2 2")
-    assert paper_table.ratio_of_errors([ours], [theirs]) == ["1.00", "0.52 to 1.92", "-"]
+    assert written([ours], [theirs]) == ["1.00", "0.52 to 1.92", "-"]
     sides = [
         [
             run(seed, errors, voices)
@@ -954,7 +959,7 @@ def test_the_strings_of_a_voice_are_drawn_together():
         )
     ]
     # Where seeds have their own voices, a seed is drawn for both sides: 24.5 / 12.5, or 12.5 / 12.5.
-    assert paper_table.ratio_of_errors(*sides) == ["1.50", "-", "1.00 to 1.96"]
+    assert written(*sides) == ["1.50", "-", "1.00 to 1.96"]
 
 
 def test_the_cross_entropy_of_references_is_compared_seed_by_seed(tokenizer):
@@ -1121,7 +1126,8 @@ RESULTS = RESEARCH.parent / "results" / "paper"
 @pytest.mark.parametrize("scale", sorted(path.parent.name for path in RESULTS.glob("*/table.md")))
 def test_a_table_is_what_the_runs_beside_it_give(scale, tmp_path, monkeypatch):
     shutil.copytree(RESULTS / scale, tmp_path / scale)
-    monkeypatch.setattr(paper_table, "plot", lambda *_: None)  # takes longer than the table
+    for figure in ("plot", "plot_ratios"):
+        monkeypatch.setattr(paper_table, figure, lambda *_: None)  # takes longer than the table
     table = paper_table.write_table(tmp_path / scale)
     assert "| dense | " in table
     assert table == (RESULTS / scale / "table.md").read_text()
@@ -1134,7 +1140,10 @@ def test_a_table_is_what_the_runs_beside_it_give(scale, tmp_path, monkeypatch):
             ("paper-words.md", scale)
             for scale in ("cpu", "cpu-long", "cpu-narrow", "cpu-rnnt", "cpu-voices", "cpu-wide")
         ),
-        *(("paper.md", scale) for scale in ("cpu-sentences-warm", "cpu-sentences-warm-rate")),
+        *(
+            ("paper.md", scale)
+            for scale in ("cpu-sentences-noise", "cpu-sentences-warm", "cpu-sentences-warm-rate")
+        ),
     ],
 )
 @pytest.mark.skipif(not (RESEARCH.parent / "docs" / "paper.md").is_file(), reason="documents are not here")
