@@ -6,11 +6,11 @@ recognise, and Spanish ones to translate into English, or to recognise.
 
 The English sentences are the examples of WordNet, of three to eight words. The Spanish ones are random
 (`research/spanish.py`), and are in two tables: `translation.csv` has them with English text, `spanish.csv` as they are
-said. Each is spoken once, by a variant of espeak-ng's voice with an accent, a pitch and a speed at
-random. No variant is in two splits, and no sentence; a fifth of the pairs of noun and adjective are in no Spanish
-sentence for training, and in each for validation and test. This is **synthetic speech**, and simpler than that of
-people: espeak-ng makes it from formants. Its variants are more alike than people are, and some are near twins: `iven2`,
-`klatt5` and `steph3` of the test are close to variants for training that have the same name with another number.
+said. Each is spoken once, by a variant of espeak-ng's voice with an accent, a pitch and a speed at random. No variant
+is in two splits, and no sentence; a fifth of the pairs of noun and adjective are in no Spanish sentence for training,
+and in each for validation and test. This is **synthetic speech**, and simpler than that of people: espeak-ng makes it
+from formants. Its variants are more alike than people are, and some are near twins: `iven2`, `klatt5` and `steph3` of
+the test are close to variants for training that have the same name with another number.
 
 A sentence that is there already is not spoken again, so that a run which was stopped goes on. All of it takes about six
 minutes of two cores, and 1.4 gigabytes.
@@ -147,9 +147,14 @@ def speak(sentence: Sentence, task: str, voices: list[str], number: int, folder:
 
 
 def write_task(
-    folder: Path, task: str, sentences: Iterator[Sentence], sizes: dict[str, int], said: str | None = None
+    folder: Path,
+    task: str,
+    sentences: Iterator[Sentence],
+    sizes: dict[str, int],
+    spoken_table: str | None = None,
 ) -> None:
-    """Writes the sentences of a task and then its table, and with the name `said` another one, whose texts are as said.
+    """Writes the sentences of a task and then its table. Where `spoken_table` is given, a second table of that name has
+    what is said as its texts.
 
     Raises:
         ValueError: if there are too few of a split.
@@ -171,9 +176,11 @@ def write_task(
         rows = pool.map(lambda pair: speak(pair[1], task, voices[pair[1].split], pair[0], folder), numbered)
         found = list(tqdm(rows, task, len(numbered), unit="sentence"))
     _write_table(folder / f"{task}.csv", found)
-    if said:
-        spoken = [sentence.said for _, sentence in numbered]
-        _write_table(folder / f"{said}.csv", [row | {"text": text} for row, text in zip(found, spoken)])
+    if spoken_table:
+        rows_as_said = [
+            row | {"text": sentence.said} for row, (_, sentence) in zip(found, numbered, strict=True)
+        ]
+        _write_table(folder / f"{spoken_table}.csv", rows_as_said)
     hours = sum(float(row["duration"]) for row in found) / 3600
     print(f"{task}: {len(found)} sentences, {hours:.1f} h, {[len(voices[split]) for split in SPLITS]} voices")
 
@@ -197,7 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = {split: getattr(args, split) for split in SIZES}
     write_task(args.out, "recognition", english_sentences(), sizes)
-    write_task(args.out, "translation", spanish_sentences(), sizes, said="spanish")
+    write_task(args.out, "translation", spanish_sentences(), sizes, spoken_table="spanish")
 
 
 if __name__ == "__main__":

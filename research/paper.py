@@ -6,7 +6,7 @@ translation, and the equally small dense and low-rank models that decide what sh
 
 Every run has the same recipe, data, steps and seeds, and leaves one JSON file in `results/paper/<scale>/`. A run that
 has one is skipped; a run that was killed goes on from its last checkpoint in `--work`. Either is refused where the
-scale has changed since. `--table` only writes the table and the curves from what is there. `research/paper/*.yaml`
+scale has changed since. `--table` only writes the table and the figures from what is there. `research/paper/*.yaml`
 hold the scales: `cpu` on synthetic words, minutes a run on one core; `acted` on human speech that
 `research/make_paper_data.py` writes, on one GPU; `gpu` and `cluster` on LibriSpeech and CoVoST 2, which many processes
 run by
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results/paper"), help="folder for JSON files and table"
     )
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--table", action="store_true", help="only write the table and the figures")
     args = parser.parse_args()
     path = Path(args.scale) if args.scale.endswith(".yaml") else SCALES / f"{args.scale}.yaml"
     if not path.is_file():

@@ -92,7 +92,7 @@ def _check_sentences(place: str, sentences: Any) -> None:
         _check_whole(f"`{split}` in {place}", sentences[split])
     decibels = sentences.get("decibels", [0, 0])
     if not isinstance(decibels, list) or len(decibels) != 2 or not all(map(_is_finite, decibels)):
-        raise ValueError(f"`decibels` in {place} must be a list of two numbers, got {decibels!r}")
+        raise ValueError(f"`decibels` in {place} must be a list of two finite numbers, got {decibels!r}")
     if decibels[0] > decibels[1]:
         raise ValueError(f"`decibels` in {place} must have the lower number first, got {decibels}")
 

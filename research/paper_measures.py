@@ -1,4 +1,4 @@
-"""What the JSON file of a run of `paper.py` has of its test: word errors, BLEU and cross-entropy, clip by clip."""
+"""How a run of `paper.py` is measured: word errors, BLEU and cross-entropy of its test, clip by clip."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ class Scale:
 
     Args:
         name: of the file.
-        data: of each task: `words: {...}` for synthetic words, `sentences: {...}` for synthetic sentences, or the
-            options of `TrainingDataArguments`.
+        data: of each task: `words: {...}` for synthetic words, `sentences: {...}` for synthetic sentences, with
+            arguments of `SpokenSentences` and the sizes of validation and test, or the options of
+            `TrainingDataArguments`.
         model: what is trained, a key of `ARCHITECTURES`.
         sizes: of the dense model, as `ModelSizes` or `ParakeetSizes`; `sizes_of` has what differs by task.
         recipe: options of the Trainer.

@@ -29,10 +29,12 @@ class Splits:
 
 
 def load_splits(scale: Scale, task: str, seed: int) -> Splits:
-    """The data of a run. Only the strings to train on depend on the seed.
+    """The data of a run. Of synthetic clips, those to train on depend on the seed, and with `new_voices` the voices of
+    all splits.
 
     Raises:
-        ValueError: for an empty split, or a clip that is longer than the window of the model.
+        ValueError: for an empty split, a table that is not there or has too few sentences, or a clip that is longer
+            than the window of the model.
     """
     data, sizes = scale.data[task], scale.sizes_for(task)
     if "words" in data:

@@ -329,10 +329,19 @@ def plot(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def plot_ratios(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The word errors of each row over those of dense, with 95 % of the draws of voices and seeds, or of voices alone
-    for one seed; none are drawn without a row that has a ratio.
+    """Writes the figure of `draw_ratios`, unless no row has a ratio."""
+    figure = draw_ratios(cells)
+    if figure is not None:
+        figure.savefig(path, dpi=110)
+
+
+def draw_ratios(cells: dict[str, list[dict[str, Any]]]) -> Any:
+    """A matplotlib figure of the word errors of each row over those of dense. A thick line has 95 % of the draws of
+    voices and seeds, a thin one of voices alone, for one seed. None where no row has a ratio.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
 
     ratios = {
         cell: ratio_of_errors(runs, cells.get("dense", [])) for cell, runs in cells.items() if cell != "dense"
@@ -341,15 +350,17 @@ def plot_ratios(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
         ((cell, ratio) for cell, ratio in ratios.items() if ratio), key=lambda entry: -entry[1].value
     )
     if not found:
-        return
-    figure = Figure(figsize=(8, 1.2 + 0.34 * len(found)), layout="constrained")
+        return None
+    figure = Figure(figsize=(8, 1.6 + 0.34 * len(found)), layout="constrained")
     axes = figure.subplots()
     for place, (cell, ratio) in enumerate(found):
-        low, high = ratio.of_voices_and_seeds or ratio.of_voices or (ratio.value, ratio.value)
-        shares = cells[cell][0]["residual_config"] and cells[cell][0]["residual_config"]["group_size"]
-        colour = "tab:blue" if shares else "tab:orange"
-        axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
-        axes.plot(ratio.value, place, "o", color=colour, markersize=5)
+        ends = ratio.of_voices_and_seeds or ratio.of_voices
+        assert ends  # a ratio has one of both
+        residual = cells[cell][0]["residual_config"]
+        colour = "tab:blue" if residual and residual["group_size"] else "tab:orange"
+        axes.plot(ends, [place, place], color=colour, linewidth=2.5 if ratio.of_voices_and_seeds else 0.9)
+        # A ratio of 0 has no place on a logarithmic axis, and half an error is added to each draw.
+        axes.plot(max(ratio.value, ends[0]), place, "o", color=colour, markersize=5)
     names = [
         f"{runs[0]['title']}, {100 * runs[0]['encoder']['ratio']:.0f} %, {_written_seeds(runs, cells['dense'])}"
         for runs in (cells[cell] for cell, _ in found)
@@ -358,14 +369,21 @@ def plot_ratios(cells: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.axvline(1.02, color="black", linewidth=0.8, linestyle=":")
-    axes.set(
-        xscale="log",
-        xlabel="word errors over those of dense (dotted: the paper's 1.02); blue shares matrices",
-    )
+    axes.set(xscale="log", xlabel="word errors over those of dense")
+    low, high = axes.get_xlim()
+    within_a_decade = high / low < 10  # beyond, the labels of minor ticks would lie on one another
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}" if within_a_decade else LogFormatter(minor_thresholds=(1.5, 0.5)))
     axes.tick_params(axis="x", which="both", labelsize=8)
-    figure.savefig(path, dpi=110)
+    lines = [
+        Line2D([], [], color="tab:blue", label="shares matrices"),
+        Line2D([], [], color="tab:orange", label="shares none"),
+        Line2D([], [], color="gray", linewidth=2.5, label="95 %, voices and seeds"),
+        Line2D([], [], color="gray", linewidth=0.9, label="95 %, voices of one seed"),
+        Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="1.02, as in the paper"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=7)
+    return figure
 
 
 def _written_seeds(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:

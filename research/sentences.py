@@ -26,13 +26,13 @@ class SpokenSentences(Dataset):
 
     Args:
         folder: as `make_sentences.py` writes it.
-        table: "recognition" or "translation", or "spanish", which has the sentences of the latter as they are said.
+        table: "recognition" or "translation", or "spanish", which has the audio of "translation" with the Spanish text.
         split: one of `SPLITS`.
         size: number of items. A split for training begins with short ones, and is read as often as that needs; of the
             others, the first sentences are read once, from short to long.
         seed: of the order and of the noise.
         batch_size: items in a row that are about as long as one another.
-        decibels: by how much the speech is louder than the noise, from and to.
+        decibels: the least and the most by which the speech is louder than the noise.
 
     Raises:
         ValueError: for a folder without the table, a split without sentences, or a test with fewer than `size`.
@@ -51,8 +51,7 @@ class SpokenSentences(Dataset):
         path = folder / f"{table}.csv"
         if not path.is_file():
             raise ValueError(
-                f"`folder` must be one that research/make_sentences.py has written, got {folder}, which has no "
-                f"{path.name}"
+                f"`folder` must have the table {path.name}, as research/make_sentences.py writes it, got {folder}"
             )
         with open(path, encoding="utf-8", newline="") as lines:
             self.rows = [row for row in csv.DictReader(lines) if row["split"] == split]

@@ -226,8 +226,8 @@ def in_noise(
     kinds: list[np.ndarray],
     decibels: Sequence[float] = NOISE_DECIBELS,
 ) -> np.ndarray:
-    """The audio in one of some kinds of noise, whose loudness is drawn: that of `speech`, a part of the audio or all,
-    is above it by from the first to the last of `decibels`.
+    """The audio in one of some kinds of noise. `speech`, which is all of the audio or a part of it, is louder than the
+    noise by a number that is drawn between the two `decibels`.
     """
     noise = kinds[rng.integers(len(kinds))]
     start = rng.integers(len(noise) - len(audio))

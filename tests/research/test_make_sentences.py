@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_and_another_sentence_is_spoken_anew(make_sentence
         yield make_sentences.Sentence("uno", "one", "validation")
         yield make_sentences.Sentence("dos", "two", "test")
 
-    make_sentences.write_task(tmp_path, "translation", sentences(), sizes, said="spanish")
+    make_sentences.write_task(tmp_path, "translation", sentences(), sizes, spoken_table="spanish")
     rows, said = (
         list(csv.DictReader((tmp_path / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
         for name in ("translation", "spanish")

@@ -472,9 +472,11 @@ def test_a_grid_with_an_unknown_cell_or_field_is_refused(tmp_path):
                 f"`decibels` in `sentences` of recognition must {message}",
             )
             for value, message in (
-                (3, "be a list of two numbers, got 3"),
-                ([1, "2"], r"be a list of two numbers, got \[1, '2'\]"),
-                ([1, float("nan")], r"be a list of two numbers, got \[1, nan\]"),
+                (3, "be a list of two finite numbers, got 3"),
+                ([1], r"be a list of two finite numbers, got \[1\]"),
+                ([1, 2, 3], r"be a list of two finite numbers, got \[1, 2, 3\]"),
+                ([1, "2"], r"be a list of two finite numbers, got \[1, '2'\]"),
+                ([1, float("nan")], r"be a list of two finite numbers, got \[1, nan\]"),
                 ([10, -5], r"have the lower number first, got \[10, -5\]"),
             )
         ),
@@ -799,7 +801,7 @@ def test_the_noise_of_sentences_is_as_loud_as_is_said(sentences):
 
 def test_sentences_that_are_not_there_are_named(sentences):
     for task, size, message in (
-        ("translation", 6, "`folder` must be one that .* has written, got .*, which has no translation.csv"),
+        ("translation", 6, "`folder` must have the table translation.csv, as .* writes it, got "),
         ("recognition", 7, "must have 7 sentences of 'test', got 6"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -938,6 +940,41 @@ def test_the_ratio_of_errors_is_of_word_errors_over_the_same_seeds():
     ratio, of_clips, of_both = written(two, two)
     assert (ratio, of_clips, of_both) == ("1.00", "1.00 to 1.00", "0.52 to 1.92")
     assert written(two, [run(7, "1 1 1 1")]) == ["-", "-", "-"]
+
+
+def test_the_figure_of_ratios_has_a_row_for_each_encoder_but_dense(tmp_path):
+    def runs(cell, residual, *errors):
+        test = {"voices": ["a", "b"], "voices_of_clips": "0 0 1 1"}
+        return [
+            {
+                "cell": cell,
+                "title": cell,
+                "seed": seed,
+                "encoder": {"ratio": 0.37},
+                "residual_config": residual,
+                "test": test | {"word_errors_of_clips": own},
+            }
+            for seed, own in enumerate(errors)
+        ]
+
+    cells = {
+        "dense": runs("dense", None, "1 2 1 2", "2 1 2 1"),
+        "shared": runs("shared", {"group_size": 3}, "2 2 2 2", "2 2 3 2"),
+        "low rank": runs("low rank", {"group_size": None}, "4 4 4 9"),
+        "perfect": runs("perfect", None, "0 0 0 0"),
+    }
+    axes = paper_table.draw_ratios(cells).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]  # from the bottom, the most errors first
+    assert names == ["low rank, 37 %, 1 seed", "shared, 37 %, 2 seeds", "perfect, 37 %, 1 seed"]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_color() != "black"]
+    assert [line.get_color() for line in lines] == ["tab:orange", "tab:blue", "tab:orange"]
+    assert lines[1].get_linewidth() > lines[0].get_linewidth()  # voices and seeds
+    shared = paper_table.ratio_of_errors(cells["shared"], cells["dense"])
+    assert tuple(lines[1].get_xdata()) == shared.of_voices_and_seeds
+    points = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+    assert points[:2] == [21 / 6, 17 / 12] and 0 < points[2] < 0.2
+    paper_table.plot_ratios({"shared": cells["shared"]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_the_strings_of_a_voice_are_drawn_together():
@@ -1101,10 +1138,13 @@ def test_sentences_of_another_table_have_its_texts(scale, sentences):
     (sentences / "spanish.csv").write_text(table.replace("one", "uno").replace("two", "dos"))
     folder = {"folder": str(sentences), "validation": 6, "test": 6}
     texts = []
-    for data in (folder, folder | {"table": "spanish"}):
+    for data in (folder, folder | {"table": "spanish", "decibels": [-10, -5]}):
         scale = replace(scale, data={"recognition": {"sentences": data}})
         paper_checks.check_scale(scale)
         texts.append([row["text"] for row in paper_splits.load_splits(scale, "recognition", 0).test])
+        assert paper_splits.load_splits(scale, "recognition", 0).train.decibels == data.get(
+            "decibels", words.NOISE_DECIBELS
+        )
     assert texts[1] == [text.replace("one", "uno").replace("two", "dos") for text in texts[0]] != texts[0]
 
 
