@@ -76,7 +76,6 @@ def make_cells(sizes: EncoderSizes) -> dict[str, Cell]:
         "k6-r16": Cell("K=6, R=16", paper(6, 16)),
         "k9-r16": Cell("K=9, R=16", paper(9, 16)),
         # Rank 2 as in K=3, R=2: a rank of 16 is a sixth of 96 features, and a 32nd of the paper's 512.
-        "k6-r2": Cell("K=6, R=2", paper(6, 2)),
         "k9-r2": Cell("K=9, R=2", paper(9, 2)),
     }
     divided = {
