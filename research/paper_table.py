@@ -98,7 +98,7 @@ def _comparisons(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
     others = ("dense", "shallow", "narrow", "low-rank", "k3-r2-cyclic", "k3-r2")
     for name, other in product(("k3-r2", "k3-r2-divided"), others):
         ours, theirs = cells.get(name, []), cells.get(other, [])
-        seeds = sorted({run["seed"] for run in ours} & {run["seed"] for run in theirs})
+        seeds = _seeds_of_both(ours, theirs)
         if seeds and name != other:
             by_seed = [
                 written_ratio(ratio_of_errors([run for run in ours if run["seed"] == seed], theirs))[0]
@@ -201,7 +201,7 @@ def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) ->
     https://doi.org/10.1080/01621459.1988.10478591). Half an error is added to both sides of each draw, so that draws
     with none have a ratio, too.
     """
-    seeds = sorted({run["seed"] for run in runs} & {run["seed"] for run in others})
+    seeds = _seeds_of_both(runs, others)
     if not seeds:
         return None
     sides = [[run for seed in seeds for run in group if run["seed"] == seed] for group in (runs, others)]
@@ -220,6 +220,10 @@ def ratio_of_errors(runs: list[dict[str, Any]], others: list[dict[str, Any]]) ->
         return Ratio(ratio, None, _interval_of_ratio(errors, [together, together], np.ones_like(voices)))
     drawn = [_times_drawn(rng, len(seeds)) for _ in range(2)]
     return Ratio(ratio, of_voices, _interval_of_ratio(errors, drawn, voices))
+
+
+def _seeds_of_both(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[int]:
+    return sorted({run["seed"] for run in runs} & {run["seed"] for run in others})
 
 
 def written_ratio(ratio: Ratio | None) -> list[str]:
@@ -387,5 +391,5 @@ def draw_ratios(cells: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def _written_seeds(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
-    number = len({run["seed"] for run in runs} & {run["seed"] for run in others})
+    number = len(_seeds_of_both(runs, others))
     return "1 seed" if number == 1 else f"{number} seeds"

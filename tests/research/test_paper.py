@@ -1141,10 +1141,9 @@ def test_sentences_of_another_table_have_its_texts(scale, sentences):
     for data in (folder, folder | {"table": "spanish", "decibels": [-10, -5]}):
         scale = replace(scale, data={"recognition": {"sentences": data}})
         paper_checks.check_scale(scale)
-        texts.append([row["text"] for row in paper_splits.load_splits(scale, "recognition", 0).test])
-        assert paper_splits.load_splits(scale, "recognition", 0).train.decibels == data.get(
-            "decibels", words.NOISE_DECIBELS
-        )
+        splits = paper_splits.load_splits(scale, "recognition", 0)
+        texts.append([row["text"] for row in splits.test])
+        assert splits.train.decibels == data.get("decibels", words.NOISE_DECIBELS)
     assert texts[1] == [text.replace("one", "uno").replace("two", "dos") for text in texts[0]] != texts[0]
 
 

@@ -63,17 +63,8 @@ def run(monkeypatch, name, *options):
 )
 def test_a_model_from_scratch_opens_in_a_pipeline(name, own, monkeypatch, tmp_path):
     out = tmp_path / "out"
-    options = [
-        *DATA,
-        *ENCODER,
-        *own,
-        *TRAINING,
-        "--per_device_train_batch_size",
-        4,
-        "--average_checkpoints",
-        2,
-    ]
-    options += ["--divide_shared_rate", "true", "--lr_scheduler_type", "constant"]
+    options = [*DATA, *ENCODER, *own, *TRAINING, "--per_device_train_batch_size", 4]
+    options += ["--average_checkpoints", 2, "--divide_shared_rate", "true", "--lr_scheduler_type", "constant"]
     run(monkeypatch, name, *options, "--eval_split", "train", "--output_dir", out)
     groups = torch.load(out / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
     assert {round(group["lr"], 9) for group in groups} == {0.05, round(0.05 / 3**0.5, 9)}
